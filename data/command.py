@@ -1,0 +1,82 @@
+"""What every command shares: the options --seed --device --json, one way to fail, one way to record a result."""
+
+import argparse
+import json
+import os
+import platform
+import random
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+class InputError(ValueError):
+    """Bad input from the user: one sentence that names the offending value and the way out."""
+
+
+def parser(description):
+    """An argument parser with the options that all commands have."""
+    p = argparse.ArgumentParser(description=description.strip().split("\n\n")[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    group = p.add_argument_group("run")
+    group.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
+    group.add_argument("--json", metavar="FILE", help="record configuration, versions, seed and results here")
+    return p
+
+
+def start(args):
+    """Seed every generator and check the options that all commands have."""
+    random.seed(args.seed)
+    np.random.seed(args.seed % 2**32)
+    torch.manual_seed(args.seed)
+    try:
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(f"--device {args.device} can't be used: {str(e).splitlines()[0]}") from None
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise InputError(f"--json {args.json}: the folder {Path(args.json).parent} does not exist")
+
+
+def write_atomically(path, write):
+    """Call `write(beside)` on a path beside `path`, then rename: the file is either whole or not there."""
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write(beside)
+        os.replace(beside, path)
+    except OSError as e:
+        raise InputError(f"can't write {path}: {e.strerror or e}") from None
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def record(args, results):
+    """Write {options, versions, hardware, results} to the file of --json, if one was given."""
+    if not args.json:
+        return
+    cuda = torch.cuda.is_available() and str(args.device).startswith("cuda")
+    entry = {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "options": {k: v for k, v in vars(args).items() if k != "json"},
+        "versions": {"python": platform.python_version(),
+                     **{p: metadata.version(p) for p in ("torch", "numpy", "safetensors")}},
+        "hardware": torch.cuda.get_device_name() if cuda else f"CPU {platform.machine()}, {torch.get_num_threads()} threads",
+        "results": results,
+    }
+    write_atomically(args.json, lambda path: path.write_text(json.dumps(entry, indent=1) + "\n"))
+
+
+def run(main):
+    """Run a command: bad input is one sentence on stderr and exit code 2, never a traceback."""
+    try:
+        main()
+    except InputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; finished work is kept where the command keeps it", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,84 @@
+"""Text sources, and windows of token ids cut from them.
+
+A source is a name below or the path of a text file; a split is "train" (calibration, training), "validation" or "test".
+A text file has no splits of its own: None takes all of it, "train" its first nine tenths, the others the last tenth.
+"""
+
+import random
+from pathlib import Path
+
+import torch
+
+from data.command import InputError
+from data.stdlib import stdlib_text
+
+SOURCES = ("tiny", "wikitext2", "c4")
+
+
+def hub_rows(path, name, split, data_files=None):
+    """The rows of a Hub data set. Raises InputError with the way out where it can't be had."""
+    import datasets
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(path, name, split=split, data_files=data_files)
+    except Exception as e:  # the Hub's client raises a family of errors that changes between versions
+        raise InputError(f"the data set {path} is not in the cache and can't be fetched ({type(e).__name__}): "
+                         f"without a network, give the path of a text file instead") from None
+
+
+def documents(source, split):
+    """The documents of a source as a list of texts; a running text is a single one."""
+    if source == "tiny":
+        return [stdlib_text(split or "test")]
+    if source == "wikitext2":  # rows as the Hub serves them joined by "\n\n": the protocol of the papers
+        return ["\n\n".join(hub_rows("Salesforce/wikitext", "wikitext-2-raw-v1", split or "test")["text"])]
+    if source == "c4":
+        name, shards = ("train", 1024) if split == "train" else ("validation", 8)
+        return hub_rows("allenai/c4", None, name, {name: f"en/c4-{name}.00000-of-{shards:05d}.json.gz"})["text"]
+    path = Path(source)
+    if not path.is_file():
+        raise InputError(f"no text source {source!r}: give a text file or one of {', '.join(SOURCES)}")
+    try:
+        text = path.read_bytes().decode()  # bytes: line ends stay as they are
+    except UnicodeDecodeError as e:
+        raise InputError(f"{source} is not UTF-8 text: {e.reason} at byte {e.start}") from None
+    cut = len(text) if split is None else len(text) * 9 // 10
+    return [text[:cut] if split in (None, "train") else text[cut:]]
+
+
+def load_text(source, split=None):
+    """A source's text as one string. Raises InputError if there is none."""
+    found = documents(source, split)
+    text = " ".join(found[:1100]) if source == "c4" else found[0]  # C4: the first 1,100 documents, as the papers do
+    if not text.strip():
+        raise InputError(f"the text of {source} is empty")
+    return text
+
+
+def windows(ids, seqlen):
+    """Token ids -> non-overlapping windows [n, seqlen]; the tail that fills none is dropped."""
+    n = len(ids) // seqlen
+    if n == 0:
+        raise InputError(f"the text has {len(ids)} tokens, fewer than one window of --seqlen {seqlen}: "
+                         f"give a longer text or a smaller --seqlen")
+    return torch.tensor(ids[:n * seqlen]).view(n, seqlen)
+
+
+def calibration_windows(source, tokenizer, nsamples, seqlen, seed):
+    """`nsamples` random windows [nsamples, seqlen] from the training split of a source, each within one document."""
+    texts, rng, encoded, short = documents(source, "train"), random.Random(seed), {}, 0
+    samples = []
+    while len(samples) < nsamples:
+        i = rng.randrange(len(texts))
+        ids = encoded[i] if i in encoded else tokenizer.encode(texts[i])
+        if len(texts) == 1:
+            encoded[i] = ids
+        if len(ids) >= seqlen:
+            begin = rng.randint(0, len(ids) - seqlen)
+            samples.append(ids[begin:begin + seqlen])
+        else:
+            short += 1
+            if len(texts) == 1 or short > 1000 * nsamples:
+                raise InputError(f"calibration text {source} has {len(ids)} tokens, fewer than one window of --seqlen {seqlen}: "
+                                 f"give a longer text or a smaller --seqlen")
+    return torch.tensor(samples)

@@ -1,0 +1,132 @@
+"""Rebuild the model that ships: a tokenizer and a LLaMA trained on the standard library of the Python that runs this.
+
+    python -m data.train_tiny --compile           (about an hour on two CPU cores; after a stop, run it again: it goes on)
+
+Windows of text are drawn at random, three in ten from the documentation and the others from source code. AdamW, warm-up
+and cosine to zero, bf16 arithmetic on float32 weights; the weights that end up in the folder are bf16. The validation
+text is read while training, the test text never.
+"""
+
+import io
+import math
+import shutil
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from data.command import InputError, parser, record, run, start, write_atomically
+from data.stdlib import stdlib_source, stdlib_text
+from data.text import windows
+from data.tokenizer import SentencePiece
+from gpt import GPT, Config
+
+CONFIG = dict(
+    architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=4096, hidden_size=256, intermediate_size=688,
+    num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, head_dim=64, hidden_act="silu", rms_norm_eps=1e-5,
+    rope_theta=10000.0, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+    attention_bias=False, mlp_bias=False, torch_dtype="bfloat16")
+
+
+def train_tokenizer(path, text, vocab_size):
+    """A SentencePiece BPE tokenizer of LLaMA's kind: spaces are kept, unknown characters fall back to bytes."""
+    import sentencepiece
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(line for line in text.split("\n") if line), model_writer=model, model_type="bpe",
+        vocab_size=vocab_size, byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        split_digits=True, allow_whitespace_only_pieces=True, max_sentence_length=20000, num_threads=1, minloglevel=2)
+    write_atomically(path, lambda beside: beside.write_bytes(model.getvalue()))
+
+
+def learning_rate(step, steps, peak, warmup):
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+@torch.no_grad()
+def validation_loss(model, ids):
+    return torch.stack([F.cross_entropy(model(x[:, :-1]).float().flatten(0, 1), x[:, 1:].flatten()) for x in ids.split(32)]).mean()
+
+
+def main():
+    p = parser(__doc__)
+    p.add_argument("--out", default="data/tiny", help="the folder that is filled")
+    p.add_argument("--steps", type=int, default=3000)
+    p.add_argument("--batch", type=int, default=32, help="windows a step")
+    p.add_argument("--seqlen", type=int, default=256, help="tokens a window")
+    p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
+    p.add_argument("--compile", action="store_true", help="torch.compile: half as fast again, needs a C++ compiler")
+    p.add_argument("--save-every", type=int, default=100, help="steps between validations and checkpoints")
+    args = p.parse_args()
+    start(args)
+    work = Path(args.out + ".training")  # the tokenizer and the state of an unfinished run
+    work.mkdir(parents=True, exist_ok=True)
+    state_file = work / "state.pt"
+
+    docs, source = stdlib_text("train"), stdlib_source()
+    if not (work / "tokenizer.model").is_file():
+        print("training the tokenizer ...", flush=True)
+        train_tokenizer(work / "tokenizer.model", docs + "\n" + source, CONFIG["vocab_size"])
+    tokenizer = SentencePiece(work / "tokenizer.model")
+    streams = [torch.tensor(tokenizer.encode(text)) for text in (docs, source)]
+    held_out = windows(tokenizer.encode(stdlib_text("validation")), args.seqlen + 1).to(args.device)
+    print(f"{len(streams[0]):,} tokens of documentation, {len(streams[1]):,} of source, {held_out.numel():,} for validation")
+
+    model = GPT(Config.from_dict(CONFIG)).to(args.device)
+    for name, weight in model.named_parameters():  # GPT-2's initialisation, residual projections scaled by depth
+        if weight.dim() == 2:
+            scale = (2 * CONFIG["num_hidden_layers"]) ** -0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
+            torch.nn.init.normal_(weight, std=0.02 * scale)
+    matrices = [w for w in model.parameters() if w.dim() == 2]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1},
+                                   {"params": [w for w in model.parameters() if w.dim() < 2], "weight_decay": 0.0}],
+                                  lr=args.lr, betas=(0.9, 0.95))
+    first, history = 0, []
+    if state_file.is_file():
+        state = torch.load(state_file, map_location=args.device, weights_only=True)
+        if state["options"] != [args.steps, args.batch, args.seqlen, args.lr, args.seed]:
+            raise InputError(f"{state_file} belongs to a run with other options: delete it or choose another --out")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, history = state["step"], state["history"]
+        print(f"going on at step {first}")
+
+    forward = torch.compile(model) if args.compile else model
+    begin = time.perf_counter()
+    for step in range(first, args.steps):
+        rng = torch.Generator().manual_seed(args.seed * 1_000_003 + step)  # the step alone decides the batch: resuming is exact
+        batch = []
+        for _ in range(args.batch):
+            stream = streams[int(torch.rand(1, generator=rng) >= 0.3)]
+            at = torch.randint(len(stream) - args.seqlen, (1,), generator=rng).item()
+            batch.append(stream[at:at + args.seqlen + 1])
+        ids = torch.stack(batch).to(args.device)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args.steps, args.lr, warmup=100)
+        with torch.autocast(torch.device(args.device).type, torch.bfloat16):
+            loss = F.cross_entropy(forward(ids[:, :-1]).float().flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % 10 == 0:
+            seconds = (time.perf_counter() - begin) / (step + 1 - first)
+            print(f"step {step + 1:5d}/{args.steps}  loss {loss.item():6.3f}  {seconds:5.2f} s/step  "
+                  f"{args.batch * args.seqlen / seconds:6.0f} tokens/s  {seconds * (args.steps - step - 1) / 60:5.1f} min left", flush=True)
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            with torch.autocast(torch.device(args.device).type, torch.bfloat16):
+                history.append((step + 1, validation_loss(model, held_out).item()))
+            print(f"step {step + 1:5d}  validation loss {history[-1][1]:.4f}  perplexity {math.exp(history[-1][1]):.2f}", flush=True)
+            state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1, history=history,
+                         options=[args.steps, args.batch, args.seqlen, args.lr, args.seed])
+            write_atomically(state_file, lambda beside: torch.save(state, beside))
+    model.bfloat16().save_pretrained(args.out, tokenizer_from=work)
+    shutil.rmtree(work)
+    record(args, {"validation_loss": history, "parameters": sum(w.numel() for w in model.parameters())})
+
+
+if __name__ == "__main__":
+    run(main)
