@@ -32,7 +32,7 @@ def perplexity(model, ids, seqlen, batch=8, progress=False):
     positions = torch.arange(seqlen, device=device)
     rope = rotary(model.config, positions)
     total = 0.0
-    bar = tqdm(total=len(x) * len(model.model.layers), desc="perplexity", unit="window-block", disable=not progress, leave=False)
+    bar = tqdm(total=len(x) * len(model.model.layers), desc="perplexity", unit="window-block", disable=None if progress else True, leave=False)
     for group in [x] if model.streams else x.split(batch):
         hidden = [model.embed(part.to(device)) for part in group.split(batch)]
         for block in model.blocks():

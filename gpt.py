@@ -1,14 +1,15 @@
-"""A LLaMA in one file: configuration, blocks, checkpoints, generation.
+"""A LLaMA in one file: configuration, blocks, its relatives, checkpoints, generation.
 
 The model is the decoder of LLaMA (Touvron et al. 2023): x = embed(ids); for every block
     x = x + attention(norm(x));   x = x + mlp(norm(x))
 then logits = head(norm(x)). Norms are RMSNorm, positions are rotary embeddings in the split-half form (so that Hugging
-Face weights load unchanged), several query heads may share one key/value head, the MLP is SwiGLU. Which of its
-relatives a checkpoint is, its config.json says; nothing about a checkpoint is assumed here.
+Face weights load unchanged), several query heads may share one key/value head, the MLP is SwiGLU. Where a relative
+(Mistral, Qwen, OPT, GPT-2) differs, a field of `Config` says so, and the table FAMILIES fills these fields; nothing about
+a checkpoint is assumed that its config.json does not say.
 
-Parameter names are those of Hugging Face's LLaMA, and a checkpoint is a Hugging Face folder: what is saved here loads in
-`transformers` and the other way round. Blocks can be read one at a time (`stream=True`), so a model may be larger than
-memory.
+Parameter names are those of Hugging Face's LLaMA whatever the family, every projection is an nn.Linear of its own, and a
+checkpoint is a Hugging Face folder under the family's own names: what is saved here loads in `transformers` and the other
+way round. Blocks can be read one at a time (`stream=True`), so a model may be larger than memory.
 
     python gpt.py --prompt "Return the"
     python gpt.py --model llama2-7b --prompt "The capital of France is"
@@ -18,10 +19,15 @@ Shapes: B batch, T tokens, S tokens in the cache, C = hidden_size, H query heads
 
 import json
 import math
+import pickle
+import re
 import shutil
 import time
+import zipfile
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Callable
 
 import torch
 import torch.nn as nn
@@ -32,6 +38,8 @@ from safetensors.torch import save_file
 from data import load_tokenizer
 from data.command import InputError, parser, record, run, start, write_atomically
 from data.hub import model_folder
+
+ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh")}
 
 
 @dataclass
@@ -48,26 +56,69 @@ class Config:
     rope_theta: float
     tie_word_embeddings: bool
     raw: dict = field(repr=False, default_factory=dict)
+    # what some checkpoints and the relatives change; the values here are those of the first LLaMA
+    rope_scaling: dict = field(default_factory=dict)  # rotary angles for longer contexts: "llama3" or "linear"
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMSNorm of every query and key head
+    windows: tuple = ()  # for every layer, to how many tokens attention reaches, itself included; None: to all
+    activation: str = "silu"
+    gated: bool = True  # down(act(gate(x)) * up(x)), else down(act(up(x)))
+    layer_norm: bool = False  # LayerNorm with a bias instead of RMSNorm
+    post_norm: bool = False  # norm(x + f(x)) instead of x + f(norm(x)), and no norm before the head
+    positions: int = 0  # so many learned position embeddings instead of rotary ones
+    position_offset: int = 0  # the row of the first position in their table
+    embed_size: int | None = None  # narrower embedding and head, projected to and from hidden_size
 
     @classmethod
     def from_dict(cls, raw):
         """raw: the content of a config.json. Raises InputError where it is not one that this file can run."""
-        if raw.get("model_type") != "llama":
-            raise InputError(f"config.json: model_type {raw.get('model_type')!r} is not supported (llama is)")
-        if raw.get("hidden_act", "silu") != "silu":
-            raise InputError(f"config.json: hidden_act {raw['hidden_act']!r} is not supported (silu is)")
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise InputError(f"config.json: rotary scaling {rope} is not supported")
-        heads = raw["num_attention_heads"]
-        return cls(
-            vocab_size=raw["vocab_size"], hidden_size=raw["hidden_size"], intermediate_size=raw["intermediate_size"],
-            num_hidden_layers=raw["num_hidden_layers"], num_attention_heads=heads,
-            num_key_value_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),  # the Hub's own default where a file leaves it out
-            rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
-            tie_word_embeddings=raw.get("tie_word_embeddings", False), raw=raw)
+        if raw.get("model_type") not in FAMILIES:
+            raise InputError(f"config.json: model_type {raw.get('model_type')!r} is not supported "
+                             f"({', '.join(FAMILIES)} are)")
+        said = {"hidden_act": "silu", **raw, **FAMILIES[raw["model_type"]].config(raw)}  # in LLaMA's words
+        heads, layers, bias = said["num_attention_heads"], said["num_hidden_layers"], said.get("attention_bias", False)
+        rope = said.get("rope_parameters") or said.get("rope_scaling") or {}
+        reach = said.get("sliding_window") if said.get("use_sliding_window") else None
+        slides = said.get("layer_types") or ["sliding_attention" if i >= said["first_sliding_layer"] else "full_attention"
+                                             for i in range(layers if reach else 0)]
+        config = cls(
+            vocab_size=said["vocab_size"], hidden_size=said["hidden_size"], intermediate_size=said["intermediate_size"],
+            num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=said.get("num_key_value_heads") or heads,
+            head_dim=said.get("head_dim") or said["hidden_size"] // heads,
+            rms_norm_eps=said.get("rms_norm_eps", 1e-6),  # the Hub's own default where a file leaves it out
+            rope_theta=rope.get("rope_theta") or said.get("rope_theta") or 10000.0, rope_scaling=rope,
+            tie_word_embeddings=said.get("tie_word_embeddings", False), raw=raw,
+            qkv_bias=said.get("qkv_bias", bias), o_bias=bias, mlp_bias=said.get("mlp_bias", False),
+            windows=tuple(reach if kind == "sliding_attention" else None for kind in slides) if reach else (),
+            activation=said["hidden_act"],
+            **{name: said[name] for name in ("qk_norm", "gated", "layer_norm", "post_norm", "positions", "position_offset",
+                                             "embed_size") if name in said})
+        config.check()
+        return config
+
+    def check(self):
+        """Raise InputError where config.json asks for something that this file does not compute."""
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "num_key_value_heads", "head_dim"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise InputError(f"config.json: {name} {getattr(self, name)!r} is not a positive whole number")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(f"config.json: {self.num_attention_heads} attention heads can't share "
+                             f"{self.num_key_value_heads} key/value heads evenly")
+        if self.activation not in ACTIVATIONS:
+            raise InputError(f"config.json: activation {self.activation!r} is not supported ({', '.join(ACTIVATIONS)} are)")
+        if self.rope_kind not in ("default", "linear", "llama3"):
+            raise InputError(f"config.json: rotary scaling {self.rope_kind!r} is not supported (linear and llama3 are)")
+        for name, usual in UNUSUAL.items():
+            if self.raw.get(name) not in (None, usual):
+                raise InputError(f"config.json: {name} {self.raw[name]!r} is not supported")
+
+    @property
+    def rope_kind(self):
+        return self.rope_scaling.get("rope_type", self.rope_scaling.get("type", "default"))
 
 
 # ------------------------------------------------------------------------------------------------------ the model
@@ -83,10 +134,26 @@ class RMSNorm(nn.Module):
         return self.weight * normed.to(x.dtype)
 
 
+def norm(c):
+    return (nn.LayerNorm if c.layer_norm else RMSNorm)(c.hidden_size, eps=c.rms_norm_eps)
+
+
 def rotary(config, positions):
-    """cos and sin [T, D] of the angles by which positions [T] turn each pair (i, i + D/2) of a head's features."""
+    """cos and sin [T, D] of the angles by which positions [T] turn each pair (i, i + D/2) of a head's features; None for
+    a model whose positions are learned."""
+    if config.positions:
+        return None
     pairs = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
-    angle = positions[:, None].float() * (1.0 / config.rope_theta ** pairs)  # [T, D/2]
+    frequency = 1.0 / config.rope_theta ** pairs  # [D/2], radians per token
+    scaling = config.rope_scaling
+    if config.rope_kind == "linear":
+        frequency = frequency / scaling["factor"]
+    if config.rope_kind == "llama3":  # pairs that turn often in the original context keep their speed, slow ones are stretched
+        turns = frequency * scaling["original_max_position_embeddings"] / (2 * math.pi)
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (kept + (1 - kept) / scaling["factor"])
+    angle = positions[:, None].float() * frequency  # [T, D/2]
     return torch.cat([angle, angle], -1).cos(), torch.cat([angle, angle], -1).sin()
 
 
@@ -97,51 +164,67 @@ def rotate(x, cos, sin):
 
 
 class Attention(nn.Module):
-    def __init__(self, c):
+    def __init__(self, c, window=None):
         super().__init__()
-        self.c = c
-        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=False)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
-        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+        self.c, self.window = c, window
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.o_bias)
+        if c.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps), RMSNorm(c.head_dim, c.rms_norm_eps)
 
     def forward(self, x, positions, rope, cache=None):
         B, T, _ = x.shape
         q, k, v = (p(x).view(B, T, -1, self.c.head_dim).transpose(1, 2)  # [B, H or K, T, D]
                    for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, *rope), rotate(k, *rope)
-        mask = None
+        if self.c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = (old.index_copy_(2, positions, new) for old, new in zip(cache, (k, v)))  # [B, K, S, D]
-            mask = positions[:, None] >= torch.arange(k.shape[2], device=x.device)  # [T, S]
+        mask = None
+        if cache is not None or (self.window and T > self.window):
+            back = positions[:, None] - torch.arange(k.shape[2], device=x.device)  # [T, S], how far each key lies back
+            mask = (back >= 0) & (back < self.window) if self.window else back >= 0
         groups = self.c.num_attention_heads // self.c.num_key_value_heads
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)  # [B, H, S, D]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=cache is None)
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)  # [B, H, S, D]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+        if c.gated:
+            self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+        self.gated, self.act = c.gated, ACTIVATIONS[c.activation]
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.gated:
+            return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.act(self.up_proj(x)))
 
 
 class Block(nn.Module):
-    def __init__(self, c):
+    def __init__(self, c, layer=0):
         super().__init__()
-        self.self_attn = Attention(c)
+        self.self_attn = Attention(c, c.windows[layer] if c.windows else None)
         self.mlp = MLP(c)
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.input_layernorm = norm(c)
+        self.post_attention_layernorm = norm(c)
+        self.post_norm = c.post_norm
 
     def forward(self, x, positions, rope, cache=None):
         """x [B, T, C] at positions [T] -> [B, T, C]. rope: rotary(config, positions). cache: this block's (keys, values)
         [B, K, S, D], written at `positions`; without one, x is the whole sequence."""
+        if self.post_norm:
+            x = self.input_layernorm(x + self.self_attn(x, positions, rope, cache))
+            return self.post_attention_layernorm(x + self.mlp(x))
         x = x + self.self_attn(self.input_layernorm(x), positions, rope, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -150,27 +233,56 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
+        width = c.embed_size or c.hidden_size
         self.model = nn.ModuleDict(dict(
-            embed_tokens=nn.Embedding(c.vocab_size, c.hidden_size),
-            layers=nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers)),
-            norm=RMSNorm(c.hidden_size, c.rms_norm_eps)))
-        self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
-        if c.tie_word_embeddings:
+            embed_tokens=nn.Embedding(c.vocab_size, width),
+            layers=nn.ModuleList(Block(c, i) for i in range(c.num_hidden_layers)),
+            norm=nn.Identity() if c.post_norm else norm(c)))
+        if c.positions:
+            self.model["embed_positions"] = nn.Embedding(c.position_offset + c.positions, c.hidden_size)
+        if width != c.hidden_size:
+            self.model["project_in"] = nn.Linear(width, c.hidden_size, bias=False)
+            self.model["project_out"] = nn.Linear(c.hidden_size, width, bias=False)
+        self.lm_head = nn.Linear(width, c.vocab_size, bias=False)
+        self.tie()
+
+    def tie(self):
+        if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def embed(self, ids):
-        return self.model.embed_tokens(ids)
+    def embed(self, ids, positions=None):
+        """ids [B, T] -> x [B, T, C]; learned positions [T] (None: from 0) are added where the model has them."""
+        x = self.model.embed_tokens(ids)
+        if "project_in" in self.model:
+            x = self.model.project_in(x)
+        if self.config.positions:
+            self.fits(ids.shape[1])
+            positions = torch.arange(ids.shape[1], device=ids.device) if positions is None else positions
+            x = x + self.model.embed_positions(positions + self.config.position_offset)
+        return x
 
     def head(self, x):
-        return self.lm_head(self.model.norm(x))
+        """x [B, T, C] -> logits [B, T, vocab]."""
+        x = self.model.norm(x)
+        return self.lm_head(self.model.project_out(x) if "project_out" in self.model else x)
 
     def forward(self, ids, positions=None, caches=None):
         """ids [B, T] -> logits [B, T, vocab]. With caches (one per block) only the tokens at `positions` [T] are new."""
         positions = torch.arange(ids.shape[1], device=ids.device) if positions is None else positions
-        x, rope = self.embed(ids), rotary(self.config, positions)
-        for i, block in enumerate(self.model.layers):
+        return self.head(self.hidden(ids, positions, rotary(self.config, positions), caches))
+
+    def hidden(self, ids, positions, rope, caches=None):
+        """`forward` up to the head: the last block's output [B, T, C]."""
+        x = self.embed(ids, positions)
+        for i, block in enumerate(self.blocks()):
             x = block(x, positions, rope, caches[i] if caches else None)
-        return self.head(x)
+        return x
+
+    def fits(self, tokens):
+        """Raise InputError if a text of so many tokens has more positions than the model has learned."""
+        if self.config.positions and tokens > self.config.positions:
+            raise InputError(f"{tokens} tokens are too many for this model, which has learned {self.config.positions} "
+                             f"positions: use fewer")
 
     # generation
 
@@ -184,11 +296,15 @@ class GPT(nn.Module):
     def stream(self, ids, max_new_tokens, temperature=1.0, top_k=None):
         """Yield `max_new_tokens` times the next token [B, 1] of ids [B, T]. temperature 0 takes the most likely token;
         top_k samples among the k most likely ones."""
-        T = ids.shape[1]
-        caches = self.new_caches(ids.shape[0], T + max_new_tokens)
-        positions = torch.arange(T, device=ids.device)
+        B, T = ids.shape
+        self.fits(T + max_new_tokens)
+        caches = self.new_caches(B, T + max_new_tokens)
+        everywhere = torch.arange(T + max_new_tokens, device=ids.device)
+        angles = rotary(self.config, everywhere)
+        positions = everywhere[:T]
         for _ in range(max_new_tokens):
-            logits = self(ids, positions, caches)[:, -1].float()  # [B, vocab]
+            rope = angles and (angles[0][positions], angles[1][positions])
+            logits = self.head(self.hidden(ids, positions, rope, caches)[:, -1]).float()  # [B, vocab]
             if top_k is not None:
                 logits[logits < logits.topk(min(top_k, logits.shape[-1]))[0][:, -1:]] = -math.inf
             if temperature == 0:
@@ -210,18 +326,19 @@ class GPT(nn.Module):
         stream=True leaves the blocks on disk for `blocks()` to read one by one.
         Raises InputError where a tensor is missing, superfluous, of another shape or not finite."""
         checkpoint = Checkpoint(model_folder(name_or_dir))
-        if dtype is None and torch.device(device).type == "cpu":
-            dtype = torch.float32
+        if dtype is None:
+            dtype = torch.float32 if torch.device(device).type == "cpu" else checkpoint.dtype("model.embed_tokens.weight")
         with torch.device("meta"):
             model = cls(checkpoint.config)
         model.source, model.streams = checkpoint, stream
         model.place = dict(device=device, dtype=dtype)
-        for name, part in [("model.embed_tokens", model.model.embed_tokens), ("model.norm", model.model.norm),
-                           ("lm_head", model.lm_head)]:
-            if name == "lm_head" and model.config.tie_word_embeddings:
-                model.lm_head.weight = model.model.embed_tokens.weight
-            else:
-                checkpoint.load(part, name, **model.place)
+        for name, part in model.model.items():
+            if name != "layers":
+                checkpoint.load(part, f"model.{name}", **model.place)
+        if model.config.tie_word_embeddings:
+            model.tie()
+        else:
+            checkpoint.load(model.lm_head, "lm_head", **model.place)
         if not stream:
             for i, block in enumerate(model.model.layers):
                 checkpoint.load(block, f"model.layers.{i}", **model.place)
@@ -232,88 +349,194 @@ class GPT(nn.Module):
         for i, block in enumerate(self.model.layers):
             if self.streams:
                 with torch.device("meta"):
-                    block = Block(self.config)
+                    block = Block(self.config, i)
                 self.source.load(block.eval(), f"model.layers.{i}", **self.place)
             yield block
 
     def save_pretrained(self, dir, tokenizer_from=None):
         """Write a Hugging Face folder: config.json, model.safetensors, and the tokenizer files of another folder (None: of
         the one that the model was loaded from)."""
-        tensors = {k: v for k, v in self.state_dict().items() if not (k == "lm_head.weight" and self.config.tie_word_embeddings)}
-        dtype = str(self.lm_head.weight.dtype).removeprefix("torch.")
-        with CheckpointWriter(dir, self.config.raw | {"torch_dtype": dtype},
+        tensors = self.state_dict()
+        if self.config.tie_word_embeddings:
+            del tensors["lm_head.weight"]
+        raw = self.config.raw
+        key = "dtype" if "dtype" in raw else "torch_dtype"  # the name that transformers 5 or 4 gives it
+        with CheckpointWriter(dir, raw | {key: str(self.lm_head.weight.dtype).removeprefix("torch.")},
                               tokenizer_from or (self.source and self.source.folder)) as out:
             out.write("model.safetensors", tensors)
 
     source, streams = None, False  # the checkpoint that from_pretrained read
 
 
+# -------------------------------------------------------------------------------------------------- the relatives
+
+@dataclass
+class Family:
+    """How a relative of LLaMA differs: `config` says what its config.json means in LLaMA's words and in the fields of
+    `Config`; `names` turn our tensor names into its own, in this order. conv1d: the block's weights are transposed, and
+    q, k, v are one tensor."""
+    config: Callable[[dict], dict] = lambda raw: {}
+    names: tuple = ()
+    conv1d: bool = False
+
+    def name(self, ours):
+        for old, new in self.names:
+            ours = ours.replace(old, new)
+        return ours
+
+    def theirs(self, tensors):
+        """Our tensors {name: tensor} under the family's names and in its layout; q, k, v of a layer must be together."""
+        parts = {}
+        for name, value in tensors.items():
+            if self.conv1d and PROJECTION.search(name):
+                value = value.t()  # a bias stays as it is
+            parts.setdefault(self.name(name), {})[name] = value
+        for name, part in parts.items():
+            assert len(part) == 1 + 2 * ("c_attn" in name), f"{name} needs q, k and v, not only {list(part)}"
+        return {name: torch.cat([part[k] for k in sorted(part, key=QKV)], -1) if len(part) > 1 else next(iter(part.values()))
+                for name, part in parts.items()}
+
+    def ours(self, name, value):
+        """The tensor that we call `name` out of the family's `value`."""
+        if not (self.conv1d and PROJECTION.search(name)):
+            return value
+        return (value.chunk(3, -1)[QKV(name)] if "c_attn" in self.name(name) else value).t()
+
+
+PROJECTION = re.compile(r"\.(self_attn|mlp)\.\w+\.(weight|bias)$")
+
+
+def QKV(name):
+    return ("q_proj", "k_proj", "v_proj").index(name.split(".")[-2])
+
+
+def qwen(raw):
+    return dict(first_sliding_layer=raw.get("max_window_layers", 28))
+
+
+FAMILIES = {
+    "llama": Family(),
+    "mistral": Family(lambda raw: dict(
+        use_sliding_window=True, sliding_window=raw.get("sliding_window", 4096), first_sliding_layer=0, layer_types=None)),
+    "qwen2": Family(lambda raw: dict(qkv_bias=True, **qwen(raw))),
+    "qwen3": Family(lambda raw: dict(qk_norm=True, **qwen(raw))),
+    "opt": Family(lambda raw: dict(
+        intermediate_size=raw["ffn_dim"], hidden_act=raw["activation_function"], gated=False, rms_norm_eps=1e-5,
+        attention_bias=raw.get("enable_bias", True), mlp_bias=raw.get("enable_bias", True), layer_norm=True,
+        post_norm=not raw["do_layer_norm_before"], positions=raw["max_position_embeddings"], position_offset=2,
+        embed_size=raw["word_embed_proj_dim"], tie_word_embeddings=raw.get("tie_word_embeddings", True)),
+        names=(("model.norm", "model.final_layer_norm"), ("model.", "model.decoder."), (".mlp.up_proj", ".fc1"),
+               (".mlp.down_proj", ".fc2"), ("self_attn.o_proj", "self_attn.out_proj"),
+               ("input_layernorm", "self_attn_layer_norm"), ("post_attention_layernorm", "final_layer_norm"))),
+    "gpt2": Family(lambda raw: dict(
+        hidden_size=raw["n_embd"], intermediate_size=raw.get("n_inner") or 4 * raw["n_embd"], gated=False,
+        num_hidden_layers=raw["n_layer"], num_attention_heads=raw["n_head"], hidden_act=raw["activation_function"],
+        rms_norm_eps=raw["layer_norm_epsilon"], attention_bias=True, mlp_bias=True, layer_norm=True,
+        positions=raw["n_positions"], tie_word_embeddings=raw.get("tie_word_embeddings", True)),
+        names=(("model.embed_tokens", "transformer.wte"), ("model.embed_positions", "transformer.wpe"),
+               ("model.norm", "transformer.ln_f"), ("model.layers", "transformer.h"), ("input_layernorm", "ln_1"),
+               ("post_attention_layernorm", "ln_2"), ("self_attn.q_proj", "attn.c_attn"), ("self_attn.k_proj", "attn.c_attn"),
+               ("self_attn.v_proj", "attn.c_attn"), ("self_attn.o_proj", "attn.c_proj"), ("mlp.up_proj", "mlp.c_fc"),
+               ("mlp.down_proj", "mlp.c_proj")),
+        conv1d=True),
+}
+
+# what a config.json may also ask for, and the only value that is computed here
+UNUSUAL = {"quantization_config": None, "partial_rotary_factor": 1.0, "layer_norm_elementwise_affine": True,
+           "_remove_final_layer_norm": False, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+           "add_cross_attention": False}
+
+
 # --------------------------------------------------------------------------------------------------- checkpoints
 
 TOKENIZER_FILES = ["tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
-                   "merges.txt", "generation_config.json"]
+                   "merges.txt", "added_tokens.json", "generation_config.json"]
+BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$")  # constants that old files carry along
+
+
+def bare(name):
+    """A tensor's name without the prefixes that files of the same family have or lack."""
+    return re.sub(r"^(model\.|decoder\.|transformer\.)*", "", name)
+
+
+def read_tensors(path, names=None):
+    """{name: tensor} of a safetensors or a PyTorch file, all or some; memory-mapped: only what is touched is read."""
+    try:
+        if path.suffix == ".bin":  # files from before torch 1.6 are no zip archives and can't be mapped
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return {k: tensors[k] for k in (tensors if names is None else names)}
+        with safe_open(path, framework="pt") as f:
+            return {k: f.get_tensor(k) for k in (f.keys() if names is None else names)}
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing; is the download complete?") from None
+    except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
+        raise InputError(f"{path} can't be read, it is truncated or damaged ({str(e).splitlines()[0]}); fetch it again") from None
 
 
 class Checkpoint:
-    """A Hugging Face folder opened for reading: `config`, and tensors read from safetensors when they are asked for.
+    """A Hugging Face folder opened for reading: `config`, and tensors under our names, read when they are asked for.
 
     Opening reads only headers and compares them with the model's parameters, so a checkpoint that does not fit is
-    refused before any work is done."""
+    refused before any work is done. `files` {name: path}, `shapes` {name: shape}."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
         try:
             self.config = Config.from_dict(json.loads((self.folder / "config.json").read_text()))
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as e:
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as e:
             raise InputError(f"{self.folder / 'config.json'} is not a model's configuration: {type(e).__name__} {e}") from None
+        self.family = FAMILIES[self.config.raw["model_type"]]
         with torch.device("meta"):
-            model = GPT(self.config)
-        self.files, self.shapes = self._headers()
-        tied = {"lm_head.weight"} if self.config.tie_word_embeddings else set()
-        wanted = {k: tuple(v.shape) for k, v in model.state_dict().items() if k not in tied}
-        found = {k for k in self.files if k not in tied and not k.endswith("rotary_emb.inv_freq")}  # old files carry the latter
-        for name in sorted(wanted.keys() | found):
-            if name not in found:
+            parameters = GPT(self.config).state_dict()
+        if self.config.tie_word_embeddings:
+            del parameters["lm_head.weight"]
+        found = {}  # {bare name: (path, name in the file, tensor)}
+        for path in self._weight_files():
+            for name, value in read_tensors(path).items():
+                if not BUFFERS.search(name) and not (name == "lm_head.weight" and self.config.tie_word_embeddings):
+                    found[bare(name)] = (path, name, value)
+        wanted = {bare(name): (name, value.shape) for name, value in self.family.theirs(parameters).items()}
+        for key, (name, shape) in wanted.items():
+            if key not in found:
                 raise InputError(f"{self.folder}: the tensor {name} is missing; is the download complete?")
-            if name not in wanted:
-                raise InputError(f"{self.folder}: the tensor {name} has no place in this model; is config.json the right one?")
-            if self.shapes[name] != wanted[name]:
-                raise InputError(f"{self.folder}: {name} has shape {self.shapes[name]}, config.json implies {wanted[name]}")
+            if found[key][2].shape != shape:
+                raise InputError(f"{self.folder}: {name} has shape {tuple(found[key][2].shape)}, "
+                                 f"config.json implies {tuple(shape)}")
+        for key in found.keys() - wanted.keys():
+            raise InputError(f"{self.folder}: the tensor {found[key][1]} has no place in this model; "
+                             f"is config.json the right one?")
+        here = {name: found[bare(self.family.name(name))] for name in parameters}
+        self.files = {name: path for name, (path, _, _) in here.items()}
+        self.shapes = {name: tuple(value.shape) for name, value in parameters.items()}
+        self._names = {name: theirs for name, (_, theirs, _) in here.items()}
+        self._dtypes = {name: value.dtype for name, (_, _, value) in here.items()}
 
-    def _headers(self):
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (json.JSONDecodeError, KeyError, AttributeError) as e:
-                raise InputError(f"{index} is not an index of safetensors files: {type(e).__name__} {e}") from None
-        else:
-            names = ["model.safetensors"]
-        files, shapes = {}, {}
-        for name in names:
-            for tensor, view in self._open(self.folder / name, lambda f: [(k, f.get_slice(k)) for k in f.keys()]):
-                files[tensor], shapes[tensor] = self.folder / name, tuple(view.get_shape())
-        return files, shapes
-
-    def _open(self, path, read):
+    def _weight_files(self):
+        """safetensors where there are any, else pytorch_model*.bin; with an index, the files that it names."""
+        names = ["model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin"]
+        name = next((n for n in names if (self.folder / n).is_file()), "model.safetensors")
+        if not name.endswith(".json"):
+            return [self.folder / name]
         try:
-            with safe_open(path, framework="pt") as f:
-                return read(f)
-        except FileNotFoundError:
-            raise InputError(f"{path} is missing; is the download complete?") from None
-        except (SafetensorError, OSError) as e:
-            raise InputError(f"{path} can't be read, it is truncated or damaged ({e}); fetch it again") from None
+            return [self.folder / n for n in sorted(set(json.loads((self.folder / name).read_text())["weight_map"].values()))]
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as e:
+            raise InputError(f"{self.folder / name} is not an index of weights: {type(e).__name__} {e}") from None
 
     def tensor(self, name):
-        """One tensor as it is on disk. Raises InputError if a value is not finite."""
-        value = self._open(self.files[name], lambda f: f.get_tensor(name))
-        if not value.isfinite().all():
-            raise InputError(f"{self.files[name]}: {name} holds NaN or infinite values")
+        """One tensor under our name, as it is on disk. Raises InputError if a value is not finite."""
+        path, theirs = self.files[name], self._names[name]
+        value = self.family.ours(name, read_tensors(path, [theirs])[theirs])
+        if not torch.stack(value.aminmax()).isfinite().all():  # a NaN is the minimum and maximum of its tensor
+            raise InputError(f"{path}: {theirs} holds NaN or infinite values")
         return value
+
+    def dtype(self, name):
+        """The dtype that one tensor has on disk."""
+        return self._dtypes[name]
 
     def load(self, module, prefix, device, dtype):
         """Fill all parameters of a module (on the meta device) with the tensors below `prefix`."""
-        state = {k: self.tensor(f"{prefix}.{k}").to(device=device, dtype=dtype) for k in module.state_dict()}
+        state = {k: self.tensor(f"{prefix}.{k}").to(device=device, dtype=dtype).contiguous() for k in module.state_dict()}
         module.load_state_dict(state, assign=True)
 
 
@@ -325,6 +548,7 @@ class CheckpointWriter:
 
     def __init__(self, folder, raw_config, tokenizer_from=None, keep=None):
         self.folder, self.raw, self.keep = Path(folder), raw_config, keep
+        self.family = FAMILIES[raw_config["model_type"]]
         self.partial = self.folder.absolute().with_name(self.folder.absolute().name + ".partial")
         self.tokenizer_from = tokenizer_from
         if tokenizer_from and self.folder.exists() and self.folder.samefile(tokenizer_from):
@@ -347,9 +571,14 @@ class CheckpointWriter:
     def done(self, file):
         return (self.partial / file).is_file()
 
+    def load(self, file, module, prefix):
+        """Fill a module with the tensors below `prefix` of a file that is done."""
+        held, names = read_tensors(self.partial / file), {k: f"{prefix}.{k}" for k in module.state_dict()}
+        module.load_state_dict({k: self.family.ours(name, held[self.family.name(name)]) for k, name in names.items()})
+
     def write(self, file, tensors):
-        """Write one safetensors file, whole or not at all."""
-        tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        """Write {our name: tensor} as one safetensors file under the family's names, whole or not at all."""
+        tensors = {k: v.detach().cpu().contiguous() for k, v in self.family.theirs(tensors).items()}
 
         def write(path):
             try:
@@ -367,8 +596,7 @@ class CheckpointWriter:
         if [s.name for s in shards] != ["model.safetensors"]:
             weights, size = {}, 0
             for shard in shards:
-                with safe_open(shard, framework="pt") as f:
-                    weights |= dict.fromkeys(f.keys(), shard.name)
+                weights |= dict.fromkeys(read_tensors(shard), shard.name)
                 size += shard.stat().st_size
             index = json.dumps({"metadata": {"total_size": size}, "weight_map": weights}, indent=1)
             write_atomically(self.partial / "model.safetensors.index.json", lambda path: path.write_text(index))

@@ -1,13 +1,30 @@
-"""Tokenizers read from a Hugging Face folder: SentencePiece (`tokenizer.model`) or byte-level BPE (`tokenizer.json`)."""
+"""Tokenizers read from a Hugging Face folder, with the ids that the models' own tokenizers give.
 
+`tokenizer.model` is SentencePiece (LLaMA 1 and 2, Vicuna, Mistral, TinyLlama). Else it is byte-level BPE (GPT-2, OPT,
+LLaMA 3, Qwen, SmolLM), which goes in four steps, all described by `tokenizer.json`: added tokens such as <|endoftext|> are
+cut out; the rest is normalized (or not); regular expressions cut it into pieces; tiktoken merges the bytes of each piece.
+"""
+
+import functools
 import json
+import unicodedata
 
 from data.command import InputError
 from data.hub import model_folder
 
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def read_json(path):
+    """The content of a JSON file, {} where there is no file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as e:
+        raise InputError(f"{path} is damaged ({e}); fetch it again") from None
+
 
 class SentencePiece:
-    """LLaMA 1 and 2, TinyLlama, Mistral: `tokenizer.model`. BOS is put before every text."""
+    """`tokenizer.model`. BOS comes first, unless tokenizer_config.json says otherwise; "<s>" in a text is just a text."""
 
     def __init__(self, path):
         from sentencepiece import SentencePieceProcessor
@@ -16,14 +33,177 @@ class SentencePiece:
         except (RuntimeError, OSError) as e:
             raise InputError(f"{path} is not a SentencePiece model: {e}") from None
         self.vocab_size, self.bos = self.model.vocab_size(), self.model.bos_id()
+        self.first = [self.bos] if read_json(path.with_name("tokenizer_config.json")).get("add_bos_token", True) else []
 
     def encode(self, text):
         """text -> list of ids, BOS first."""
-        return [self.bos] + self.model.encode(text)
+        return self.first + self.model.encode(text)
 
     def decode(self, ids):
-        """ids -> text, special tokens left out."""
-        return self.model.decode([i for i in ids if not self.model.is_control(i)])
+        """ids -> text; special tokens, and ids with which a model's vocabulary is padded, are left out."""
+        return self.model.decode([i for i in ids if i < self.vocab_size and not self.model.is_control(i)])
+
+
+@functools.cache
+def byte_characters():
+    """{character: byte}: how GPT-2's files write bytes. A printable one is itself, the others are 256, 257, ..."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def to_bytes(token):
+    return bytes(byte_characters()[c] for c in token)
+
+
+def splits_of(pre_tokenizer, path):
+    """The pre-tokenizer of a tokenizer.json as regular expressions that cut a text one after the other, each isolating
+    its matches; and whether a space is put before the text."""
+    patterns, prefix_space = [], False
+    for step in pre_tokenizer.get("pretokenizers", [pre_tokenizer]):
+        kind = step.get("type")
+        if kind == "ByteLevel":
+            patterns += [GPT2_SPLIT] if step.get("use_regex", True) else []
+            prefix_space |= step.get("add_prefix_space", False)
+        elif kind == "Digits":
+            patterns.append(r"\p{N}" if step.get("individual_digits") else r"\p{N}+")
+        elif kind == "Split" and "Regex" in step["pattern"] and step["behavior"] == "Isolated":
+            patterns.append(step["pattern"]["Regex"])
+        else:
+            raise InputError(f"{path}: the pre-tokenizer {json.dumps(step)} is not supported")
+    return patterns, prefix_space
+
+
+def isolate(pattern, text):
+    """Cut a text into the matches of a pattern and what lies between them."""
+    end = 0
+    for match in pattern.finditer(text):
+        if match.start() > end:
+            yield text[end:match.start()]
+        if match.end() > match.start():
+            yield match.group()
+        end = match.end()
+    if end < len(text):
+        yield text[end:]
+
+
+class ByteBPE:
+    """Byte-level BPE. vocab {token: id} and merges [(left, right)] in GPT-2's spelling, best merge first; splits: regular
+    expressions; added [{"content", "id", "special", ...}]: tokens recognised in the text before anything else; first and
+    last: ids put around every text; whole: a piece that is a token is not merged, whatever the merges say."""
+
+    def __init__(self, vocab, merges, splits, added, first=(), last=(), unknown=None, nfc=False, prefix_space=False, whole=False):
+        import regex  # tiktoken's own dependency: Unicode classes such as \p{L}
+        from tiktoken import Encoding
+        # tiktoken's tokens are numbered by the order of merges: bytes first. The model's ids need not be (OPT's are not).
+        ranks, tokens = {bytes([b]): b for b in range(256)}, list(byte_characters())
+        tokens.sort(key=byte_characters().get)
+        for left, right in merges:
+            if ranks.setdefault(to_bytes(left + right), len(ranks)) == len(tokens):  # the best of several ways to one token
+                tokens.append(left + right)
+        self.ids = [vocab.get(token, unknown) for token in tokens]  # None: a byte that the vocabulary lacks is dropped
+        self.merge = Encoding("merges", pat_str="(?s:.+)", mergeable_ranks=ranks, special_tokens={})
+        self.splits = [regex.compile(p) for p in splits]
+        self.whole = {to_bytes(token): i for token, i in vocab.items() if set(token) <= byte_characters().keys()} if whole else {}
+        self.nfc, self.prefix_space, self.first, self.last = nfc, prefix_space, list(first), list(last)
+
+        self.added = {token["content"]: token["id"] for token in added}
+        spaced = [("\\s*" if token.get("lstrip") else "") + regex.escape(token["content"]) + ("\\s*" if token.get("rstrip") else "")
+                  for token in sorted(added, key=lambda token: -len(token["content"]))]  # the longest wins
+        self.cut = regex.compile("|".join(spaced) or "(?!)")
+        self.texts = {i: to_bytes(token) for token, i in vocab.items() if set(token) <= byte_characters().keys()}
+        self.texts |= {token["id"]: b"" if token.get("special") else token["content"].encode() for token in added}
+        self.vocab_size = max(self.texts) + 1
+        self.piece = functools.lru_cache(maxsize=2**17)(self.piece)  # most pieces of a text are words seen before
+
+    def piece(self, text):
+        """The ids of one piece."""
+        if self.whole and text.encode() in self.whole:
+            return [self.whole[text.encode()]]
+        return [self.ids[rank] for rank in self.merge.encode_ordinary(text) if self.ids[rank] is not None]
+
+    def plain(self, text):
+        """The ids of a text without added tokens."""
+        text = unicodedata.normalize("NFC", text) if self.nfc else text
+        if self.prefix_space and text and not text[0].isspace():
+            text = " " + text
+        pieces = [text] if text else []
+        for pattern in self.splits:
+            pieces = [part for piece in pieces for part in isolate(pattern, piece)]
+        return [i for piece in pieces for i in self.piece(piece)]
+
+    def encode(self, text):
+        """text -> list of ids, with BOS where the model's own tokenizer puts it."""
+        ids, end = list(self.first), 0
+        for match in self.cut.finditer(text):
+            found = match.group()
+            ids += self.plain(text[end:match.start()])
+            ids.append(self.added[found] if found in self.added else self.added[found.strip()])
+            end = match.end()
+        return ids + self.plain(text[end:]) + self.last
+
+    def decode(self, ids):
+        """ids -> text; special tokens, and ids with which a model's vocabulary is padded, are left out."""
+        return b"".join(self.texts.get(i, b"") for i in ids).decode("utf-8", errors="replace")
+
+
+def special_tokens(folder, vocab):
+    """({role: content}, the tokens to cut out) that the small files beside a tokenizer name."""
+    config = read_json(folder / "tokenizer_config.json")
+    named = {role: token["content"] if isinstance(token, dict) else token
+             for role, token in (read_json(folder / "special_tokens_map.json") | config).items()
+             if role in ("bos_token", "eos_token", "unk_token", "pad_token") and token}
+    added = [{**token, "id": int(i)} for i, token in config.get("added_tokens_decoder", {}).items()]
+    return named, added + [{"content": t, "id": vocab[t], "special": True} for t in set(named.values()) if t in vocab]
+
+
+def template(post_processor):
+    """The ids that a tokenizer.json puts before and after a text."""
+    around = ([], [])
+    for step in post_processor.get("processors", [post_processor]):
+        if step.get("type") == "TemplateProcessing":
+            side = 0
+            for part in step["single"]:
+                if "Sequence" in part:
+                    side = 1
+                else:
+                    around[side].extend(step["special_tokens"][part["SpecialToken"]["id"]]["ids"])
+    return around
+
+
+def load_byte_bpe(folder):
+    """A ByteBPE from tokenizer.json, else from GPT-2's vocab.json and merges.txt."""
+    path, config = folder / "tokenizer.json", read_json(folder / "tokenizer_config.json")
+    whole = read_json(path)
+    if not whole:
+        if not config.get("tokenizer_class", "GPT2Tokenizer").startswith("GPT2"):
+            raise InputError(f"{folder}: tokenizer.json is missing, and vocab.json alone does not describe a "
+                             f"{config['tokenizer_class']}")
+        path = folder / "vocab.json"
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+        whole = {"model": {"vocab": read_json(path), "merges": [line for line in lines if line and not line.startswith("#version")]},
+                 "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": config.get("add_prefix_space", False)}}
+        defaults = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    try:
+        model, normalizer = whole["model"], whole.get("normalizer") or {"type": None}
+        if model.get("type", "BPE") != "BPE" or model.get("byte_fallback") or '"ByteLevel"' not in json.dumps(whole["pre_tokenizer"]):
+            raise InputError(f"{path} is no byte-level BPE: only those and SentencePiece's tokenizer.model are supported")
+        if any(step.get("type") not in (None, "NFC") for step in normalizer.get("normalizers", [normalizer])):
+            raise InputError(f"{path}: the normalizer {json.dumps(normalizer)} is not supported")
+        vocab = model["vocab"]
+        named, added = special_tokens(folder, vocab)
+        splits, prefix_space = splits_of(whole["pre_tokenizer"], path)
+        first, last = template(whole.get("post_processor") or {})
+        if "add_bos_token" in config:
+            first = [vocab[named["bos_token"]]] if config["add_bos_token"] else []
+        return ByteBPE(vocab, [m.split(" ") if isinstance(m, str) else m for m in model["merges"]], splits,
+                       added + whole.get("added_tokens", []), first, last, vocab.get(model.get("unk_token")),
+                       nfc=bool(normalizer.get("normalizers", normalizer["type"])), prefix_space=prefix_space,
+                       whole=model.get("ignore_merges", False))
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        if isinstance(e, InputError):
+            raise
+        raise InputError(f"{path} is not a tokenizer: {type(e).__name__} {e}") from None
 
 
 def load_tokenizer(name_or_dir):
@@ -31,4 +211,6 @@ def load_tokenizer(name_or_dir):
     folder = model_folder(name_or_dir, weights=False)
     if (folder / "tokenizer.model").is_file():
         return SentencePiece(folder / "tokenizer.model")
-    raise InputError(f"{folder} has no tokenizer: tokenizer.model is missing")
+    if (folder / "tokenizer.json").is_file() or ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()):
+        return load_byte_bpe(folder)
+    raise InputError(f"{folder} has no tokenizer: neither tokenizer.model nor tokenizer.json nor vocab.json and merges.txt")

@@ -1,0 +1,435 @@
+"""Prune a language model without training: score the weights, mask the lowest, refine the mask.
+
+DSnoT ("Dynamic Sparse No Training", Zhang et al., ICLR 2024, arXiv 2310.08915) starts from the mask of another method and
+lets pruned weights grow back while others are pruned in their place, one pair per row and cycle, so that the *expected*
+difference between dense and sparse output shrinks. In the letters of the code, for a linear layer y = x W^T:
+
+    s_k   average over the N calibration sequences of the sum of x_k over a sequence's tokens
+    q_k   the same for x_k^2;  v_k: average over sequences of the variance of x_k inside the sequence
+    D     = W * s                           what each weight contributes to the output, on average
+    e     = sum of D over a row's pruned weights              the row's expected error
+    grow  the pruned weight with the largest D / v^p if e > 0, else with the smallest
+    prune the kept weight with the lowest Wanda score |W| sqrt(q) among those whose D pushes e back towards zero
+          (n:m: the lowest initial score in the grown weight's own group of m)
+    e    <- e + D[pruned] - D[grown], until |e| <= threshold or `cycles` swaps are done
+
+Starting masks: magnitude |W|; Wanda |W| sqrt(q) (Sun et al. 2023); SparseGPT (Frantar & Alistarh 2023), which also
+corrects the weights that remain.
+
+Where this differs from the authors' code: every linear layer is refined unless you ask for `--refine-layers attn` (their
+default silently skips the MLP); the sign check can really be turned off; a row without candidates stops instead of running
+off its lists, so layers of any size work; no row is ever sorted, because fifty swaps need only the fifty best candidates of
+each kind; SparseGPT as the starting mask really uses its Hessian, and corrects the weights for the refined mask.
+The threshold is in units of s, so its meaning depends on the sequence length, as in the paper.
+
+One block of the model is in memory at a time. A finished block on disk is the record of progress: start an interrupted
+run again and it goes on.
+
+    python dsnot.py                                             (the model that ships, 70 %)
+    python dsnot.py --model llama2-7b --sparsity 0.7
+
+Shapes: a weight W, its scores and masks are [out, in]; True in a mask = keep.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from tqdm import tqdm
+
+from data import calibration_windows, load_text, load_tokenizer
+from data.command import InputError, parser, record, run, start, write_atomically
+from eval import default_seqlen, perplexity
+from gpt import GPT, CheckpointWriter, rotary
+
+# ---------------------------------------------------------------------------------------- statistics of the inputs
+
+
+class InputStats:
+    """What a linear layer's inputs look like, in float32: `sum`, `square` [in] as s and q above, `variance` as v, and on
+    demand `gram` [in, in], the sum of x x^T over all tokens."""
+
+    def __init__(self, in_features, device="cpu", gram=False):
+        self.sequences = 0
+        self._sum, self._square, self._variance = (torch.zeros(in_features, device=device) for _ in range(3))
+        self.gram = torch.zeros(in_features, in_features, device=device) if gram else None
+
+    def add(self, x):
+        """x [tokens, in]: one calibration sequence."""
+        x = x.float()
+        self.sequences += 1
+        self._sum += x.sum(0)
+        self._square += x.square().sum(0)
+        self._variance += x.var(0, unbiased=False)
+        if self.gram is not None:
+            self.gram.addmm_(x.T, x)
+
+    sum = property(lambda self: self._sum / self.sequences)
+    square = property(lambda self: self._square / self.sequences)
+    variance = property(lambda self: self._variance / self.sequences)
+
+
+# ------------------------------------------------------------------------------------------------ scores and masks
+
+def magnitude_score(W):
+    """|W| [out, in] in float32."""
+    return W.float().abs()
+
+
+def wanda_score(W, stats):
+    """|W| times the norm of the weight's input [out, in] in float32 (Sun et al. 2023, arXiv 2306.11695)."""
+    return W.float().abs() * stats.square.sqrt()
+
+
+def smallest(key, k):
+    """Indices [rows, k] of the k smallest entries of each row, ascending, ties by position: the first columns of a stable
+    sort for the price of a selection."""
+    value, index = key.topk(min(k + 8, key.shape[1]), dim=1, largest=False)
+    index, order = index.sort(dim=1)
+    value, order = value.gather(1, order).sort(dim=1, stable=True)
+    index = index.gather(1, order)[:, :k]
+    if value.shape[1] < key.shape[1]:  # rows where a tie may reach beyond the few spare entries
+        tied = (value[:, k - 1] == value[:, -1]) & value[:, -1].isfinite()
+        if tied.any():
+            index[tied] = key[tied].argsort(dim=1, stable=True)[:, :k]
+    return index
+
+
+def keep_mask(score, sparsity=None, pattern=None):
+    """The mask that keeps the highest scores [out, in].
+
+    sparsity: in every row the int(in * sparsity) lowest are pruned. pattern (n, m): in every m consecutive ones n are kept.
+    Equal scores are pruned from the left. Raises InputError where m does not divide the row."""
+    assert (sparsity is None) != (pattern is None), "either a sparsity or a pattern"
+    rows, width = score.shape
+    if pattern is None:
+        k = int(width * sparsity)
+        if k == 0:
+            return torch.ones_like(score, dtype=torch.bool)
+        keep = score > score.kthvalue(k, dim=1, keepdim=True)[0]
+        tied = keep.sum(1) < width - k  # more entries than needed are as low as the k-th
+        if tied.any():
+            lowest = score[tied].argsort(dim=1, stable=True)[:, :k]
+            keep[tied] = torch.ones_like(keep[tied]).scatter(1, lowest, False)
+        return keep
+    n, m = pattern
+    if width % m:
+        raise InputError(f"the pattern {n}:{m} needs rows that {m} divides, but a layer has {width} inputs")
+    group = score.reshape(-1, m).T.contiguous()  # [m, groups]
+    rank = torch.zeros_like(group, dtype=torch.int16)  # how many of its group come before each entry
+    for i in range(m):
+        for j in range(i + 1, m):
+            first = group[i] <= group[j]
+            rank[j] += first
+            rank[i] += ~first
+    return (rank >= m - n).T.reshape(rows, width)
+
+
+# ---------------------------------------------------------------------------------------------------------- DSnoT
+
+def dsnot_refine(W, keep, stats, score, *, cycles=50, threshold=0.1, var_power=1.0, sign_check=None, pattern=None):
+    """Refine a mask by prune-and-grow (the rule at the top of this file); returns the new mask.
+
+    W, keep, score [out, in]: weights, starting mask and the scores that it came from (used for n:m); stats: of the inputs.
+    cycles: swaps per row at most; threshold: a row stops once |e| is no larger, in units of s; var_power: p.
+    sign_check: stop a row also when a swap would turn the sign of e; None is the published choice: only for n:m.
+    pattern: (n, m) of the mask, which stays intact; None: unstructured, the number kept in each row stays."""
+    sign_check = pattern is not None if sign_check is None else sign_check
+    rows = 512 if W.device.type == "cpu" else len(W)  # on a CPU, what a few rows need stays in its cache
+    new = [_refine_rows(w.float(), k, s, stats, min(cycles, W.shape[1]), threshold, var_power, sign_check, pattern)
+           for w, k, s in zip(W.split(rows), keep.split(rows), score.split(rows))]
+    return torch.cat(new)
+
+
+def _refine_rows(W, keep, score, stats, cycles, threshold, var_power, sign_check, pattern):
+    inf = float("inf")
+    D = W * stats.sum
+    e = torch.where(keep, 0, D).sum(1)  # [rows]
+    start_sign, row = e.sign(), torch.arange(len(W), device=W.device)
+
+    # Candidates, best first: [rows, cycles] indices. Grow: [0] for e <= 0, [1] for e > 0. Prune likewise.
+    gain = (D / stats.variance ** var_power).nan_to_num_(nan=0.0)  # a dead input is 0 / 0; x / 0 becomes the largest float
+    grow = [smallest(gain.masked_fill(keep, inf), cycles), smallest((-gain).masked_fill_(keep, inf), cycles)]
+    growable = (~keep).sum(1)
+    if pattern is None:
+        wanda = wanda_score(W, stats)
+        fits = [keep & (D > 0), keep & (D < 0)]
+        prune = [smallest(wanda.masked_fill(~f, inf), cycles) for f in fits]
+        prunable = [f.sum(1) for f in fits]
+    else:
+        m = pattern[1]
+        prunable_score = score.float().masked_fill(~keep, inf)
+
+    new = keep.clone()
+    active = torch.ones_like(row, dtype=torch.bool)
+    grown, pruned = ([torch.zeros_like(row), torch.zeros_like(row)] for _ in range(2))  # how many of each list are used
+    for _ in range(cycles):
+        active &= e.abs() > threshold
+        up = e > 0
+        g = torch.where(up, grow[1][row, grown[1].clamp(max=cycles - 1)], grow[0][row, grown[0].clamp(max=cycles - 1)])
+        active &= grown[0] + grown[1] < growable
+        if pattern is None:
+            down = e >= 0
+            p = torch.where(down, prune[1][row, pruned[1].clamp(max=cycles - 1)], prune[0][row, pruned[0].clamp(max=cycles - 1)])
+            active &= torch.where(down, pruned[1] < prunable[1], pruned[0] < prunable[0])
+            pruned[1] += down
+            pruned[0] += ~down
+        else:
+            member = (g - g % m)[:, None] + torch.arange(m, device=W.device)  # [rows, m]: the grown weight's group
+            lowest, at = prunable_score[row[:, None], member].min(1)
+            p = member[row, at]
+            active &= lowest < inf
+        grown[1] += up
+        grown[0] += ~up
+        after = e + D[row, p] - D[row, g]
+        if sign_check:
+            active &= after.sign() == start_sign
+        r = row[active]
+        new[r, g[active]] = True
+        new[r, p[active]] = False
+        if pattern is not None:
+            prunable_score[r, p[active]] = inf
+        e = torch.where(active, after, e)
+        if not active.any():
+            break
+    return new
+
+
+# ------------------------------------------------------------------------------------------------------ SparseGPT
+
+def sparsegpt(W, gram, *, sparsity=None, pattern=None, keep=None, damp=0.01, block=128):
+    """Prune and correct the weights that remain (Frantar & Alistarh 2023, arXiv 2301.00774); returns new weights, float32.
+
+    Columns are taken from left to right; what is lost by pruning one is made up for by the columns to its right, by the
+    inverse of the Hessian H, which is the Gram matrix up to a factor that cancels. W [out, in], gram [in, in] = sum x x^T.
+    sparsity: the lowest w^2 / U_kk^2 of each `block` of columns, over all rows together; pattern (n, m): within each group;
+    keep [out, in]: for a given mask only correct. damp: added to H's diagonal, times its mean."""
+    assert (sparsity is None) + (pattern is None) + (keep is None) == 2, "one of sparsity, pattern, keep"
+    W, H, width = W.float().clone(), gram.float().clone(), W.shape[1]
+    if pattern and width % pattern[1]:
+        raise InputError(f"the pattern {pattern[0]}:{pattern[1]} needs rows that {pattern[1]} divides, but a layer has {width} inputs")
+    dead = H.diagonal() == 0
+    H.diagonal()[dead] = 1
+    W[:, dead] = 0
+    H.diagonal().add_(damp * H.diagonal().mean())
+    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)  # H^-1 = U^T U
+    if pattern:
+        block = -(-block // pattern[1]) * pattern[1]  # groups stay whole
+    for left in range(0, width, block):
+        right = min(left + block, width)
+        w, u = W[:, left:right], U[left:right, left:right]
+        if keep is not None:
+            prune = ~keep[:, left:right]
+        elif sparsity is not None:
+            score = w.square() / u.diagonal().square()
+            prune = score <= score.flatten().sort()[0][int(score.numel() * sparsity)]
+        else:
+            prune = torch.zeros_like(w, dtype=torch.bool)
+        error = torch.zeros_like(w)
+        for i in range(right - left):
+            if pattern and i % pattern[1] == 0:  # decided when the sweep gets there, on weights corrected so far
+                group = slice(i, i + pattern[1])
+                prune[:, group] = ~keep_mask(w[:, group].square() / u.diagonal()[group].square(), pattern=pattern)
+            error[:, i] = torch.where(prune[:, i], w[:, i], 0) / u[i, i]
+            w[:, i:] -= error[:, i:i + 1] * u[i, i:]
+            w[:, i].masked_fill_(prune[:, i], 0)
+        W[:, right:] -= error @ U[left:right, right:]
+    return W
+
+
+# --------------------------------------------------------------------------------------------- walking the blocks
+
+def prunable(block):
+    """{name: nn.Linear} of a block: the layers that are pruned."""
+    return {name: layer for name, layer in block.named_modules() if isinstance(layer, nn.Linear)}
+
+
+class watch:
+    """Context: while it is open, what flows into the linear layers of a block [sequences, tokens, in] is added to their
+    InputStats, `watch(...)[name]`. Layers that read the same tensor (q, k, v; gate, up) share theirs."""
+
+    def __init__(self, linears, gram):
+        self.linears, self.gram, self.stats, self.last = linears, gram, {}, (None, None)
+
+    def __enter__(self):
+        self.hooks = [layer.register_forward_pre_hook(lambda _, inputs, name=name: self._add(name, inputs[0]))
+                      for name, layer in self.linears.items()]
+        return self.stats
+
+    def _add(self, name, x):
+        seen, owner = self.last
+        if x is seen:
+            self.stats[name] = self.stats[owner]
+            return
+        self.last = (x, name)
+        if name not in self.stats:
+            self.stats[name] = InputStats(x.shape[-1], x.device, self.gram)
+        for sequence in x:
+            self.stats[name].add(sequence)
+
+    def __exit__(self, *_):
+        self.last = (None, None)
+        for hook in self.hooks:
+            hook.remove()
+
+
+def prune_layer(W, stats, *, score, refine, sparsity=None, pattern=None, cycles=None, **refine_options):
+    """One layer's pruned weight [out, in] in float32, from its InputStats."""
+    amount = dict(pattern=pattern) if pattern else dict(sparsity=sparsity)
+    scores = magnitude_score(W) if score == "magnitude" else wanda_score(W, stats)
+    if score == "sparsegpt":
+        corrected = sparsegpt(W, stats.gram, **amount)
+        if refine == "none":
+            return corrected
+        keep = corrected != 0
+    else:
+        keep = keep_mask(scores, **amount)
+    if refine == "dsnot":
+        cycles = round(W.shape[1] * 50 / 4096) if cycles is None else cycles
+        keep = dsnot_refine(W, keep, stats, scores, pattern=pattern, cycles=cycles, **refine_options)
+    if score == "sparsegpt":  # its correction belongs to a mask: make it for the refined one
+        return sparsegpt(W, stats.gram, keep=keep)
+    return torch.where(keep, W.float(), 0)
+
+
+@torch.inference_mode()
+def prune(model, windows, out, run, *, score="wanda", refine="dsnot", refine_layers="all", sparsity=None, pattern=None,
+          batch=8, **refine_options):
+    """Prune a streamed model block by block into the checkpoint folder `out`.
+
+    windows [nsamples, seqlen]: calibration ids. run: a dict that names this run; one of the same name that was interrupted
+    goes on where it stopped. Returns a record per layer: {layer, weights, sparsity}, which is also written to
+    out/pruning.json. Raises InputError where activations are not finite."""
+    source, device, records = model.source, model.place["device"], []
+    finished = Path(out) / "pruning.json"
+    if finished.is_file() and (before := json.loads(finished.read_text()))["run"] == run:
+        return before["layers"]
+    positions = torch.arange(windows.shape[1], device=device)
+    rope, count = rotary(model.config, positions), len(model.model.layers)
+    with CheckpointWriter(out, model.config.raw, source.folder, keep=run) as writer:
+        hidden = [model.embed(ids.to(device)) for ids in windows.split(batch)]  # the input of the next block
+        for i, block in enumerate(tqdm(model.blocks(), total=count, desc=f"{score}, refine {refine}", unit="block", leave=False, disable=None)):
+            prefix, linears, file = f"model.layers.{i}", prunable(block), f"model-{i + 1:05d}-of-{count + 1:05d}.safetensors"
+            if writer.done(file):
+                writer.load(file, block, prefix)
+            else:
+                with watch(linears, gram=score == "sparsegpt") as stats:
+                    for x in hidden:
+                        block(x, positions, rope)
+                for name, linear in linears.items():
+                    if not stats[name].square.isfinite().all():
+                        raise InputError(f"the calibration activations that flow into {prefix}.{name} are not finite")
+                    refine_this = refine if refine_layers == "all" or "self_attn" in name else "none"
+                    W = prune_layer(linear.weight, stats[name], score=score, refine=refine_this, sparsity=sparsity,
+                                    pattern=pattern, **refine_options)
+                    linear.weight.copy_(W.to(source.dtype(f"{prefix}.{name}.weight")))  # rounded as it will be read again
+                writer.write(file, {f"{prefix}.{k}": v.to(source.dtype(f"{prefix}.{k}")) for k, v in block.state_dict().items()})
+            records += [{"layer": f"{prefix}.{name}", "weights": linear.weight.numel(),
+                         "sparsity": (linear.weight == 0).double().mean().item()} for name, linear in linears.items()]
+            for j, x in enumerate(hidden):
+                hidden[j] = block(x, positions, rope)
+        rest = {name: source.tensor(name) for name in source.files if not name.startswith("model.layers.")}
+        writer.write(f"model-{count + 1:05d}-of-{count + 1:05d}.safetensors", rest)
+        summary = json.dumps({"run": run, "layers": records}, indent=1)
+        write_atomically(writer.partial / "pruning.json", lambda path: path.write_text(summary))
+    return records
+
+
+# ---------------------------------------------------------------------------------------------------- the command
+
+def parse_pattern(text):
+    """"2:4" -> (2, 4). Raises InputError where it is no n:m with 0 < n < m."""
+    try:
+        n, m = map(int, text.split(":"))
+    except ValueError:
+        n = m = 0
+    if not 0 < n < m:
+        raise InputError(f"--pattern {text} is no n:m with 0 < n < m, such as 2:4 (two kept of every four)")
+    return n, m
+
+
+def options():
+    p = parser(__doc__)
+    p.add_argument("--model", default="tiny", help="a preset, a Hub id or a folder")
+    p.add_argument("--out", help="the folder of the pruned checkpoint (default: out/MODEL-METHOD)")
+    group = p.add_argument_group("what to prune")
+    group.add_argument("--sparsity", type=float, default=0.7, help="the share of weights pruned in every row")
+    group.add_argument("--pattern", help="n:m, such as 2:4: n kept of every m consecutive weights; replaces --sparsity")
+    group.add_argument("--score", default="wanda", choices=["magnitude", "wanda", "sparsegpt"], help="the starting mask")
+    group = p.add_argument_group("how to refine the mask")
+    group.add_argument("--refine", default="dsnot", choices=["none", "dsnot"])
+    group.add_argument("--cycles", type=int, help="DSnoT: swaps per row at most (default: 50 in a row of 4096, in proportion)")
+    group.add_argument("--threshold", type=float, default=0.1, help="DSnoT: a row stops at an expected error this small")
+    group.add_argument("--sign-check", action=argparse.BooleanOptionalAction, default=True,
+                       help="DSnoT: stop a row before its expected error changes sign")
+    group.add_argument("--refine-layers", default="all", choices=["attn", "all"])
+    group = p.add_argument_group("calibration and evaluation")
+    group.add_argument("--calib", help="text: tiny, c4, wikitext2 or a file (default: tiny for tiny, else c4)")
+    group.add_argument("--nsamples", type=int, default=128, help="calibration sequences")
+    group.add_argument("--seqlen", type=int, help="tokens a sequence (default: 2048, or the model's limit if lower)")
+    group.add_argument("--data", help="evaluation text: tiny, wikitext2, c4 or a file (default: tiny for tiny, else wikitext2)")
+    group.add_argument("--split", default="test", choices=["validation", "test"], help="which evaluation text")
+    group.add_argument("--compare", action=argparse.BooleanOptionalAction, default=None,
+                       help="prune a second time without refinement, for comparison (default: only for tiny)")
+    return p.parse_args()
+
+
+def check(args):
+    """Raise InputError for options that can't be meant."""
+    if not 0 <= args.sparsity < 1:
+        raise InputError(f"--sparsity {args.sparsity} must be at least 0 and below 1 (0.7 prunes 70 %)")
+    for name, low in ("nsamples", 1), ("seqlen", 2), ("cycles", 0), ("threshold", 0):
+        if (value := getattr(args, name)) is not None and value < low:
+            raise InputError(f"--{name} {value} must be at least {low}")
+
+
+def main():
+    args = options()
+    start(args)
+    check(args)
+    pattern, tiny = parse_pattern(args.pattern) if args.pattern else None, args.model == "tiny"
+    calib, data = args.calib or ("tiny" if tiny else "c4"), args.data or ("tiny" if tiny else "wikitext2")
+    amount = args.pattern or f"{args.sparsity:.0%}"
+    name = "-".join([Path(args.model).name, args.score, args.refine, amount.replace(":", "of").rstrip("%")])
+    out = Path(args.out or Path("out") / name)
+
+    def load(folder):
+        return GPT.from_pretrained(folder, device=args.device, stream=True)
+
+    model, tokenizer = load(args.model), load_tokenizer(args.model)
+    seqlen = args.seqlen or default_seqlen(model.config)
+    split = args.split if data in ("tiny", "wikitext2") or data == calib else None  # a file of its own is read whole
+    ids, batch = tokenizer.encode(load_text(data, split)), max(1, 8192 // seqlen)
+    calibration = calibration_windows(calib, tokenizer, args.nsamples, seqlen, args.seed)
+    print(f"{args.model}: {amount} pruned, calibration {args.nsamples} x {seqlen} tokens of {calib}, perplexity on {data} "
+          f"({len(ids) // seqlen} windows of {seqlen} tokens)")
+    passes = [("dense", None, args.model)]
+    if args.compare or (args.compare is None and tiny and args.refine != "none"):
+        passes.append((args.score, "none", out.with_name(out.name + ".unrefined")))
+    passes.append((args.score if args.refine == "none" else f"{args.score} + {args.refine}", args.refine, out))
+
+    print(f"\n{'method':<24}{'sparsity':>10}{'perplexity':>14}{'seconds':>10}")
+    rows = []
+    for method, refine, folder in passes:
+        begin, layers = time.perf_counter(), []
+        if refine:
+            run = {"model": str(model.source.folder.resolve()), "calib": calib, "nsamples": args.nsamples, "seqlen": seqlen, "seed": args.seed,
+                   "score": args.score, "refine": refine, "amount": amount, "cycles": args.cycles, "threshold": args.threshold,
+                   "sign_check": args.sign_check, "refine_layers": args.refine_layers}
+            layers = prune(load(args.model), calibration, folder, run, score=args.score, refine=refine,
+                           refine_layers=args.refine_layers, sparsity=None if pattern else args.sparsity, pattern=pattern,
+                           batch=batch, cycles=args.cycles, threshold=args.threshold, sign_check=args.sign_check)
+        seconds = time.perf_counter() - begin
+        zeros = sum(layer["weights"] * layer["sparsity"] for layer in layers) / max(1, sum(layer["weights"] for layer in layers))
+        rows.append({"method": method, "sparsity": zeros, "perplexity": perplexity(load(folder), ids, seqlen, batch, progress=True),
+                     "seconds": seconds, "layers": layers})
+        print(f"{method:<24}{zeros:>10.2%}{rows[-1]['perplexity']:>14.2f}{seconds:>10.1f}", flush=True)
+    print(f"\nsaved {out}")
+    record(args, {"data": data, "seqlen": seqlen, "rows": rows})
+
+
+if __name__ == "__main__":
+    run(main)
