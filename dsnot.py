@@ -81,21 +81,18 @@ def magnitude_score(W):
 
 def wanda_score(W, stats):
     """|W| times the norm of the weight's input [out, in] in float32 (Sun et al. 2023, arXiv 2306.11695)."""
-    return W.float().abs() * stats.square.sqrt()
+    return W.float().abs().mul_(stats.square.sqrt())
 
 
-def smallest(key, k):
-    """Indices [rows, k] of the k smallest entries of each row, ascending, ties by position: the first columns of a stable
-    sort for the price of a selection."""
-    value, index = key.topk(min(k + 8, key.shape[1]), dim=1, largest=False)
-    index, order = index.sort(dim=1)
-    value, order = value.gather(1, order).sort(dim=1, stable=True)
-    index = index.gather(1, order)[:, :k]
-    if value.shape[1] < key.shape[1]:  # rows where a tie may reach beyond the few spare entries
-        tied = (value[:, k - 1] == value[:, -1]) & value[:, -1].isfinite()
-        if tied.any():
-            index[tied] = key[tied].argsort(dim=1, stable=True)[:, :k]
-    return index
+def extremes(key, k, largest=False):
+    """The k smallest entries of each row of key [rows, width] (largest: the k largest), best first: their indices [rows, k]
+    and how many are finite [rows]. The first columns of a stable sort (its last ones, backwards) for a selection's price."""
+    value, index = key.topk(min(k + 1, key.shape[1]), dim=1, largest=largest)
+    tied = ((value[:, 1:] == value[:, :-1]) & value[:, 1:].isfinite()).any(1)
+    if tied.any():
+        order = key[tied].argsort(dim=1, stable=True)
+        index[tied] = (order.flip(1) if largest else order)[:, :index.shape[1]]
+    return index[:, :k], value[:, :k].isfinite().sum(1)
 
 
 def keep_mask(score, sparsity=None, pattern=None):
@@ -110,7 +107,7 @@ def keep_mask(score, sparsity=None, pattern=None):
         if k == 0:
             return torch.ones_like(score, dtype=torch.bool)
         keep = score > score.kthvalue(k, dim=1, keepdim=True)[0]
-        tied = keep.sum(1) < width - k  # more entries than needed are as low as the k-th
+        tied = keep.sum(1, dtype=torch.int32) < width - k  # more entries than needed are as low as the k-th
         if tied.any():
             lowest = score[tied].argsort(dim=1, stable=True)[:, :k]
             keep[tied] = torch.ones_like(keep[tied]).scatter(1, lowest, False)
@@ -138,64 +135,57 @@ def dsnot_refine(W, keep, stats, score, *, cycles=50, threshold=0.1, var_power=1
     sign_check: stop a row also when a swap would turn the sign of e; None is the published choice: only for n:m.
     pattern: (n, m) of the mask, which stays intact; None: unstructured, the number kept in each row stays."""
     sign_check = pattern is not None if sign_check is None else sign_check
-    rows = 512 if W.device.type == "cpu" else len(W)  # on a CPU, what a few rows need stays in its cache
-    new = [_refine_rows(w.float(), k, s, stats, min(cycles, W.shape[1]), threshold, var_power, sign_check, pattern)
-           for w, k, s in zip(W.split(rows), keep.split(rows), score.split(rows))]
-    return torch.cat(new)
-
-
-def _refine_rows(W, keep, score, stats, cycles, threshold, var_power, sign_check, pattern):
-    inf = float("inf")
-    D = W * stats.sum
-    e = torch.where(keep, 0, D).sum(1)  # [rows]
-    start_sign, row = e.sign(), torch.arange(len(W), device=W.device)
-
-    # Candidates, best first: [rows, cycles] indices. Grow: [0] for e <= 0, [1] for e > 0. Prune likewise.
-    gain = (D / stats.variance ** var_power).nan_to_num_(nan=0.0)  # a dead input is 0 / 0; x / 0 becomes the largest float
-    grow = [smallest(gain.masked_fill(keep, inf), cycles), smallest((-gain).masked_fill_(keep, inf), cycles)]
-    growable = (~keep).sum(1)
+    cycles, s = min(cycles, W.shape[1]), stats.sum
+    rows = 64 if W.device.type == "cpu" else len(W)  # on a CPU, what a few rows need stays in its cache
+    chunks = list(zip(W.split(rows), keep.split(rows)))
+    e, grow, growable = map(torch.cat, zip(*(_grow_candidates(w.float(), k, stats, cycles, var_power) for w, k in chunks)))
     if pattern is None:
-        wanda = wanda_score(W, stats)
-        fits = [keep & (D > 0), keep & (D < 0)]
-        prune = [smallest(wanda.masked_fill(~f, inf), cycles) for f in fits]
-        prunable = [f.sum(1) for f in fits]
-    else:
-        m = pattern[1]
-        prunable_score = score.float().masked_fill(~keep, inf)
-
-    new = keep.clone()
-    active = torch.ones_like(row, dtype=torch.bool)
-    grown, pruned = ([torch.zeros_like(row), torch.zeros_like(row)] for _ in range(2))  # how many of each list are used
+        prune, prunable = map(torch.cat, zip(*(_prune_candidates(w.float(), k, stats, cycles) for w, k in chunks)))
+    new, row = keep.clone(), torch.arange(len(W), device=W.device)
+    active, start_sign = torch.ones_like(row, dtype=torch.bool), e.sign()
+    grown, pruned = W.new_zeros(2, len(W), 2, dtype=torch.long)  # how much of each list is used up
     for _ in range(cycles):
         active &= e.abs() > threshold
-        up = e > 0
-        g = torch.where(up, grow[1][row, grown[1].clamp(max=cycles - 1)], grow[0][row, grown[0].clamp(max=cycles - 1)])
-        active &= grown[0] + grown[1] < growable
+        side = (e > 0).long()
+        g = grow[row, side, grown[row, side]]
+        active &= grown.sum(1) < growable
         if pattern is None:
-            down = e >= 0
-            p = torch.where(down, prune[1][row, pruned[1].clamp(max=cycles - 1)], prune[0][row, pruned[0].clamp(max=cycles - 1)])
-            active &= torch.where(down, pruned[1] < prunable[1], pruned[0] < prunable[0])
-            pruned[1] += down
-            pruned[0] += ~down
+            p = prune[row, side, pruned[row, side]]
+            active &= pruned[row, side] < prunable[row, side]
+            pruned[row, side] += 1
         else:
-            member = (g - g % m)[:, None] + torch.arange(m, device=W.device)  # [rows, m]: the grown weight's group
-            lowest, at = prunable_score[row[:, None], member].min(1)
+            member = (g - g % pattern[1])[:, None] + torch.arange(pattern[1], device=W.device)  # [out, m]: its group
+            free = keep[row[:, None], member] & new[row[:, None], member]  # kept at the start and still
+            lowest, at = score[row[:, None], member].float().masked_fill(~free, torch.inf).min(1)
             p = member[row, at]
-            active &= lowest < inf
-        grown[1] += up
-        grown[0] += ~up
-        after = e + D[row, p] - D[row, g]
+            active &= lowest < torch.inf
+        grown[row, side] += 1
+        after = e + W[row, p].float() * s[p] - W[row, g].float() * s[g]
         if sign_check:
             active &= after.sign() == start_sign
-        r = row[active]
-        new[r, g[active]] = True
-        new[r, p[active]] = False
-        if pattern is not None:
-            prunable_score[r, p[active]] = inf
-        e = torch.where(active, after, e)
         if not active.any():
             break
+        new[row[active], g[active]] = True
+        new[row[active], p[active]] = False
+        e = torch.where(active, after, e)
     return new
+
+
+def _grow_candidates(W, keep, stats, cycles, var_power):
+    """The rows' error e [rows]; the best weights to grow for e <= 0 and for e > 0 [rows, 2, cycles]; how many there are."""
+    D = W * stats.sum
+    gain = D / (stats.variance ** var_power).clamp(min=1e-30)  # a dead input's gain is 0, not 0 / 0
+    low, count = extremes(gain.masked_fill(keep, torch.inf), cycles)
+    high, _ = extremes(gain.masked_fill_(keep, -torch.inf), cycles, largest=True)
+    return D.masked_fill_(keep, 0).sum(1), torch.stack([low, high], 1), count
+
+
+def _prune_candidates(W, keep, stats, cycles):
+    """The best weights to prune for e < 0 and for e >= 0 [rows, 2, cycles], and how many of each there are [rows, 2]."""
+    score = W * (stats.square.sqrt() * stats.sum.sign())  # the Wanda score with the sign of D
+    above, above_count = extremes(torch.where(keep & (score > 0), score, torch.inf), cycles)
+    below, below_count = extremes(torch.where(keep & (score < 0), -score, torch.inf), cycles)
+    return torch.stack([above, below], 1), torch.stack([above_count, below_count], 1)
 
 
 # ------------------------------------------------------------------------------------------------------ SparseGPT

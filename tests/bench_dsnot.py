@@ -1,0 +1,58 @@
+"""What a 4096 x 4096 layer costs: score + mask + refinement as a multiple of one torch.sort of the matrix, in one run.
+
+    python tests/bench_dsnot.py --json results/bench_dsnot.json
+"""
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from data.command import parser, record, run, start
+from dsnot import InputStats, dsnot_refine, keep_mask, magnitude_score, wanda_score
+
+
+def seconds(work, device, repeats):
+    """The median of `repeats` runs, and what the last one returned."""
+    taken = []
+    for _ in range(repeats + 1):
+        begin = time.perf_counter()
+        result = work()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - begin)
+    return statistics.median(taken[1:])
+
+
+def main():
+    p = parser(__doc__)
+    p.add_argument("--size", type=int, default=4096)
+    p.add_argument("--repeats", type=int, default=3)
+    args = p.parse_args()
+    start(args)
+    n, device = args.size, args.device
+    W, stats = torch.randn(n, n, device=device), InputStats(n, device)
+    scale = torch.rand(n, device=device) * 2
+    for _ in range(4):
+        stats.add(torch.randn(64, n, device=device) * scale + 0.1 * scale)
+
+    def work(score, amount):
+        scores = magnitude_score(W) if score == "magnitude" else wanda_score(W, stats)
+        keep = keep_mask(scores, **amount)
+        return dsnot_refine(W, keep, stats, scores, pattern=amount.get("pattern"), sign_check=False)
+
+    results = []
+    for score in "wanda", "magnitude":
+        for label, amount in ("50 %", dict(sparsity=0.5)), ("70 %", dict(sparsity=0.7)), ("2:4", dict(pattern=(2, 4))), ("4:8", dict(pattern=(4, 8))):
+            sort = seconds(lambda: torch.sort(W), device, args.repeats)
+            ours = seconds(lambda: work(score, amount), device, args.repeats)
+            results.append({"score": score, "amount": label, "ratio": ours / sort})
+            print(f"{score:<10} {label:>5}  50 cycles: {ours / sort:5.2f} x torch.sort", flush=True)
+    record(args, results)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,384 @@
+"""Oracles for dsnot.py: golden masks, a slow loop per row that follows the formulas, and the command itself."""
+
+import json
+import math
+import random
+import resource
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import dsnot
+from conftest import SHARED, make_checkpoint
+from data.command import InputError, run
+from dsnot import InputStats, dsnot_refine, keep_mask, magnitude_score, sparsegpt, wanda_score
+
+
+def golden(name):
+    path = SHARED / "golden" / name
+    if not path.is_file():
+        pytest.skip("the published implementations' outputs are not here")
+    f = safe_open(path, framework="pt")
+    return f, json.loads(f.metadata()["cases"])
+
+
+def stats_of(inputs, gram=False):
+    stats = InputStats(inputs.shape[-1], gram=gram)
+    for x in inputs:
+        stats.add(x)
+    return stats
+
+
+def random_layer(seed, rows=24, width=64, sequences=4, tokens=16):
+    g = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(sequences, tokens, width, generator=g) * torch.rand(width, generator=g) * 2 + torch.randn(width, generator=g) * 0.3
+    return torch.randn(rows, width, generator=g), inputs
+
+
+# ------------------------------------------------------------------------------------------------------ statistics
+
+def test_stats_follow_their_definition():
+    """Would catch a mean over tokens instead of a sum, an unbiased variance, variance over all sequences together."""
+    _, inputs = random_layer(0)
+    x, stats = inputs.double(), stats_of(inputs, gram=True)
+    torch.testing.assert_close(stats.sum.double(), x.sum(1).mean(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(stats.square.double(), x.square().sum(1).mean(0), rtol=1e-5, atol=1e-5)
+    variance = torch.stack([((s - s.mean(0)) ** 2).mean(0) for s in x]).mean(0)
+    torch.testing.assert_close(stats.variance.double(), variance, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(stats.gram.double(), torch.einsum("nti,ntj->ij", x, x), rtol=1e-4, atol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------- masks
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.01, 0.5, 0.7, 0.99])
+@pytest.mark.parametrize("ties", [False, True])
+def test_mask_equals_stable_sort(sparsity, ties):
+    """Would catch a wrong count in any row and ties broken in another order than a stable sort does."""
+    score = torch.randn(33, 50).abs()
+    score = (score * 3).round() if ties else score
+    expected = torch.ones(33, 50, dtype=torch.bool)
+    for r in range(33):
+        expected[r, sorted(range(50), key=lambda k: score[r, k].item())[:int(50 * sparsity)]] = False
+    assert torch.equal(keep_mask(score, sparsity), expected)
+
+
+@pytest.mark.parametrize("n,m", [(2, 4), (4, 8), (1, 4), (3, 5), (15, 16)])
+def test_nm_mask_equals_slow_loop(n, m):
+    """Would catch a group that is not n of m, and pruning anything but the lowest of a group (ties from the left)."""
+    score = (torch.randn(9, 6 * m).abs() * 4).round()
+    keep = keep_mask(score, pattern=(n, m))
+    assert (keep.view(9, -1, m).sum(-1) == n).all()
+    for r in range(9):
+        for left in range(0, 6 * m, m):
+            lowest = sorted(range(left, left + m), key=lambda k: score[r, k].item())[:m - n]
+            assert [k for k in range(left, left + m) if not keep[r, k]] == sorted(lowest)
+
+
+def test_pattern_must_divide_the_row():
+    """Would catch a column left over being kept or dropped in silence."""
+    for refuse in (lambda: keep_mask(torch.rand(4, 10), pattern=(2, 4)),
+                   lambda: sparsegpt(torch.rand(4, 10), torch.eye(10), pattern=(2, 4))):
+        with pytest.raises(InputError, match="2:4.*10 inputs"):
+            refuse()
+
+
+# ----------------------------------------------------------------------------------------------------------- DSnoT
+
+def slow_dsnot(W, keep, stats, score, cycles, threshold, var_power, sign_check, pattern):
+    """The update rule, one row at a time, in float32 and in the order of the formulas."""
+    W, new = W.float(), keep.clone()
+    D = W * stats.sum
+    gain = D / (stats.variance ** var_power).clamp(min=1e-30)
+    wanda = wanda_score(W, stats)
+    for r in range(len(W)):
+        columns = range(W.shape[1])
+        e = torch.where(keep[r:r + 1], 0, D[r:r + 1]).sum(1)[0]  # summed as a row of its matrix
+        start = e.sign()
+        growable = sorted((k for k in columns if not keep[r, k]), key=lambda k: gain[r, k].item())
+        low = high = 0
+        kept = [k for k in columns if keep[r, k]]
+        by_side = {side: sorted((k for k in kept if (D[r, k] > 0 if side < 0 else D[r, k] < 0)), key=lambda k: wanda[r, k].item())
+                   for side in (-1, 1)}
+        for _ in range(min(cycles, W.shape[1])):
+            if e.abs() <= threshold or low + high >= len(growable):
+                break
+            if e > 0:
+                g, high = growable[-1 - high], high + 1
+            else:
+                g, low = growable[low], low + 1
+            if pattern is None:
+                candidates = by_side[1 if e >= 0 else -1]
+            else:
+                left = g - g % pattern[1]
+                candidates = sorted((k for k in range(left, left + pattern[1]) if k in kept), key=lambda k: score[r, k].item())
+            if not candidates:
+                break
+            p = candidates[0]
+            after = e + D[r, p] - D[r, g]
+            if sign_check and after.sign() != start:
+                break
+            candidates.pop(0)
+            kept.remove(p)
+            new[r, g], new[r, p], e = True, False, after
+    return new
+
+
+CASES = [  # seed, layer, amount, cycles, threshold, var_power, sign_check
+    (0, {}, dict(sparsity=0.5), 50, 0.1, 1.0, False),
+    (1, {}, dict(sparsity=0.7), 50, 0.1, 1.0, True),
+    (2, dict(rows=3, width=8), dict(sparsity=0.5), 50, 0.0, 1.0, False),
+    (3, dict(rows=5, width=12), dict(sparsity=0.1), 50, 0.0, 2.0, False),
+    (4, dict(rows=5, width=12), dict(sparsity=0.95), 50, 0.0, 1.0, False),
+    (5, {}, dict(sparsity=0.6), 3, 0.1, 0.5, False),
+    (6, {}, dict(pattern=(2, 4)), 50, 0.1, 1.0, True),
+    (7, {}, dict(pattern=(4, 8)), 50, 0.1, 1.0, False),
+    (8, {}, dict(pattern=(1, 4)), 50, 0.0, 1.0, False),
+    (9, dict(rows=70, width=1000), dict(sparsity=0.7), 50, 0.1, 1.0, False),
+    (10, dict(sequences=1, tokens=1), dict(sparsity=0.5), 10, 0.1, 1.0, False),  # no variance at all
+]
+
+
+@pytest.mark.parametrize("kind", ["plain", "dead inputs", "constant rows", "bf16", "zero rows"])
+@pytest.mark.parametrize("case", CASES, ids=[str(c[0]) for c in CASES])
+def test_dsnot_equals_slow_loop(case, kind):
+    """Would catch any departure from the rule: a wrong side, an index used twice, lists that run out, ties, the
+    sign check, the threshold, NaN from dead inputs."""
+    seed, layer, amount, cycles, threshold, var_power, sign_check = case
+    W, inputs = random_layer(seed, **layer)
+    if kind == "dead inputs":
+        inputs[..., ::3] = 0
+    elif kind == "constant rows":
+        W[::2] = 0.5
+    elif kind == "zero rows":
+        W[::2] = 0
+    elif kind == "bf16":
+        W = W.bfloat16()
+    stats, pattern = stats_of(inputs), amount.get("pattern")
+    for score in (magnitude_score(W), wanda_score(W, stats)):
+        keep = keep_mask(score, **amount)
+        options = dict(cycles=cycles, threshold=threshold, var_power=var_power, sign_check=sign_check, pattern=pattern)
+        new = dsnot_refine(W, keep, stats, score, **options)
+        assert torch.equal(new, slow_dsnot(W, keep, stats, score, **options))
+        assert torch.equal(new.sum(1), keep.sum(1))
+        if pattern:
+            assert (new.view(len(W), -1, pattern[1]).sum(-1) == pattern[0]).all()
+
+
+def test_dsnot_golden():
+    """The published implementation's masks, bit for bit: would catch a method that only resembles DSnoT."""
+    f, cases = golden("dsnot.safetensors")
+    W, stats = f.get_tensor("weight"), stats_of(f.get_tensor("inputs"))
+    assert len(cases) == 16
+    for i, case in enumerate(cases):
+        score = wanda_score(W, stats) if case["init"] == "wanda" else magnitude_score(W)
+        pattern = (case["n"], case["m"]) if "n" in case else None
+        keep = keep_mask(score, pattern=pattern) if pattern else keep_mask(score, case["sparsity"])
+        new = dsnot_refine(W, keep, stats, score, cycles=case["cycles"], threshold=case["threshold"],
+                           var_power=case["pow_var"], sign_check=case["sign_check"], pattern=pattern)
+        assert torch.equal(~new, f.get_tensor(f"pruned.{i}")), case
+
+
+def test_dsnot_lowers_the_expected_error():
+    """Would catch growing what should be pruned: with the sign check, the mean error of no row may rise."""
+    W, inputs = random_layer(3, rows=64, width=256)
+    stats = stats_of(inputs)
+    keep = keep_mask(wanda_score(W, stats), 0.7)
+    new = dsnot_refine(W, keep, stats, wanda_score(W, stats), sign_check=True)
+    before, after = (((W * ~mask) @ inputs.sum(1).mean(0)).abs() for mask in (keep, new))
+    assert (after <= before + 1e-4).all() and after.mean() < 0.5 * before.mean()
+
+
+# ------------------------------------------------------------------------------------------------------- SparseGPT
+
+def slow_sparsegpt(W, gram, mask, damp):
+    """Optimal brain surgeon, column by column in float64: the exact inverse of what remains, for a given mask."""
+    W, H = W.double().clone(), gram.double()
+    H = H + damp * H.diagonal().mean() * torch.eye(len(H))
+    for k in range(len(H)):
+        inverse = torch.linalg.inv(H[k:, k:])
+        error = torch.where(mask[:, k], 0, W[:, k]) / inverse[0, 0]
+        W[:, k:] -= error[:, None] * inverse[0]
+    return W * mask
+
+
+@pytest.mark.parametrize("amount", [dict(sparsity=0.5), dict(sparsity=0.8), dict(pattern=(2, 4)), dict(pattern=(1, 3))])
+def test_sparsegpt_equals_slow_loop(amount):
+    """Would catch an error spread over the wrong columns or blocks, or a wrong Cholesky factor."""
+    W, inputs = random_layer(4, rows=10, width=48, tokens=32)
+    gram = stats_of(inputs, gram=True).gram
+    new = sparsegpt(W, gram, **amount, block=16)
+    torch.testing.assert_close(new.double(), slow_sparsegpt(W, gram, new != 0, 0.01), rtol=1e-4, atol=1e-4)
+    if "pattern" in amount:
+        n, m = amount["pattern"]
+        assert ((new != 0).view(10, -1, m).sum(-1) == n).all()
+    else:
+        assert abs((new == 0).float().mean() - amount["sparsity"]) < 0.01
+    assert torch.allclose(sparsegpt(W, gram, keep=new != 0, block=16), new, atol=1e-5)  # the same mask, the same correction
+
+
+def test_sparsegpt_survives_dead_inputs():
+    """Would catch a singular Hessian ending in NaN, and dead inputs keeping their weights."""
+    W, inputs = random_layer(5, rows=6, width=32)
+    inputs[..., 3:9] = 0
+    new = sparsegpt(W, stats_of(inputs, gram=True).gram, sparsity=0.5)
+    assert new.isfinite().all() and (new[:, 3:9] == 0).all()
+
+
+def test_sparsegpt_golden():
+    """The published implementation: masks identical, weights to 1e-4."""
+    f, cases = golden("sparsegpt.safetensors")
+    W, stats = f.get_tensor("weight"), stats_of(f.get_tensor("inputs"), gram=True)
+    for i, case in enumerate(cases):
+        amount = dict(pattern=(case["n"], case["m"])) if case["n"] else dict(sparsity=case["sparsity"])
+        new, expected = sparsegpt(W, stats.gram, **amount, damp=case["damp"], block=case["block"]), f.get_tensor(f"result.{i}")
+        assert torch.equal(new == 0, expected == 0), case
+        torch.testing.assert_close(new, expected, rtol=0, atol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------- the command
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    make_checkpoint(folder / "m")
+    words = "the model reads words and the words are few so it can learn them by heart in no time at all".split()
+    rng = random.Random(0)
+    (folder / "text.txt").write_text("\n".join(" ".join(rng.choices(words, k=12)) for _ in range(400)))
+    return folder
+
+
+def command(monkeypatch, model, out, *options):
+    monkeypatch.setattr(sys, "argv", ["dsnot.py", "--device", "cpu", "--model", str(model / "m"), "--calib", str(model / "text.txt"),
+                                      "--data", str(model / "text.txt"), "--nsamples", "4", "--seqlen", "32", "--out", str(out), *options])
+    run(dsnot.main)
+
+
+def tensors(folder):
+    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+@pytest.mark.parametrize("options", [("--sparsity", "0.6", "--compare"), ("--pattern", "2:4", "--score", "magnitude"),
+                                     ("--pattern", "4:8", "--score", "sparsegpt", "--refine-layers", "attn"),
+                                     ("--sparsity", "0.5", "--score", "sparsegpt", "--refine", "none")])
+def test_command(monkeypatch, capsys, model, tmp_path, options):
+    """Would catch a checkpoint that transformers can't load or reads differently, layers that are not pruned or not
+    exactly, embeddings or norms that changed, and a table without its numbers."""
+    transformers = pytest.importorskip("transformers")
+    from gpt import GPT
+    command(monkeypatch, model, tmp_path / "out", *options, "--json", str(tmp_path / "r.json"))
+    result = json.loads((tmp_path / "r.json").read_text())["results"]
+    printed = capsys.readouterr().out
+    assert all(f"{row['perplexity']:.2f}" in printed and math.isfinite(row["perplexity"]) for row in result["rows"])
+    assert len(result["rows"]) == 2 + ("--compare" in options)
+    before, after = tensors(model / "m"), tensors(tmp_path / "out")
+    assert before.keys() == after.keys()
+    for name, W in after.items():
+        if "proj" not in name:
+            assert torch.equal(W, before[name])
+        elif "--pattern" in options:
+            n, m = map(int, options[1].split(":"))
+            assert ((W != 0).view(len(W), -1, m).sum(-1) == n).all()
+        elif "sparsegpt" not in options:
+            assert ((W == 0).sum(1) == int(W.shape[1] * 0.6)).all()
+            assert torch.equal(W[W != 0], before[name][W != 0])
+    ids = torch.randint(0, 64, (1, 20))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)(ids).logits
+    torch.testing.assert_close(GPT.from_pretrained(tmp_path / "out")(ids), theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("after", [1, 8, 13])
+def test_interrupted_run_goes_on(monkeypatch, capsys, model, tmp_path, after):
+    """Would catch lost blocks, blocks done twice with other results, and anything random that depends on the stop."""
+    command(monkeypatch, model, tmp_path / "whole", "--score", "sparsegpt")
+    real, calls = dsnot.prune_layer, []
+
+    def stop(*args, **options):
+        calls.append(1)
+        if len(calls) == after:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    monkeypatch.setattr(dsnot, "prune_layer", stop)
+    with pytest.raises(SystemExit):
+        command(monkeypatch, model, tmp_path / "cut", "--score", "sparsegpt")
+    assert not (tmp_path / "cut").exists()
+    calls.clear()
+    monkeypatch.setattr(dsnot, "prune_layer", lambda *args, **options: (calls.append(1), real(*args, **options))[1])
+    command(monkeypatch, model, tmp_path / "cut", "--score", "sparsegpt")
+    assert len(calls) == 14 - (after - 1) // 7 * 7, "a finished block was pruned again"
+    for file in sorted((tmp_path / "whole").glob("*.safetensors")):
+        assert (tmp_path / "cut" / file.name).read_bytes() == file.read_bytes()
+
+
+BAD = {
+    "sparsity": (["--sparsity", "1.2"], "1.2"),
+    "pattern": (["--pattern", "5:4"], "5:4"),
+    "no pattern": (["--pattern", "half"], "half"),
+    "does not divide": (["--pattern", "3:7"], "7"),
+    "unknown model": (["--model", "llama9"], "llama9"),
+    "no such folder": (["--model", "./nothing/here"], "nothing/here"),
+    "no such text": (["--calib", "nothing.txt"], "nothing.txt"),
+    "long window": (["--seqlen", "100000"], "100000"),
+    "nsamples": (["--nsamples", "0"], "nsamples 0"),
+    "device": (["--device", "tpu9"], "tpu9"),
+    "json": (["--json", "/nowhere/at/all.json"], "/nowhere/at"),
+}
+
+
+def expect_refusal(monkeypatch, capsys, model, out, options, said):
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, model, out, *options)
+    error = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(error) == 1 and said in error[0], error
+    assert not out.exists() and not list(out.parent.glob(f"{out.name}*"))
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_options(monkeypatch, capsys, model, tmp_path, name):
+    """One sentence that names the value, exit code 2, nothing written."""
+    expect_refusal(monkeypatch, capsys, model, tmp_path / "out", *BAD[name])
+
+
+def test_bad_texts_and_files(monkeypatch, capsys, model, tmp_path):
+    """An empty text, one that is too short, one that is no text; a missing and a truncated weight file."""
+    for name, content, said in [("empty.txt", b"", "empty"), ("short.txt", b"the words", "fewer than one window"), ("no.txt", b"\xff\xfe\x00", "UTF-8")]:
+        (tmp_path / name).write_bytes(content)
+        for option in "--calib", "--data":
+            expect_refusal(monkeypatch, capsys, model, tmp_path / "out", [option, str(tmp_path / name)], said)
+    broken = tmp_path / "broken"
+    for damage, said in [(lambda f: f.unlink(), "missing"), (lambda f: f.write_bytes(f.read_bytes()[:-100]), "truncated")]:
+        make_checkpoint(broken)
+        damage(broken / "model.safetensors")
+        expect_refusal(monkeypatch, capsys, model, tmp_path / "out", ["--model", str(broken)], said)
+
+
+def test_activations_that_are_not_finite(monkeypatch, capsys, model, tmp_path):
+    """Would catch a mask chosen from NaN: the layer is named."""
+    import gpt
+    real = gpt.GPT.embed
+    monkeypatch.setattr(gpt.GPT, "embed", lambda self, *ids: real(self, *ids) * float("nan"))
+    expect_refusal(monkeypatch, capsys, model, tmp_path / "out", [], "layers.0.self_attn.q_proj are not finite")
+
+
+def test_full_disk(monkeypatch, capsys, model, tmp_path):
+    """A file that can't be written whole leaves nothing that looks like a checkpoint."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        expect_refusal(monkeypatch, capsys, model, tmp_path / "out", [], "can't write")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_existing_folders_are_respected(monkeypatch, capsys, model, tmp_path):
+    """Would catch overwriting the model that is being read, or a folder that holds something else."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    for out in tmp_path / "mine", model / "m":
+        with pytest.raises(SystemExit):
+            command(monkeypatch, model, out)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    assert "choose another output folder" in capsys.readouterr().err
