@@ -4,12 +4,12 @@ The model is the decoder of LLaMA (Touvron et al. 2023): x = embed(ids); for eve
     x = x + attention(norm(x));   x = x + mlp(norm(x))
 then logits = head(norm(x)). Norms are RMSNorm, positions are rotary embeddings in the split-half form (so that Hugging
 Face weights load unchanged), several query heads may share one key/value head, the MLP is SwiGLU. Where a relative
-(Mistral, Qwen, OPT, GPT-2) differs, a field of `Config` says so, and the table FAMILIES fills these fields; nothing about
-a checkpoint is assumed that its config.json does not say.
+(Mistral, Qwen, OPT, GPT-2) differs, a field of `Config` says so, which the table FAMILIES fills; nothing is assumed
+about a checkpoint that its config.json does not say.
 
-Parameter names are those of Hugging Face's LLaMA whatever the family, every projection is an nn.Linear of its own, and a
-checkpoint is a Hugging Face folder under the family's own names: what is saved here loads in `transformers` and the other
-way round. Blocks can be read one at a time (`stream=True`), so a model may be larger than memory.
+Parameter names are those of Hugging Face's LLaMA whatever the family; every projection is an nn.Linear of its own. A
+checkpoint is a Hugging Face folder under the family's own names: what is saved here loads in `transformers` and the
+other way round. Blocks can be read one at a time (`stream=True`), so a model may be larger than memory.
 
     python gpt.py --prompt "Return the"
     python gpt.py --model llama2-7b --prompt "The capital of France is"
@@ -40,6 +40,8 @@ from data.command import InputError, parser, record, run, start, write_atomicall
 from data.hub import model_folder
 
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh")}
+ROPE_KINDS = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
+                                                               "original_max_position_embeddings")}
 
 
 @dataclass
@@ -81,8 +83,8 @@ class Config:
         heads, layers, bias = said["num_attention_heads"], said["num_hidden_layers"], said.get("attention_bias", False)
         rope = said.get("rope_parameters") or said.get("rope_scaling") or {}
         reach = said.get("sliding_window") if said.get("use_sliding_window") else None
-        slides = said.get("layer_types") or ["sliding_attention" if i >= said["first_sliding_layer"] else "full_attention"
-                                             for i in range(layers if reach else 0)]
+        first = min(said.get("first_sliding_layer", layers), layers)
+        kinds = said.get("layer_types") or ["full_attention"] * first + ["sliding_attention"] * (layers - first)
         config = cls(
             vocab_size=said["vocab_size"], hidden_size=said["hidden_size"], intermediate_size=said["intermediate_size"],
             num_hidden_layers=layers, num_attention_heads=heads,
@@ -92,10 +94,10 @@ class Config:
             rope_theta=rope.get("rope_theta") or said.get("rope_theta") or 10000.0, rope_scaling=rope,
             tie_word_embeddings=said.get("tie_word_embeddings", False), raw=raw,
             qkv_bias=said.get("qkv_bias", bias), o_bias=bias, mlp_bias=said.get("mlp_bias", False),
-            windows=tuple(reach if kind == "sliding_attention" else None for kind in slides) if reach else (),
+            windows=tuple(reach if kind == "sliding_attention" else None for kind in kinds),
             activation=said["hidden_act"],
-            **{name: said[name] for name in ("qk_norm", "gated", "layer_norm", "post_norm", "positions", "position_offset",
-                                             "embed_size") if name in said})
+            **{name: said[name] for name in said if name in (
+                "qk_norm", "gated", "layer_norm", "post_norm", "positions", "position_offset", "embed_size")})
         config.check()
         return config
 
@@ -109,12 +111,19 @@ class Config:
             raise InputError(f"config.json: {self.num_attention_heads} attention heads can't share "
                              f"{self.num_key_value_heads} key/value heads evenly")
         if self.activation not in ACTIVATIONS:
-            raise InputError(f"config.json: activation {self.activation!r} is not supported ({', '.join(ACTIVATIONS)} are)")
-        if self.rope_kind not in ("default", "linear", "llama3"):
-            raise InputError(f"config.json: rotary scaling {self.rope_kind!r} is not supported (linear and llama3 are)")
+            raise InputError(f"config.json: activation {self.activation!r} is not supported "
+                             f"({', '.join(ACTIVATIONS)} are)")
+        if len(self.windows) != self.num_hidden_layers:
+            raise InputError(f"config.json: layer_types names {len(self.windows)} of {self.num_hidden_layers} layers")
+        if self.rope_kind not in ROPE_KINDS:
+            raise InputError(f"config.json: rotary scaling {self.rope_kind!r} is not supported "
+                             f"({', '.join(ROPE_KINDS)} are)")
+        for name in ROPE_KINDS[self.rope_kind]:
+            if not isinstance(self.rope_scaling.get(name), (int, float)):
+                raise InputError(f"config.json: {name} is missing in the rotary scaling {self.rope_scaling}")
         for name, usual in UNUSUAL.items():
-            if self.raw.get(name) not in (None, usual):
-                raise InputError(f"config.json: {name} {self.raw[name]!r} is not supported")
+            if (asked := (self.rope_scaling | self.raw).get(name)) not in (None, usual):
+                raise InputError(f"config.json: {name} {asked!r} is not supported")
 
     @property
     def rope_kind(self):
@@ -139,8 +148,8 @@ def norm(c):
 
 
 def rotary(config, positions):
-    """cos and sin [T, D] of the angles by which positions [T] turn each pair (i, i + D/2) of a head's features; None for
-    a model whose positions are learned."""
+    """cos and sin [T, D] of the angles by which positions [T] turn each pair (i, i + D/2) of a head's features; None
+    for a model whose positions are learned."""
     if config.positions:
         return None
     pairs = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
@@ -148,7 +157,7 @@ def rotary(config, positions):
     scaling = config.rope_scaling
     if config.rope_kind == "linear":
         frequency = frequency / scaling["factor"]
-    if config.rope_kind == "llama3":  # pairs that turn often in the original context keep their speed, slow ones are stretched
+    if config.rope_kind == "llama3":  # pairs that turn often in the original context keep their speed, slow ones do not
         turns = frequency * scaling["original_max_position_embeddings"] / (2 * math.pi)
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         kept = ((turns - low) / (high - low)).clamp(0, 1)
@@ -220,8 +229,8 @@ class Block(nn.Module):
         self.post_norm = c.post_norm
 
     def forward(self, x, positions, rope, cache=None):
-        """x [B, T, C] at positions [T] -> [B, T, C]. rope: rotary(config, positions). cache: this block's (keys, values)
-        [B, K, S, D], written at `positions`; without one, x is the whole sequence."""
+        """x [B, T, C] at positions [T] -> [B, T, C]. rope: rotary(config, positions). cache: this block's (keys,
+        values) [B, K, S, D], written at `positions`; without one, x is the whole sequence."""
         if self.post_norm:
             x = self.input_layernorm(x + self.self_attn(x, positions, rope, cache))
             return self.post_attention_layernorm(x + self.mlp(x))
@@ -267,7 +276,7 @@ class GPT(nn.Module):
         return self.lm_head(self.model.project_out(x) if "project_out" in self.model else x)
 
     def forward(self, ids, positions=None, caches=None):
-        """ids [B, T] -> logits [B, T, vocab]. With caches (one per block) only the tokens at `positions` [T] are new."""
+        """ids [B, T] -> logits [B, T, vocab]. With caches (one per block) only the tokens at positions [T] are new."""
         positions = torch.arange(ids.shape[1], device=ids.device) if positions is None else positions
         return self.head(self.hidden(ids, positions, rotary(self.config, positions), caches))
 
@@ -322,12 +331,13 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_dir, device="cpu", dtype=None, stream=False):
-        """Load a preset, a Hub id or a Hugging Face folder. dtype None: the checkpoint's own on a GPU, float32 on a CPU.
-        stream=True leaves the blocks on disk for `blocks()` to read one by one.
+        """Load a preset, a Hub id or a Hugging Face folder. dtype None: the checkpoint's own on a GPU, float32 on a
+        CPU. stream=True leaves the blocks on disk for `blocks()` to read one by one.
         Raises InputError where a tensor is missing, superfluous, of another shape or not finite."""
         checkpoint = Checkpoint(model_folder(name_or_dir))
         if dtype is None:
-            dtype = torch.float32 if torch.device(device).type == "cpu" else checkpoint.dtype("model.embed_tokens.weight")
+            on_cpu = torch.device(device).type == "cpu"
+            dtype = torch.float32 if on_cpu else checkpoint.dtype("model.embed_tokens.weight")
         with torch.device("meta"):
             model = cls(checkpoint.config)
         model.source, model.streams = checkpoint, stream
@@ -354,8 +364,8 @@ class GPT(nn.Module):
             yield block
 
     def save_pretrained(self, dir, tokenizer_from=None):
-        """Write a Hugging Face folder: config.json, model.safetensors, and the tokenizer files of another folder (None: of
-        the one that the model was loaded from)."""
+        """Write a Hugging Face folder: config.json, model.safetensors, and the tokenizer files of another folder
+        (None: of the one that the model was loaded from)."""
         tensors = self.state_dict()
         if self.config.tie_word_embeddings:
             del tensors["lm_head.weight"]
@@ -373,8 +383,8 @@ class GPT(nn.Module):
 @dataclass
 class Family:
     """How a relative of LLaMA differs: `config` says what its config.json means in LLaMA's words and in the fields of
-    `Config`; `names` turn our tensor names into its own, in this order. conv1d: the block's weights are transposed, and
-    q, k, v are one tensor."""
+    `Config`; `names` turn our tensor names into its own, one after the other. conv1d: the weights of a block's
+    projections are transposed, and q, k, v are one tensor."""
     config: Callable[[dict], dict] = lambda raw: {}
     names: tuple = ()
     conv1d: bool = False
@@ -385,28 +395,29 @@ class Family:
         return ours
 
     def theirs(self, tensors):
-        """Our tensors {name: tensor} under the family's names and in its layout; q, k, v of a layer must be together."""
-        parts = {}
+        """Our tensors {name: tensor} under the family's names and in its layout; q, k, v of a layer come together."""
+        found = {}  # {their name: {our name: tensor}}
         for name, value in tensors.items():
-            if self.conv1d and PROJECTION.search(name):
-                value = value.t()  # a bias stays as it is
-            parts.setdefault(self.name(name), {})[name] = value
-        for name, part in parts.items():
-            assert len(part) == 1 + 2 * ("c_attn" in name), f"{name} needs q, k and v, not only {list(part)}"
-        return {name: torch.cat([part[k] for k in sorted(part, key=QKV)], -1) if len(part) > 1 else next(iter(part.values()))
-                for name, part in parts.items()}
+            transposed = self.conv1d and PROJECTION.search(name)
+            found.setdefault(self.name(name), {})[name] = value.t() if transposed else value  # a bias has one dimension
+        for name, parts in found.items():
+            assert len(parts) == (3 if "c_attn" in name else 1), f"{name} needs q, k and v, not only {list(parts)}"
+            parts = [parts[k] for k in (sorted(parts, key=which) if "c_attn" in name else parts)]
+            found[name] = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+        return found
 
     def ours(self, name, value):
         """The tensor that we call `name` out of the family's `value`."""
         if not (self.conv1d and PROJECTION.search(name)):
             return value
-        return (value.chunk(3, -1)[QKV(name)] if "c_attn" in self.name(name) else value).t()
+        return (value.chunk(3, -1)[which(name)] if "c_attn" in self.name(name) else value).t()
 
 
 PROJECTION = re.compile(r"\.(self_attn|mlp)\.\w+\.(weight|bias)$")
 
 
-def QKV(name):
+def which(name):
+    """Which of q, k, v a tensor belongs to."""
     return ("q_proj", "k_proj", "v_proj").index(name.split(".")[-2])
 
 
@@ -417,7 +428,8 @@ def qwen(raw):
 FAMILIES = {
     "llama": Family(),
     "mistral": Family(lambda raw: dict(
-        use_sliding_window=True, sliding_window=raw.get("sliding_window", 4096), first_sliding_layer=0, layer_types=None)),
+        use_sliding_window=True, sliding_window=raw.get("sliding_window", 4096), first_sliding_layer=0,
+        layer_types=None)),
     "qwen2": Family(lambda raw: dict(qkv_bias=True, **qwen(raw))),
     "qwen3": Family(lambda raw: dict(qk_norm=True, **qwen(raw))),
     "opt": Family(lambda raw: dict(
@@ -435,9 +447,9 @@ FAMILIES = {
         positions=raw["n_positions"], tie_word_embeddings=raw.get("tie_word_embeddings", True)),
         names=(("model.embed_tokens", "transformer.wte"), ("model.embed_positions", "transformer.wpe"),
                ("model.norm", "transformer.ln_f"), ("model.layers", "transformer.h"), ("input_layernorm", "ln_1"),
-               ("post_attention_layernorm", "ln_2"), ("self_attn.q_proj", "attn.c_attn"), ("self_attn.k_proj", "attn.c_attn"),
-               ("self_attn.v_proj", "attn.c_attn"), ("self_attn.o_proj", "attn.c_proj"), ("mlp.up_proj", "mlp.c_fc"),
-               ("mlp.down_proj", "mlp.c_proj")),
+               ("post_attention_layernorm", "ln_2"), ("self_attn.q_proj", "attn.c_attn"),
+               ("self_attn.k_proj", "attn.c_attn"), ("self_attn.v_proj", "attn.c_attn"),
+               ("self_attn.o_proj", "attn.c_proj"), ("mlp.up_proj", "mlp.c_fc"), ("mlp.down_proj", "mlp.c_proj")),
         conv1d=True),
 }
 
@@ -449,8 +461,8 @@ UNUSUAL = {"quantization_config": None, "partial_rotary_factor": 1.0, "layer_nor
 
 # --------------------------------------------------------------------------------------------------- checkpoints
 
-TOKENIZER_FILES = ["tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
-                   "merges.txt", "added_tokens.json", "generation_config.json"]
+TOKENIZER_FILES = ["tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                   "added_tokens.json", "vocab.json", "merges.txt", "generation_config.json"]
 BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$")  # constants that old files carry along
 
 
@@ -470,7 +482,8 @@ def read_tensors(path, names=None):
     except FileNotFoundError:
         raise InputError(f"{path} is missing; is the download complete?") from None
     except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
-        raise InputError(f"{path} can't be read, it is truncated or damaged ({str(e).splitlines()[0]}); fetch it again") from None
+        reason = str(e).split("\n")[0]
+        raise InputError(f"{path} can't be read, it is truncated or damaged ({reason}); fetch it again") from None
 
 
 class Checkpoint:
@@ -483,8 +496,9 @@ class Checkpoint:
         self.folder = Path(folder)
         try:
             self.config = Config.from_dict(json.loads((self.folder / "config.json").read_text()))
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as e:
-            raise InputError(f"{self.folder / 'config.json'} is not a model's configuration: {type(e).__name__} {e}") from None
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
+            raise InputError(f"{self.folder / 'config.json'} is not a model's configuration: "
+                             f"{type(e).__name__} {e}") from None
         self.family = FAMILIES[self.config.raw["model_type"]]
         with torch.device("meta"):
             parameters = GPT(self.config).state_dict()
@@ -513,14 +527,15 @@ class Checkpoint:
 
     def _weight_files(self):
         """safetensors where there are any, else pytorch_model*.bin; with an index, the files that it names."""
-        names = ["model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin"]
-        name = next((n for n in names if (self.folder / n).is_file()), "model.safetensors")
-        if not name.endswith(".json"):
-            return [self.folder / name]
+        names = ["model.safetensors.index.json", "model.safetensors",
+                 "pytorch_model.bin.index.json", "pytorch_model.bin"]
+        path = next((self.folder / n for n in names if (self.folder / n).is_file()), self.folder / "model.safetensors")
+        if path.suffix != ".json":
+            return [path]
         try:
-            return [self.folder / n for n in sorted(set(json.loads((self.folder / name).read_text())["weight_map"].values()))]
+            return [self.folder / n for n in sorted(set(json.loads(path.read_text())["weight_map"].values()))]
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as e:
-            raise InputError(f"{self.folder / name} is not an index of weights: {type(e).__name__} {e}") from None
+            raise InputError(f"{path} is not an index of weights: {type(e).__name__} {e}") from None
 
     def tensor(self, name):
         """One tensor under our name, as it is on disk. Raises InputError if a value is not finite."""
@@ -536,8 +551,8 @@ class Checkpoint:
 
     def load(self, module, prefix, device, dtype):
         """Fill all parameters of a module (on the meta device) with the tensors below `prefix`."""
-        state = {k: self.tensor(f"{prefix}.{k}").to(device=device, dtype=dtype).contiguous() for k in module.state_dict()}
-        module.load_state_dict(state, assign=True)
+        state = {k: self.tensor(f"{prefix}.{k}").to(device=device, dtype=dtype) for k in module.state_dict()}
+        module.load_state_dict({k: v.contiguous() for k, v in state.items()}, assign=True)
 
 
 class CheckpointWriter:
@@ -600,10 +615,12 @@ class CheckpointWriter:
                 size += shard.stat().st_size
             index = json.dumps({"metadata": {"total_size": size}, "weight_map": weights}, indent=1)
             write_atomically(self.partial / "model.safetensors.index.json", lambda path: path.write_text(index))
-        write_atomically(self.partial / "config.json", lambda path: path.write_text(json.dumps(self.raw, indent=1) + "\n"))
+        text = json.dumps(self.raw, indent=1) + "\n"
+        write_atomically(self.partial / "config.json", lambda path: path.write_text(text))
         for name in TOKENIZER_FILES:
-            if self.tokenizer_from and (Path(self.tokenizer_from) / name).is_file():
-                write_atomically(self.partial / name, lambda path: shutil.copyfile(Path(self.tokenizer_from) / name, path))
+            source = Path(self.tokenizer_from or self.partial) / name
+            if source.is_file() and source.parent != self.partial:
+                write_atomically(self.partial / name, lambda path: shutil.copyfile(source, path))
         (self.partial / "run.json").unlink()
         if self.folder.is_dir():
             shutil.rmtree(self.folder)
@@ -630,14 +647,16 @@ def main():
         raise InputError(f"--prompt {args.prompt!r} has no tokens")
     begin, shown = time.perf_counter(), len(tokenizer.decode(ids))
     print(tokenizer.decode(ids), end="", flush=True)
-    for token in model.stream(torch.tensor([ids], device=args.device), args.max_new_tokens, args.temperature, args.top_k):
+    prompt = torch.tensor([ids], device=args.device)
+    for token in model.stream(prompt, args.max_new_tokens, args.temperature, args.top_k):
         ids.append(token.item())
         text = tokenizer.decode(ids)
         if not text.endswith("\ufffd"):  # a character of several tokens is shown when it is whole
             print(text[shown:], end="", flush=True)
             shown = len(text)
     seconds = time.perf_counter() - begin
-    print(f"\n\n{args.max_new_tokens} tokens in {seconds:.2f} s, {args.max_new_tokens / seconds:.1f} tokens/s on {args.device}")
+    print(f"\n\n{args.max_new_tokens} tokens in {seconds:.2f} s, {args.max_new_tokens / seconds:.1f} tokens/s "
+          f"on {args.device}")
     record(args, {"text": tokenizer.decode(ids), "tokens_per_second": args.max_new_tokens / seconds})
 
 

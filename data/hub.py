@@ -1,22 +1,33 @@
 """From a name to a local folder: presets, Hugging Face Hub ids, folders."""
 
-import os
+import difflib
 from pathlib import Path
 
 from data.command import InputError
 
-PRESETS = {
-    "tiny": str(Path(__file__).parent / "tiny"),
-    "llama-7b": "huggyllama/llama-7b", "llama-13b": "huggyllama/llama-13b",
-    "llama-30b": "huggyllama/llama-30b", "llama-65b": "huggyllama/llama-65b",
-    "llama2-7b": "meta-llama/Llama-2-7b-hf", "llama2-13b": "meta-llama/Llama-2-13b-hf", "llama2-70b": "meta-llama/Llama-2-70b-hf",
-    "llama3-8b": "meta-llama/Meta-Llama-3-8B", "llama3.1-8b": "meta-llama/Llama-3.1-8B", "llama3.2-1b": "meta-llama/Llama-3.2-1B",
-    "tinyllama": "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
-    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M", "smollm2-360m": "HuggingFaceTB/SmolLM2-360M",
-}
+PRESETS = {"tiny": str(Path(__file__).parent / "tiny")}
+for preset, target, sizes in [  # {}: each of the sizes
+    ("llama-{}b", "huggyllama/llama-{}b", "7 13 30 65"),
+    ("llama2-{}b", "meta-llama/Llama-2-{}b-hf", "7 13 70"),
+    ("llama3-{}b", "meta-llama/Meta-Llama-3-{}B", "8 70"),
+    ("llama3.1-{}b", "meta-llama/Llama-3.1-{}B", "8 70"),
+    ("llama3.2-{}b", "meta-llama/Llama-3.2-{}B", "1 3"),
+    ("vicuna-{}b", "lmsys/vicuna-{}b-v1.5", "7 13"),
+    ("tinyllama", "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T", "1.1"),
+    ("mistral-{}b", "mistralai/Mistral-7B-v0.1", "7"),
+    ("smollm2-{}m", "HuggingFaceTB/SmolLM2-{}M", "135 360"),
+    ("smollm2-{}b", "HuggingFaceTB/SmolLM2-{}B", "1.7"),
+    ("qwen2.5-{}b", "Qwen/Qwen2.5-{}B", "0.5 1.5 3 7 14 32 72"),
+    ("qwen3-{}b", "Qwen/Qwen3-{}B", "0.6 1.7 4 8 14 32"),
+    ("opt-{}", "facebook/opt-{}", "125m 350m 1.3b 2.7b 6.7b 13b 30b 66b"),
+    ("gpt2", "openai-community/gpt2", "124m"),
+    ("gpt2-{}", "openai-community/gpt2-{}", "medium large xl"),
+]:
+    PRESETS |= {preset.format(size): target.format(size) for size in sizes.split()}
 
-WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 SMALL = ["config.json", "generation_config.json", "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json"]
+SAFETENSORS = ["model*.safetensors", "model.safetensors.index.json"]  # not consolidated.*, the same weights once more
+PYTORCH = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
 
 def model_folder(name, weights=True):
@@ -28,20 +39,23 @@ def model_folder(name, weights=True):
             raise InputError(f"{target} is no model folder: config.json is missing")
         return Path(target)
     if target.count("/") != 1 or target.startswith((".", "/", "~")):
-        raise InputError(f"no model {name!r}: give a folder, a Hub id such as meta-llama/Llama-2-7b-hf, "
-                         f"or one of {', '.join(PRESETS)}")
+        near = difflib.get_close_matches(target, PRESETS, n=5, cutoff=0.4) or ["tiny", "llama2-7b", "opt-125m"]
+        raise InputError(f"no model {name!r}: give a folder, a Hub id such as meta-llama/Llama-2-7b-hf, or a preset "
+                         f"such as {', '.join(near)} (data/hub.py lists all)")
     from huggingface_hub import errors, snapshot_download
     try:
-        return Path(snapshot_download(target, allow_patterns=SMALL + (WEIGHTS if weights else [])))
+        folder = Path(snapshot_download(target, allow_patterns=SMALL + (SAFETENSORS if weights else [])))
+        if weights and not any(folder.glob("model*.safetensors")):
+            folder = Path(snapshot_download(target, allow_patterns=SMALL + PYTORCH))
+        return folder
+    except errors.HFValidationError:
+        raise InputError(f"{target!r} is neither a folder nor a possible Hub id") from None
     except errors.GatedRepoError:
         raise InputError(f"{target} is gated: ask for access on its Hub page, then run `hf auth login`") from None
     except errors.RepositoryNotFoundError:
-        raise InputError(f"the Hub has no public model {target}: check the id, or run `hf auth login` if it is private") from None
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as e:
-        raise InputError(f"{target} is not in the Hub's cache and can't be fetched ({type(e).__name__}): "
-                         f"without a network, copy its folder here and give --model FOLDER") from None
-    except Exception as e:  # the Hub's HTTP library has changed its exceptions before
-        if not type(e).__module__.split(".")[0].startswith("http") and "requests" not in type(e).__module__:
-            raise
-        raise InputError(f"{target} can't be fetched from the Hub ({type(e).__name__}): "
+        raise InputError(f"the Hub has no public model {target}: check the id, "
+                         f"or run `hf auth login` if it is private") from None
+    except (OSError, errors.HTTPError) as e:  # HTTPError: what the Hub's HTTP library raises, whichever it is
+        reason = getattr(e, "strerror", None) or type(e).__name__
+        raise InputError(f"{target} is not in the Hub's cache and can't be fetched ({reason}): "
                          f"without a network, copy its folder here and give --model FOLDER") from None

@@ -1,8 +1,8 @@
 """Tokenizers read from a Hugging Face folder, with the ids that the models' own tokenizers give.
 
 `tokenizer.model` is SentencePiece (LLaMA 1 and 2, Vicuna, Mistral, TinyLlama). Else it is byte-level BPE (GPT-2, OPT,
-LLaMA 3, Qwen, SmolLM), which goes in four steps, all described by `tokenizer.json`: added tokens such as <|endoftext|> are
-cut out; the rest is normalized (or not); regular expressions cut it into pieces; tiktoken merges the bytes of each piece.
+LLaMA 3, Qwen, SmolLM) in four steps, all described by `tokenizer.json`: added tokens such as <|endoftext|> are cut out;
+the rest is normalized or not; regular expressions cut it into pieces; tiktoken merges the bytes of each piece.
 """
 
 import functools
@@ -24,7 +24,7 @@ def read_json(path):
 
 
 class SentencePiece:
-    """`tokenizer.model`. BOS comes first, unless tokenizer_config.json says otherwise; "<s>" in a text is just a text."""
+    """`tokenizer.model`. BOS comes first unless tokenizer_config.json says otherwise; "<s>" in a text is plain text."""
 
     def __init__(self, path):
         from sentencepiece import SentencePieceProcessor
@@ -44,7 +44,6 @@ class SentencePiece:
         return self.model.decode([i for i in ids if i < self.vocab_size and not self.model.is_control(i)])
 
 
-@functools.cache
 def byte_characters():
     """{character: byte}: how GPT-2's files write bytes. A printable one is itself, the others are 256, 257, ..."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -52,8 +51,11 @@ def byte_characters():
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
+BYTE = byte_characters()
+
+
 def to_bytes(token):
-    return bytes(byte_characters()[c] for c in token)
+    return bytes(BYTE[c] for c in token)
 
 
 def splits_of(pre_tokenizer, path):
@@ -88,44 +90,47 @@ def isolate(pattern, text):
 
 
 class ByteBPE:
-    """Byte-level BPE. vocab {token: id} and merges [(left, right)] in GPT-2's spelling, best merge first; splits: regular
-    expressions; added [{"content", "id", "special", ...}]: tokens recognised in the text before anything else; first and
-    last: ids put around every text; whole: a piece that is a token is not merged, whatever the merges say."""
+    """Byte-level BPE. vocab {token: id} and merges [(left, right)] in GPT-2's spelling, best merge first; splits:
+    regular expressions; added {content: {"id", "special", ...}}: tokens recognised in the text before anything else;
+    first and last: ids put around every text; unknown: the id of a byte that the vocabulary lacks (None: such bytes
+    are dropped); whole: a piece that is a token is not merged, whatever the merges say."""
 
-    def __init__(self, vocab, merges, splits, added, first=(), last=(), unknown=None, nfc=False, prefix_space=False, whole=False):
+    def __init__(self, vocab, merges, splits, added, first=(), last=(), unknown=None, nfc=False, prefix_space=False,
+                 whole=False):
         import regex  # tiktoken's own dependency: Unicode classes such as \p{L}
         from tiktoken import Encoding
-        # tiktoken's tokens are numbered by the order of merges: bytes first. The model's ids need not be (OPT's are not).
-        ranks, tokens = {bytes([b]): b for b in range(256)}, list(byte_characters())
-        tokens.sort(key=byte_characters().get)
+        # tiktoken numbers tokens by the order of merges, bytes first; the model's ids need not follow it (OPT's do not)
+        ranks, tokens = {bytes([b]): b for b in range(256)}, sorted(BYTE, key=BYTE.get)
         for left, right in merges:
-            if ranks.setdefault(to_bytes(left + right), len(ranks)) == len(tokens):  # the best of several ways to one token
+            if ranks.setdefault(to_bytes(left + right), len(ranks)) == len(tokens):  # not yet made by a better merge
                 tokens.append(left + right)
-        self.ids = [vocab.get(token, unknown) for token in tokens]  # None: a byte that the vocabulary lacks is dropped
         self.merge = Encoding("merges", pat_str="(?s:.+)", mergeable_ranks=ranks, special_tokens={})
-        self.splits = [regex.compile(p) for p in splits]
-        self.whole = {to_bytes(token): i for token, i in vocab.items() if set(token) <= byte_characters().keys()} if whole else {}
+        self.ids = [vocab.get(token, unknown) for token in tokens]
+        self.splits = [regex.compile(pattern) for pattern in splits]
         self.nfc, self.prefix_space, self.first, self.last = nfc, prefix_space, list(first), list(last)
 
-        self.added = {token["content"]: token["id"] for token in added}
-        spaced = [("\\s*" if token.get("lstrip") else "") + regex.escape(token["content"]) + ("\\s*" if token.get("rstrip") else "")
-                  for token in sorted(added, key=lambda token: -len(token["content"]))]  # the longest wins
-        self.cut = regex.compile("|".join(spaced) or "(?!)")
-        self.texts = {i: to_bytes(token) for token, i in vocab.items() if set(token) <= byte_characters().keys()}
-        self.texts |= {token["id"]: b"" if token.get("special") else token["content"].encode() for token in added}
+        self.added = {content: token["id"] for content, token in added.items()}
+        strip = {True: r"\s*", False: ""}  # some added tokens take the whitespace around them along; the longest wins
+        self.cut = regex.compile("|".join(strip[added[t].get("lstrip", False)] + regex.escape(t)
+                                          + strip[added[t].get("rstrip", False)]
+                                          for t in sorted(added, key=len, reverse=True)) or "(?!)")
+
+        self.texts = {i: to_bytes(token) for token, i in vocab.items() if set(token) <= BYTE.keys()}  # {id: bytes}
+        self.whole = {text: i for i, text in self.texts.items()} if whole else {}
+        self.texts |= {token["id"]: b"" if token.get("special") else t.encode() for t, token in added.items()}
         self.vocab_size = max(self.texts) + 1
         self.piece = functools.lru_cache(maxsize=2**17)(self.piece)  # most pieces of a text are words seen before
 
     def piece(self, text):
         """The ids of one piece."""
-        if self.whole and text.encode() in self.whole:
+        if text.encode() in self.whole:
             return [self.whole[text.encode()]]
         return [self.ids[rank] for rank in self.merge.encode_ordinary(text) if self.ids[rank] is not None]
 
     def plain(self, text):
         """The ids of a text without added tokens."""
         text = unicodedata.normalize("NFC", text) if self.nfc else text
-        if self.prefix_space and text and not text[0].isspace():
+        if self.prefix_space and text and not text.startswith(" "):
             text = " " + text
         pieces = [text] if text else []
         for pattern in self.splits:
@@ -147,14 +152,15 @@ class ByteBPE:
         return b"".join(self.texts.get(i, b"") for i in ids).decode("utf-8", errors="replace")
 
 
-def special_tokens(folder, vocab):
-    """({role: content}, the tokens to cut out) that the small files beside a tokenizer name."""
-    config = read_json(folder / "tokenizer_config.json")
-    named = {role: token["content"] if isinstance(token, dict) else token
-             for role, token in (read_json(folder / "special_tokens_map.json") | config).items()
-             if role in ("bos_token", "eos_token", "unk_token", "pad_token") and token}
-    added = [{**token, "id": int(i)} for i, token in config.get("added_tokens_decoder", {}).items()]
-    return named, added + [{"content": t, "id": vocab[t], "special": True} for t in set(named.values()) if t in vocab]
+def added_tokens(tokenizer, config, named, vocab):
+    """{content: {"id", "special", ...}} of the tokens that are cut out of a text: those that tokenizer.json or
+    tokenizer_config.json lists, and those with a role such as bos_token."""
+    added = {token["content"]: {**token, "id": int(i)} for i, token in config.get("added_tokens_decoder", {}).items()}
+    added |= {token["content"]: token for token in tokenizer.get("added_tokens", [])}
+    for content in named.values():
+        if content in added or content in vocab:
+            added[content] = {"id": vocab.get(content), **added.get(content, {}), "special": True}
+    return added
 
 
 def template(post_processor):
@@ -174,43 +180,46 @@ def template(post_processor):
 def load_byte_bpe(folder):
     """A ByteBPE from tokenizer.json, else from GPT-2's vocab.json and merges.txt."""
     path, config = folder / "tokenizer.json", read_json(folder / "tokenizer_config.json")
-    whole = read_json(path)
-    if not whole:
-        if not config.get("tokenizer_class", "GPT2Tokenizer").startswith("GPT2"):
-            raise InputError(f"{folder}: tokenizer.json is missing, and vocab.json alone does not describe a "
-                             f"{config['tokenizer_class']}")
+    tokenizer, roles = read_json(path), read_json(folder / "special_tokens_map.json") | config
+    add_bos = False  # tokenizer.json says it in its post-processor
+    if not tokenizer:
         path = folder / "vocab.json"
+        if not config.get("tokenizer_class", "GPT2Tokenizer").startswith("GPT2"):
+            raise InputError(f"{folder}: tokenizer.json is missing, and vocab.json does not describe a "
+                             f"{config['tokenizer_class']}")
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-        whole = {"model": {"vocab": read_json(path), "merges": [line for line in lines if line and not line.startswith("#version")]},
-                 "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": config.get("add_prefix_space", False)}}
-        defaults = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+        merges = [line for line in lines if line and not line.startswith("#version")]
+        tokenizer = {"model": {"vocab": read_json(path), "merges": merges},
+                     "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": config.get("add_prefix_space", False)}}
+        roles = dict.fromkeys(["bos_token", "eos_token", "unk_token"], "<|endoftext|>") | roles
+        add_bos = config.get("add_bos_token", False)
     try:
-        model, normalizer = whole["model"], whole.get("normalizer") or {"type": None}
-        if model.get("type", "BPE") != "BPE" or model.get("byte_fallback") or '"ByteLevel"' not in json.dumps(whole["pre_tokenizer"]):
-            raise InputError(f"{path} is no byte-level BPE: only those and SentencePiece's tokenizer.model are supported")
-        if any(step.get("type") not in (None, "NFC") for step in normalizer.get("normalizers", [normalizer])):
+        model, normalizer = tokenizer["model"], tokenizer.get("normalizer") or {"normalizers": []}
+        steps = normalizer.get("normalizers", [normalizer])
+        if model.get("type", "BPE") != "BPE" or '"ByteLevel"' not in json.dumps(tokenizer["pre_tokenizer"]):
+            raise InputError(f"{path} is no byte-level BPE, the only kind besides SentencePiece that is supported")
+        if any(step["type"] != "NFC" for step in steps):
             raise InputError(f"{path}: the normalizer {json.dumps(normalizer)} is not supported")
-        vocab = model["vocab"]
-        named, added = special_tokens(folder, vocab)
-        splits, prefix_space = splits_of(whole["pre_tokenizer"], path)
-        first, last = template(whole.get("post_processor") or {})
-        if "add_bos_token" in config:
-            first = [vocab[named["bos_token"]]] if config["add_bos_token"] else []
-        return ByteBPE(vocab, [m.split(" ") if isinstance(m, str) else m for m in model["merges"]], splits,
-                       added + whole.get("added_tokens", []), first, last, vocab.get(model.get("unk_token")),
-                       nfc=bool(normalizer.get("normalizers", normalizer["type"])), prefix_space=prefix_space,
-                       whole=model.get("ignore_merges", False))
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
-        if isinstance(e, InputError):
-            raise
+        named = {role: token["content"] if isinstance(token, dict) else token for role, token in roles.items()
+                 if role in ("bos_token", "eos_token", "unk_token", "pad_token") and token}
+        added = added_tokens(tokenizer, config, named, model["vocab"])
+        first, last = template(tokenizer.get("post_processor") or {})
+        if add_bos:
+            first = [added[named["bos_token"]]["id"]]
+        splits, prefix_space = splits_of(tokenizer["pre_tokenizer"], path)
+        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        return ByteBPE(model["vocab"], merges, splits, added, first, last, nfc=bool(steps), prefix_space=prefix_space,
+                       unknown=model["vocab"].get(model.get("unk_token")), whole=model.get("ignore_merges", False))
+    except (KeyError, TypeError, AttributeError) as e:
         raise InputError(f"{path} is not a tokenizer: {type(e).__name__} {e}") from None
 
 
 def load_tokenizer(name_or_dir):
-    """The tokenizer of a preset, a Hub id or a folder: an object with .encode(text) -> list[int], .decode(ids) -> str."""
+    """The tokenizer of a preset, a Hub id or a folder: .encode(text) -> list[int], .decode(ids) -> str."""
     folder = model_folder(name_or_dir, weights=False)
-    if (folder / "tokenizer.model").is_file():
+    files = {path.name for path in folder.iterdir()}
+    if "tokenizer.model" in files:
         return SentencePiece(folder / "tokenizer.model")
-    if (folder / "tokenizer.json").is_file() or ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()):
+    if "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files:
         return load_byte_bpe(folder)
-    raise InputError(f"{folder} has no tokenizer: neither tokenizer.model nor tokenizer.json nor vocab.json and merges.txt")
+    raise InputError(f"{folder} has no tokenizer: no tokenizer.model, no tokenizer.json, no vocab.json and merges.txt")

@@ -1,0 +1,221 @@
+"""data/tokenizer.py against the models' own tokenizers, as `transformers` and `tokenizers` run them: the same ids."""
+
+import json
+import sys
+
+import pytest
+from conftest import ROOT, SHARED
+
+from data import load_tokenizer
+from data.command import InputError
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors  # noqa: E402
+
+LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+                r"|\s+(?!\S)|\s+")
+QWEN_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+
+# family: (pre-tokenizer, normalizer, special tokens, BOS); as their published tokenizer.json say
+FAMILIES = {
+    "gpt2": (GPT2, None, ["<|endoftext|>"], None),
+    "llama3": (pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated"), BYTES]), None,
+               ["<|begin_of_text|>", "<|end_of_text|>"], "<|begin_of_text|>"),
+    "qwen": (pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"), BYTES]), normalizers.NFC(),
+             ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], None),
+    "smollm": (pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), GPT2]), None,
+               ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>"], None),
+}
+
+TEXTS = [
+    "", " ", "\n", "\n\n", "a", " a", "a ", "  a", "Hello world", "Hello, world! It's 2024, isn't it? I'LL WE'Re",
+    "def f(x):\n    return x**2  # square\n\n\tif x<=3:\n\t\tprint(f\"{x:>8.3f}\")\r\n\r\n",
+    "for (int i = 0; i < 1000000; ++i) { a[i] += 0x7fff; }  // 123456789 12345 1 22 333\n",
+    "🙂👩‍👩‍👧‍👦 🏳️‍🌈🇩🇪 ☃️ ¼ Ⅷ ² ٣٤٥ 一二三", "naïve café — “quotes” … cafe\u0301 A\u030a ﬁ ſ 'ſ Ǆ İstanbul",
+    "tab\tnbsp\u00a0thin\u2009line\u2028para\u2029nel\x85vt\x0bff\x0c\x1c\x1d wide\u3000zero\u200bwidth\ufeff end  ",
+    "   leading\n   and   many    spaces     \n\n\n  \t \n trailing   ", "=" * 300 + "\n" + "-" * 77 + " " * 150 + "x",
+    "Привет, мир! 你好，世界。こんにちは 안녕하세요 مرحبا नमस्ते שלום", "e\u0301\u0323 \u1e69 s\u0323\u0307 \u212b",
+    "\x00\x01\x7f\ufffd\U0010ffff", "1 12 123 1234 12345.678,9 3.14e-10 100% $5 №7", "don't DON'T Don'T they'd've",
+    "text<|endoftext|>more <|im_start|>user\nhi<|im_end|>\n<|endoftext|><|begin_of_text|> <s></s><unk><pad><repo_name>",
+    "<|endoftext|", "<|endoftext|>", " <tool_call> {\"a\": [1, 2]}</tool_call>",
+]
+
+
+def corpus():
+    """Text to train small tokenizers on: this repository's own code, and the texts above."""
+    return [path.read_text() for path in sorted((ROOT / "data").glob("*.py"))] + TEXTS
+
+
+def real_texts():
+    """WikiText-2 where it lies beside the repository, and the standard library's source."""
+    wiki = SHARED / "text" / "wikitext2-test.raw"  # a third of it is enough: seconds for `tokenizers`
+    code = [open(sys.modules[name].__file__, encoding="utf-8").read() for name in ("argparse", "json", "typing")]
+    return code + ([wiki.read_bytes().decode()[:400_000]] if wiki.is_file() else [])
+
+
+def train(family, folder, vocab_size=1500, alphabet=True):
+    """A small tokenizer with a family's published settings, saved as tokenizer.json."""
+    pre_tokenizer, normalizer, special, bos = FAMILIES[family]
+    tokenizer = tokenizers.Tokenizer(models.BPE(ignore_merges=family == "llama3"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer, decoders.ByteLevel()
+    if normalizer:
+        tokenizer.normalizer = normalizer
+    first = special if family == "smollm" else []  # its special tokens come before the bytes, others' after the merges
+    tokenizer.train_from_iterator(corpus(), tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=first, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if alphabet else []))
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in special])
+    tokenizer.add_tokens([AddedToken("<tool_call>", normalized=False), AddedToken("</tool_call>", normalized=False)])
+    if bos:
+        tokenizer.post_processor = processors.Sequence([
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])])
+    else:
+        tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text("{}")
+    return tokenizer
+
+
+def fast(folder):
+    return transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+
+
+def same(ours, theirs, texts):
+    for text in texts:
+        assert ours.encode(text) == theirs(text), repr(text[:200])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokenizer_json(family, tmp_path):
+    """A regular expression that cuts elsewhere, a merge in another order, a missing BOS, NFC or added token."""
+    train(family, tmp_path)
+    ours, theirs = load_tokenizer(tmp_path), fast(tmp_path)
+    same(ours, theirs.encode, TEXTS + real_texts())
+    for text in TEXTS:
+        ids = theirs.encode(text)
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def test_vocabulary_without_all_bytes(tmp_path):
+    """A byte that the vocabulary lacks: `tokenizers` drops it, tiktoken alone would stop."""
+    train("smollm", tmp_path, vocab_size=600, alphabet=False)
+    ours, theirs = load_tokenizer(tmp_path), fast(tmp_path)
+    same(ours, theirs.encode, TEXTS + ["ꙮ", "aꙮb", "\u0e01\u0e33 ก็ 𝔘𝔫𝔦"])
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "opt, as downloaded", "a post-processor beside add_bos_token"])
+def test_vocab_and_merges(kind, tmp_path):
+    """GPT-2's two files, and OPT's, whose ids do not follow the merges and which begin with </s>."""
+    tokenizer = train("gpt2", tmp_path)
+    if kind == "a post-processor beside add_bos_token":  # the post-processor decides
+        config = {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<|endoftext|>", "add_bos_token": True}
+    else:
+        (tmp_path / "tokenizer.json").unlink()
+        tokenizer.model.save(str(tmp_path))
+        vocab = json.loads((tmp_path / "vocab.json").read_text())
+        config = {"tokenizer_class": "GPT2Tokenizer"}
+        if kind == "gpt2":
+            vocab["<|endoftext|>"] = len(vocab)
+        else:
+            vocab = {"<s>": 0, "<pad>": 1, "</s>": 2} | {t: 3 + i for i, t in enumerate(sorted(vocab))}
+            bos = {"content": "</s>", "lstrip": False, "rstrip": False, "normalized": True, "single_word": False}
+            bos = bos | {"__type": "AddedToken"} if kind == "opt, as downloaded" else "</s>"
+            config |= dict(add_bos_token=True, bos_token=bos, eos_token=bos, unk_token=bos, pad_token="<pad>")
+        (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours, theirs = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert type(theirs).__name__.startswith("GPT2")
+    same(ours, theirs.encode, TEXTS + real_texts()[:1])
+    assert ours.encode("") == ([2] if "opt" in kind else [])
+    for text in TEXTS:
+        assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text), skip_special_tokens=True)
+
+
+def test_partial_text_decodes(tmp_path):
+    """Half an emoji must not raise, and text must not lose the space at the border of two tokens."""
+    train("gpt2", tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    ids = tokenizer.encode("a b🙂 c")
+    assert tokenizer.decode(ids) == "a b🙂 c"
+    assert "".join(tokenizer.decode([i]) for i in tokenizer.encode("return the value of x")) == "return the value of x"
+    cuts = [tokenizer.decode(ids[:n]) for n in range(len(ids))]
+    assert any(text.endswith("\ufffd") for text in cuts)
+    assert tokenizer.decode(ids + [tokenizer.vocab_size + 7]) == "a b🙂 c"
+
+
+LLAMA2 = SHARED / "models" / "llama2-tokenizer"
+needs_llama2 = pytest.mark.skipif(not LLAMA2.is_dir(), reason="the tokenizer is no part of the repository")
+
+
+@pytest.fixture
+def llama2(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tokenizer.model").write_bytes((LLAMA2 / "tokenizer.model").read_bytes())
+    return load_tokenizer(tmp_path)
+
+
+@needs_llama2
+def test_llama2(llama2, tmp_path):
+    """The count that everyone's perplexity of LLaMA-2 on WikiText-2 rests on, and single ids where SentencePiece and
+    `transformers` agree."""
+    rows = (SHARED / "text" / "wikitext2-test.raw").read_bytes().decode().split("\n")
+    text = "\n\n".join(row + "\n" if row.strip() else "" for row in rows[:4358])
+    ids = llama2.encode(text)
+    assert len(ids) == 341469
+    assert llama2.encode("Hello this is a test") == [1, 15043, 445, 338, 263, 1243]
+    assert llama2.decode(ids) == text
+
+
+@needs_llama2
+def test_llama2_partial_text(llama2):
+    """Bytes of half a character, spaces at both ends, ids of a padded vocabulary."""
+    ids = llama2.encode("  a  b ꙮ 🙂 ")
+    assert llama2.decode(ids) == "  a  b ꙮ 🙂 "
+    assert llama2.decode(ids[:-2]).endswith("\ufffd")
+    assert llama2.decode([1] + ids + [2, 32000, 40000]) == "  a  b ꙮ 🙂 "
+    assert llama2.encode("")[0] == 1 and llama2.decode([]) == ""
+
+
+@needs_llama2
+def test_llama2_against_transformers(llama2, tmp_path):
+    """Ids of another normalization. Where spaces follow each other `transformers` 5 splits them otherwise than LLaMA's
+    own tokenizer, which is SentencePiece: such texts are left out."""
+    pytest.importorskip("google.protobuf", reason="transformers reads tokenizer.model with it")
+    theirs = transformers.LlamaTokenizer.from_pretrained(tmp_path)
+    for text in TEXTS:
+        if not text.startswith(" ") and not any(odd in text for odd in ("  ", "==", "<|")):
+            assert llama2.encode(text) == [1] + theirs.encode(text, add_special_tokens=False), repr(text)
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda t: "{", "damaged"),
+    (lambda t: json.dumps({**json.loads(t), "model": {"type": "Unigram", "vocab": []}}), "byte-level BPE"),
+    (lambda t: json.dumps({**json.loads(t), "normalizer": {"type": "Lowercase"}}), "Lowercase"),
+    (lambda t: json.dumps({**json.loads(t), "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+        {"type": "Punctuation"}, {"type": "ByteLevel"}]}}), "Punctuation"),
+    (lambda t: json.dumps({k: v for k, v in json.loads(t).items() if k != "model"}), "model"),
+    (None, "no tokenizer"),
+], ids=["cut", "another kind", "normalizer", "pre-tokenizer", "no model", "absent"])
+def test_refused(damage, words, tmp_path):
+    """A tokenizer that would run and give other ids than its model was trained with."""
+    train("gpt2", tmp_path, vocab_size=300)
+    path = tmp_path / "tokenizer.json"
+    if damage:
+        path.write_text(damage(path.read_text()))
+    else:
+        path.unlink()
+    with pytest.raises(InputError, match=words):
+        load_tokenizer(tmp_path)
+
+
+def test_refused_sentencepiece(tmp_path):
+    """A tokenizer.model that is something else."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tokenizer.model").write_bytes(b"not a model")
+    with pytest.raises(InputError, match="SentencePiece"):
+        load_tokenizer(tmp_path)
