@@ -32,6 +32,7 @@ Shapes: a weight W, its scores and masks are [out, in]; True in a mask = keep.
 """
 
 import argparse
+import copy
 import json
 import time
 from pathlib import Path
@@ -50,15 +51,17 @@ from gpt import GPT, CheckpointWriter, rotary
 
 class InputStats:
     """What a linear layer's inputs look like, in float32: `sum`, `square` [in] as s and q above, `variance` as v, and on
-    demand `gram` [in, in], the sum of x x^T over all tokens."""
+    demand `gram` [in, in], the sum of x x^T over all tokens, and `cross` [in, in], the sum of z x^T, where z is what the
+    layer would get in the dense model."""
 
     def __init__(self, in_features, device="cpu", gram=False):
         self.sequences = 0
         self._sum, self._square, self._variance = (torch.zeros(in_features, device=device) for _ in range(3))
         self.gram = torch.zeros(in_features, in_features, device=device) if gram else None
+        self.cross = None
 
-    def add(self, x):
-        """x [tokens, in]: one calibration sequence."""
+    def add(self, x, z=None):
+        """x [tokens, in]: one calibration sequence; z: the same one in the dense model."""
         x = x.float()
         self.sequences += 1
         self._sum += x.sum(0)
@@ -66,6 +69,9 @@ class InputStats:
         self._variance += x.var(0, unbiased=False)
         if self.gram is not None:
             self.gram.addmm_(x.T, x)
+        if z is not None:
+            self.cross = torch.zeros_like(self.gram) if self.cross is None else self.cross
+            self.cross.addmm_(z.float().T, x)
 
     sum = property(lambda self: self._sum / self.sequences)
     square = property(lambda self: self._square / self.sequences)
@@ -188,6 +194,94 @@ def _prune_candidates(W, keep, stats, cycles):
     return torch.stack([above, below], 1), torch.stack([above_count, below_count], 1)
 
 
+# ---------------------------------------------------------------------------------------------------- exact swaps
+
+def swap_refine(W, keep, gram, *, cross=None, max_swaps=None, candidates=16, pattern=None):
+    """Refine a mask by swaps that lower the true squared error of each row the most; returns the new mask.
+
+    With G the Gram matrix and r what a row lacks, the error is r G r^T. Pruning weight j adds w_j to r_j and growing i takes
+    w_i from r_i, so with g = r G a swap adds exactly
+        (2 w_j g_j + w_j^2 G_jj) + (-2 w_i g_i + w_i^2 G_ii) - 2 w_i w_j G_ij,
+    and the best one is taken until none lowers the error (SparseSwaps, arXiv 2512.10922, has the same idea).
+    It is searched among the `candidates` best weights of each side (n:m: among the groups that promise most); several swaps
+    are made among them, exactly, before g is made anew for all weights.
+
+    W, keep [out, in]; gram [in, in]: sum of x x^T over the inputs x that the sparse layer gets; cross [in, in]: sum of
+    z x^T, where z is the input that the layer should have had: then r is what lacks from the dense model's output.
+    max_swaps: per row, None: until none helps. pattern: (n, m) of the mask, which stays intact."""
+    new, W, G = keep.clone(), W.float(), gram
+    for rows in torch.arange(len(W), device=W.device).split(1024):
+        g = W[rows] @ (G if cross is None else cross) - torch.where(keep[rows], W[rows], 0) @ G
+        left = torch.full_like(rows, W.shape[1] if max_swaps is None else max_swaps)
+        while len(rows):
+            before = new[rows]
+            new[rows], used = _swap_round(W[rows], before, g, G, left, candidates, pattern)
+            go_on = (used > 0) & (used < left)
+            change = torch.where(go_on[:, None], W[rows] * (before.float() - new[rows].float()), 0)
+            rows, g, left = rows[go_on], g[go_on] + change[go_on] @ G, (left - used)[go_on]
+    return new
+
+
+def _swap_round(W, keep, g, G, left, candidates, pattern):
+    """A few swaps in each of some rows, of which at most `left` [rows]: the new mask, and how many were made [rows]."""
+    new, used, row = keep.clone(), torch.zeros_like(left), torch.arange(len(W), device=W.device)
+    square = W.square() * G.diagonal()
+    j, i, apart = _candidates(torch.where(keep, 2, -2) * W * g + square, keep, candidates, pattern)  # [rows, k] indices
+    w_j, w_i, g_j, g_i = W.gather(1, j), W.gather(1, i), g.gather(1, j), g.gather(1, i)
+    G_jj, G_ji, G_ii = (G[a[:, :, None], b[:, None, :]] for a, b in ((j, j), (j, i), (i, i)))  # [rows, k, k]
+    both, square_j, square_i = 2 * w_j[:, :, None] * w_i[:, None, :] * G_ji, square.gather(1, j), square.gather(1, i)
+    can_prune, can_grow, rounding = keep.gather(1, j), ~keep.gather(1, i), 1e-6 * square.amax(1)
+    for _ in range(j.shape[1]):
+        prune = (2 * w_j * g_j + square_j).masked_fill(~can_prune, torch.inf)
+        grow = (-2 * w_i * g_i + square_i).masked_fill(~can_grow, torch.inf)
+        change = prune[:, :, None] + grow[:, None, :] - both
+        change, pair = (change if apart is None else change.masked_fill_(apart, torch.inf)).flatten(1).min(1)
+        better = (change < -rounding) & (used < left)
+        if not better.any():
+            break
+        r, a, b = row[better], pair[better] // i.shape[1], pair[better] % i.shape[1]
+        g_j[r] += w_j[r, a, None] * G_jj[r, a] - w_i[r, b, None] * G_ji[r, :, b]
+        g_i[r] += w_j[r, a, None] * G_ji[r, a] - w_i[r, b, None] * G_ii[r, b]
+        can_prune[r, a], can_grow[r, b] = False, False
+        new[r, j[r, a]], new[r, i[r, b]] = False, True
+        used[r] += 1
+    return new, used
+
+
+def _candidates(alone, keep, candidates, pattern):
+    """The weights of each row that may be pruned and grown [rows, k] each: those whose flip `alone` costs least, or all of the
+    most promising groups; and which pairs are apart [k, k], in different groups (None: no groups)."""
+    rows, width = alone.shape
+    if pattern is None:  # a side that has fewer than k is filled up with others, which _swap_round leaves alone
+        k = min(candidates, width)
+        prune, grow = (alone.masked_fill(other, torch.inf).topk(k, dim=1, largest=False)[1] for other in (~keep, keep))
+        return prune, grow, None
+    n, m = pattern
+    lowest = [alone.masked_fill(other, torch.inf).view(rows, -1, m).amin(-1) for other in (keep, ~keep)]
+    group = sum(lowest).topk(min(max(1, candidates // n), width // m), dim=1, largest=False)[1]  # [rows, groups]
+    member = group[:, :, None] * m + keep.view(rows, -1, m).gather(1, group[:, :, None].expand(-1, -1, m)).long().argsort(-1)
+    prune, grow = member[:, :, m - n:].flatten(1), member[:, :, :m - n].flatten(1)
+    one = torch.arange(group.shape[1], device=alone.device)
+    return prune, grow, one.repeat_interleave(n)[:, None] != one.repeat_interleave(m - n)
+
+
+def refit(W, keep, gram, *, cross=None, damp=1e-4, chunk=2**26):
+    """The weights that give the least squared error for a mask [out, in]: on each row's kept weights k they solve
+    G_kk u = (G w)_k, or (cross^T w)_k with `cross` as in swap_refine. damp: added to G's diagonal, times its mean.
+    Batched Cholesky over rows with at most `chunk` numbers of G_kk at a time."""
+    W = W.float()
+    G = gram + damp * gram.diagonal().mean() * torch.eye(len(gram), device=W.device)
+    goal, new = W @ (G if cross is None else cross), torch.zeros_like(W)
+    for count in keep.sum(1).unique().tolist():  # rows that keep equally many are solved together
+        same = (keep.sum(1) == count).nonzero()[:, 0]
+        for rows in same.split(max(1, chunk // max(1, count * count))) if count else ():
+            k = keep[rows].nonzero()[:, 1].view(-1, count)
+            L = torch.linalg.cholesky(G[k[:, :, None], k[:, None, :]])
+            solved = torch.cholesky_solve(goal[rows[:, None], k][:, :, None], L)[:, :, 0]
+            new[rows[:, None], k] = solved
+    return new
+
+
 # ------------------------------------------------------------------------------------------------------ SparseGPT
 
 def sparsegpt(W, gram, *, sparsity=None, pattern=None, keep=None, damp=0.01, block=128):
@@ -238,93 +332,144 @@ def prunable(block):
 
 
 class watch:
-    """Context: while it is open, what flows into the linear layers of a block [sequences, tokens, in] is added to their
-    InputStats, `watch(...)[name]`. Layers that read the same tensor (q, k, v; gate, up) share theirs."""
+    """Context: while it is open, `seen(name, x)` is called for the input x [sequences, tokens, in] of each linear layer."""
 
-    def __init__(self, linears, gram):
-        self.linears, self.gram, self.stats, self.last = linears, gram, {}, (None, None)
+    def __init__(self, linears, seen):
+        self.linears, self.seen = linears, seen
 
     def __enter__(self):
-        self.hooks = [layer.register_forward_pre_hook(lambda _, inputs, name=name: self._add(name, inputs[0]))
+        self.hooks = [layer.register_forward_pre_hook(lambda _, inputs, name=name: self.seen(name, inputs[0]))
                       for name, layer in self.linears.items()]
-        return self.stats
-
-    def _add(self, name, x):
-        seen, owner = self.last
-        if x is seen:
-            self.stats[name] = self.stats[owner]
-            return
-        self.last = (x, name)
-        if name not in self.stats:
-            self.stats[name] = InputStats(x.shape[-1], x.device, self.gram)
-        for sequence in x:
-            self.stats[name].add(sequence)
 
     def __exit__(self, *_):
-        self.last = (None, None)
         for hook in self.hooks:
             hook.remove()
 
 
-def prune_layer(W, stats, *, score, refine, sparsity=None, pattern=None, cycles=None, **refine_options):
-    """One layer's pruned weight [out, in] in float32, from its InputStats."""
+def input_stats(block, hidden, names, gram=False, teacher=None, dense=None):
+    """{name: InputStats} of some linear layers of a block that is called with each [sequences, tokens, C] of `hidden`; with
+    `teacher`, the dense block, also of what they get there, where `dense` flows in. Layers that read the same tensor
+    (q, k, v; gate, up) share theirs."""
+    stats, owner = {}, {}
+    for i, x in enumerate(hidden):
+        inputs, targets = {}, {}
+        with watch({name: block.layers[name] for name in names}, inputs.__setitem__):
+            block(x)
+        if teacher:
+            with watch({name: teacher.layers[name] for name in names}, targets.__setitem__):
+                teacher(dense[i])
+        for name in names:
+            owner.setdefault(name, next(other for other in names if inputs[other] is inputs[name]))
+            if owner[name] != name:
+                stats[name] = stats[owner[name]]
+                continue
+            stats.setdefault(name, InputStats(inputs[name].shape[-1], x.device, gram))
+            for n, sequence in enumerate(inputs[name]):
+                stats[name].add(sequence, targets[name][n] if teacher else None)
+    return stats
+
+
+def prune_layer(W, stats, *, score, refine, sparsity=None, pattern=None, refit_weights=False, cycles=None, **dsnot_options):
+    """One layer's pruned weight [out, in] in float32, from its InputStats. refine: "none", "dsnot", "swap", "dsnot+swap"."""
     amount = dict(pattern=pattern) if pattern else dict(sparsity=sparsity)
     scores = magnitude_score(W) if score == "magnitude" else wanda_score(W, stats)
     if score == "sparsegpt":
         corrected = sparsegpt(W, stats.gram, **amount)
-        if refine == "none":
+        if refine == "none" and not refit_weights:
             return corrected
         keep = corrected != 0
     else:
         keep = keep_mask(scores, **amount)
-    if refine == "dsnot":
+    # Half-way between the dense model's output and what the dense weights make of the inputs that are really there.
+    cross = None if stats.cross is None else (stats.cross + stats.gram) / 2
+    if "dsnot" in refine:
         cycles = round(W.shape[1] * 50 / 4096) if cycles is None else cycles
-        keep = dsnot_refine(W, keep, stats, scores, pattern=pattern, cycles=cycles, **refine_options)
+        keep = dsnot_refine(W, keep, stats, scores, pattern=pattern, cycles=cycles, **dsnot_options)
+    if "swap" in refine:
+        keep = swap_refine(W, keep, stats.gram, cross=cross, pattern=pattern)
+    if refit_weights:
+        return refit(W, keep, stats.gram, cross=cross)
     if score == "sparsegpt":  # its correction belongs to a mask: make it for the refined one
         return sparsegpt(W, stats.gram, keep=keep)
     return torch.where(keep, W.float(), 0)
 
 
+def relative_error(W, pruned, gram):
+    """||(W - pruned) X||^2 / ||W X||^2 of a layer, from its inputs' Gram matrix."""
+    lost, W = W.float() - pruned.float(), W.float()
+    return (((lost @ gram) * lost).sum() / ((W @ gram) * W).sum()).item()
+
+
+class Walker:
+    """A block with everything that calling it needs: walker(x [sequences, tokens, C]) -> [sequences, tokens, C]."""
+
+    def __init__(self, block, positions, rope):
+        self.block, self.positions, self.rope = block, positions, rope
+        self.layers = prunable(block)
+
+    def __call__(self, x):
+        return self.block(x, self.positions, self.rope)
+
+
+def prune_block(walker, hidden, dense, prefix, dtype, *, score, refine, refine_layers, refit_weights, propagate, **options):
+    """Prune the linear layers of one block in place; returns a record per layer. hidden: what flows into it after the
+    pruning of the blocks before, dense: what flows into it in the dense model (propagate only)."""
+    gram = score == "sparsegpt" or "swap" in refine or refit_weights
+    stages, teacher, records = [list(walker.layers)], None, []
+    if propagate:  # layer after layer, each on what those before it really leave
+        shared = input_stats(walker, hidden[:1], list(walker.layers))
+        stages = [[n for n in walker.layers if shared[n] is one] for one in dict.fromkeys(shared.values())]
+        teacher = Walker(copy.deepcopy(walker.block), walker.positions, walker.rope)
+    for names in stages:
+        stats = input_stats(walker, hidden, names, gram, teacher, dense)
+        for name in names:
+            weight = walker.layers[name].weight
+            if not stats[name].square.isfinite().all():
+                raise InputError(f"the calibration activations that flow into {prefix}.{name} are not finite")
+            refine_this = refine if refine_layers == "all" or "self_attn" in name else "none"
+            W = prune_layer(weight, stats[name], score=score, refine=refine_this, refit_weights=refit_weights, **options)
+            W = W.to(dtype(f"{prefix}.{name}.weight"))  # rounded as it will be read again
+            records.append({"layer": f"{prefix}.{name}", "weights": W.numel(), "sparsity": (W == 0).double().mean().item()})
+            if gram:
+                records[-1]["error"] = relative_error(weight, W, stats[name].gram)
+            weight.copy_(W)
+    return records, [teacher(z) for z in dense] if propagate else None
+
+
 @torch.inference_mode()
-def prune(model, windows, out, run, *, score="wanda", refine="dsnot", refine_layers="all", sparsity=None, pattern=None,
-          batch=8, **refine_options):
+def prune(model, windows, out, run, *, batch=8, propagate=False, **options):
     """Prune a streamed model block by block into the checkpoint folder `out`.
 
     windows [nsamples, seqlen]: calibration ids. run: a dict that names this run; one of the same name that was interrupted
-    goes on where it stopped. Returns a record per layer: {layer, weights, sparsity}, which is also written to
-    out/pruning.json. Raises InputError where activations are not finite."""
-    source, device, records = model.source, model.place["device"], []
+    goes on where it stopped. propagate: see prune_block. Returns a record per layer, {layer, weights, sparsity, error where
+    it is known}, which is also written to out/pruning.json. Raises InputError where activations are not finite."""
+    source, device, count = model.source, model.place["device"], len(model.model.layers)
     finished = Path(out) / "pruning.json"
     if finished.is_file() and (before := json.loads(finished.read_text()))["run"] == run:
         return before["layers"]
     positions = torch.arange(windows.shape[1], device=device)
-    rope, count = rotary(model.config, positions), len(model.model.layers)
+    rope = rotary(model.config, positions)
     with CheckpointWriter(out, model.config.raw, source.folder, keep=run) as writer:
         hidden = [model.embed(ids.to(device)) for ids in windows.split(batch)]  # the input of the next block
-        for i, block in enumerate(tqdm(model.blocks(), total=count, desc=f"{score}, refine {refine}", unit="block", leave=False, disable=None)):
-            prefix, linears, file = f"model.layers.{i}", prunable(block), f"model-{i + 1:05d}-of-{count + 1:05d}.safetensors"
+        dense, records, log = hidden, [], writer.partial / "pruning.json"
+        known = json.loads(log.read_text())["layers"] if log.is_file() else []
+        for i, block in enumerate(tqdm(model.blocks(), total=count, desc="pruning", unit="block", leave=False, disable=None)):
+            prefix, file = f"model.layers.{i}", f"model-{i + 1:05d}-of-{count + 1:05d}.safetensors"
+            walker = Walker(block, positions, rope)
             if writer.done(file):
+                dense = [walker(z) for z in dense] if propagate else None
                 writer.load(file, block, prefix)
+                records += [record for record in known if record["layer"].startswith(prefix + ".")]
             else:
-                with watch(linears, gram=score == "sparsegpt") as stats:
-                    for x in hidden:
-                        block(x, positions, rope)
-                for name, linear in linears.items():
-                    if not stats[name].square.isfinite().all():
-                        raise InputError(f"the calibration activations that flow into {prefix}.{name} are not finite")
-                    refine_this = refine if refine_layers == "all" or "self_attn" in name else "none"
-                    W = prune_layer(linear.weight, stats[name], score=score, refine=refine_this, sparsity=sparsity,
-                                    pattern=pattern, **refine_options)
-                    linear.weight.copy_(W.to(source.dtype(f"{prefix}.{name}.weight")))  # rounded as it will be read again
-                writer.write(file, {f"{prefix}.{k}": v.to(source.dtype(f"{prefix}.{k}")) for k, v in block.state_dict().items()})
-            records += [{"layer": f"{prefix}.{name}", "weights": linear.weight.numel(),
-                         "sparsity": (linear.weight == 0).double().mean().item()} for name, linear in linears.items()]
-            for j, x in enumerate(hidden):
-                hidden[j] = block(x, positions, rope)
+                found, dense = prune_block(walker, hidden, dense, prefix, source.dtype, propagate=propagate, **options)
+                records += found
+                text = json.dumps({"run": run, "layers": records}, indent=1)
+                write_atomically(log, lambda path: path.write_text(text))
+                tensors = {f"{prefix}.{k}": v for k, v in block.state_dict().items()}
+                writer.write(file, {name: value.to(source.dtype(name)) for name, value in tensors.items()})
+            hidden = [walker(x) for x in hidden]
         rest = {name: source.tensor(name) for name in source.files if not name.startswith("model.layers.")}
         writer.write(f"model-{count + 1:05d}-of-{count + 1:05d}.safetensors", rest)
-        summary = json.dumps({"run": run, "layers": records}, indent=1)
-        write_atomically(writer.partial / "pruning.json", lambda path: path.write_text(summary))
     return records
 
 
@@ -350,7 +495,11 @@ def options():
     group.add_argument("--pattern", help="n:m, such as 2:4: n kept of every m consecutive weights; replaces --sparsity")
     group.add_argument("--score", default="wanda", choices=["magnitude", "wanda", "sparsegpt"], help="the starting mask")
     group = p.add_argument_group("how to refine the mask")
-    group.add_argument("--refine", default="dsnot", choices=["none", "dsnot"])
+    group.add_argument("--refine", default="dsnot", choices=["none", "dsnot", "swap", "dsnot+swap"])
+    group.add_argument("--refit", action=argparse.BooleanOptionalAction, default=False,
+                       help="make the kept weights the best ones for the final mask (least squares)")
+    group.add_argument("--propagate", action=argparse.BooleanOptionalAction, default=None,
+                       help="prune layer after layer towards the dense model's outputs (default: with swap or --refit)")
     group.add_argument("--cycles", type=int, help="DSnoT: swaps per row at most (default: 50 in a row of 4096, in proportion)")
     group.add_argument("--threshold", type=float, default=0.1, help="DSnoT: a row stops at an expected error this small")
     group.add_argument("--sign-check", action=argparse.BooleanOptionalAction, default=True,
@@ -383,7 +532,7 @@ def main():
     pattern, tiny = parse_pattern(args.pattern) if args.pattern else None, args.model == "tiny"
     calib, data = args.calib or ("tiny" if tiny else "c4"), args.data or ("tiny" if tiny else "wikitext2")
     amount = args.pattern or f"{args.sparsity:.0%}"
-    name = "-".join([Path(args.model).name, args.score, args.refine, amount.replace(":", "of").rstrip("%")])
+    name = "-".join([Path(args.model).name, args.score, args.refine + "+refit" * args.refit, amount.replace(":", "of").rstrip("%")])
     out = Path(args.out or Path("out") / name)
 
     def load(folder):
@@ -397,21 +546,25 @@ def main():
     print(f"{args.model}: {amount} pruned, calibration {args.nsamples} x {seqlen} tokens of {calib}, perplexity on {data} "
           f"({len(ids) // seqlen} windows of {seqlen} tokens)")
     passes = [("dense", None, args.model)]
-    if args.compare or (args.compare is None and tiny and args.refine != "none"):
+    if args.compare or (args.compare is None and tiny and (args.refine != "none" or args.refit)):
         passes.append((args.score, "none", out.with_name(out.name + ".unrefined")))
-    passes.append((args.score if args.refine == "none" else f"{args.score} + {args.refine}", args.refine, out))
+    steps = [args.score] + args.refine.replace("none", "").split("+") + ["refit"] * args.refit
+    passes.append((" + ".join(filter(None, steps)), args.refine, out))
 
     print(f"\n{'method':<24}{'sparsity':>10}{'perplexity':>14}{'seconds':>10}")
     rows = []
     for method, refine, folder in passes:
         begin, layers = time.perf_counter(), []
         if refine:
+            refit_this = args.refit and folder == out
+            propagate = args.propagate if args.propagate is not None else "swap" in refine or refit_this
             run = {"model": str(model.source.folder.resolve()), "calib": calib, "nsamples": args.nsamples, "seqlen": seqlen, "seed": args.seed,
-                   "score": args.score, "refine": refine, "amount": amount, "cycles": args.cycles, "threshold": args.threshold,
+                   "score": args.score, "refine": refine, "refit": refit_this, "propagate": propagate, "amount": amount, "cycles": args.cycles, "threshold": args.threshold,
                    "sign_check": args.sign_check, "refine_layers": args.refine_layers}
-            layers = prune(load(args.model), calibration, folder, run, score=args.score, refine=refine,
-                           refine_layers=args.refine_layers, sparsity=None if pattern else args.sparsity, pattern=pattern,
-                           batch=batch, cycles=args.cycles, threshold=args.threshold, sign_check=args.sign_check)
+            layers = prune(load(args.model), calibration, folder, run, score=args.score, refine=refine, batch=batch,
+                           refine_layers=args.refine_layers, refit_weights=refit_this, propagate=propagate, pattern=pattern,
+                           sparsity=None if pattern else args.sparsity, cycles=args.cycles, threshold=args.threshold,
+                           sign_check=args.sign_check)
         seconds = time.perf_counter() - begin
         zeros = sum(layer["weights"] * layer["sparsity"] for layer in layers) / max(1, sum(layer["weights"] for layer in layers))
         rows.append({"method": method, "sparsity": zeros, "perplexity": perplexity(load(folder), ids, seqlen, batch, progress=True),

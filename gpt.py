@@ -72,6 +72,7 @@ class Config:
     positions: int = 0  # so many learned position embeddings instead of rotary ones
     position_offset: int = 0  # the row of the first position in their table
     embed_size: int | None = None  # narrower embedding and head, projected to and from hidden_size
+    slorb_k: int = 0  # SLoRB beside every linear layer of a block (ast_train.py), each sum over so many inputs; 0: none
 
     @classmethod
     def from_dict(cls, raw):
@@ -97,7 +98,8 @@ class Config:
             windows=tuple(reach if kind == "sliding_attention" else None for kind in kinds),
             activation=said["hidden_act"],
             **{name: said[name] for name in said if name in (
-                "qk_norm", "gated", "layer_norm", "post_norm", "positions", "position_offset", "embed_size")})
+                "qk_norm", "gated", "layer_norm", "post_norm", "positions", "position_offset", "embed_size",
+                "slorb_k")})
         config.check()
         return config
 
@@ -172,14 +174,34 @@ def rotate(x, cos, sin):
     return x * cos.to(x.dtype) + torch.cat([-right, left], -1) * sin.to(x.dtype)
 
 
+class SlorbLinear(nn.Linear):
+    """y = x W^T + (x X^T) S^T + b: a sparse W and AST's low-rank boost. X sums k neighbouring inputs, each scaled; only
+    its nonzeros are kept, slorb_X [in]; slorb_S [out, in/k]."""
+
+    def __init__(self, in_features, out_features, bias, k):
+        super().__init__(in_features, out_features, bias)
+        self.slorb_S = nn.Parameter(torch.zeros(out_features, in_features // k))
+        self.slorb_X = nn.Parameter(torch.ones(in_features))
+
+    def forward(self, x):
+        sums = (x * self.slorb_X).unflatten(-1, (self.slorb_S.shape[1], -1)).sum(-1)  # [..., in/k]
+        return super().forward(x) + F.linear(sums, self.slorb_S)
+
+
+def linear(c, in_features, out_features, bias):
+    """A linear layer of a block."""
+    return (SlorbLinear(in_features, out_features, bias, c.slorb_k) if c.slorb_k
+            else nn.Linear(in_features, out_features, bias))
+
+
 class Attention(nn.Module):
     def __init__(self, c, window=None):
         super().__init__()
         self.c, self.window = c, window
-        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
-        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.o_bias)
+        self.q_proj = linear(c, c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = linear(c, c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = linear(c, c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = linear(c, c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.o_bias)
         if c.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps), RMSNorm(c.head_dim, c.rms_norm_eps)
 
@@ -208,9 +230,9 @@ class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
         if c.gated:
-            self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+            self.gate_proj = linear(c, c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = linear(c, c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = linear(c, c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
         self.gated, self.act = c.gated, ACTIVATIONS[c.activation]
 
     def forward(self, x):
@@ -236,6 +258,28 @@ class Block(nn.Module):
             return self.post_attention_layernorm(x + self.mlp(x))
         x = x + self.self_attn(self.input_layernorm(x), positions, rope, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def graphed(step, *inputs):
+    """step as a CUDA graph: launched at once for every later call, so that Python is out of the way. The tensors of a
+    call are copied into those of the first, and the result is overwritten by the next call."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    inputs = [x.clone() for x in inputs]
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step(*inputs)  # sparse_matmul.py times its tiles, cuBLAS takes its workspace
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step(*inputs)
+
+    def replay(*new):
+        for old, x in zip(inputs, new):
+            old.copy_(x)
+        graph.replay()
+        return result
+    return replay
 
 
 class GPT(nn.Module):
@@ -311,9 +355,15 @@ class GPT(nn.Module):
         everywhere = torch.arange(T + max_new_tokens, device=ids.device)
         angles = rotary(self.config, everywhere)
         positions = everywhere[:T]
-        for _ in range(max_new_tokens):
+
+        def step(ids, positions):
             rope = angles and (angles[0][positions], angles[1][positions])
-            logits = self.head(self.hidden(ids, positions, rope, caches)[:, -1]).float()  # [B, vocab]
+            return self.head(self.hidden(ids, positions, rope, caches)[:, -1]).float()
+
+        for new in range(max_new_tokens):
+            if new == 1 and ids.is_cuda:
+                step = graphed(step, ids, positions)
+            logits = step(ids, positions)  # [B, vocab]
             if top_k is not None:
                 logits[logits < logits.topk(min(top_k, logits.shape[-1]))[0][:, -1:]] = -math.inf
             if temperature == 0:
@@ -330,7 +380,7 @@ class GPT(nn.Module):
     # checkpoints
 
     @classmethod
-    def from_pretrained(cls, name_or_dir, device="cpu", dtype=None, stream=False):
+    def from_pretrained(cls, name_or_dir, device="cpu", dtype=None, stream=False, sparse=False):
         """Load a preset, a Hub id or a Hugging Face folder. dtype None: the checkpoint's own on a GPU, float32 on a
         CPU. stream=True leaves the blocks on disk for `blocks()` to read one by one.
         Raises InputError where a tensor is missing, superfluous, of another shape or not finite."""
@@ -340,6 +390,7 @@ class GPT(nn.Module):
             dtype = torch.float32 if on_cpu else checkpoint.dtype("model.embed_tokens.weight")
         with torch.device("meta"):
             model = cls(checkpoint.config)
+        checkpoint.expect(model)
         model.source, model.streams = checkpoint, stream
         model.place = dict(device=device, dtype=dtype)
         for name, part in model.model.items():
@@ -352,6 +403,11 @@ class GPT(nn.Module):
         if not stream:
             for i, block in enumerate(model.model.layers):
                 checkpoint.load(block, f"model.layers.{i}", **model.place)
+                if sparse:
+                    from sparse_matmul import sparsify_model  # here: dense models don't need Triton
+                    sparsify_model(block)
+        if sparse and not any(hasattr(layer, "meta") for layer in model.modules()):
+            raise InputError(f"{name_or_dir}: no linear layer of the blocks is 2:4; prune it with a 2:4 pattern first")
         return model.eval()
 
     def blocks(self):
@@ -360,6 +416,7 @@ class GPT(nn.Module):
             if self.streams:
                 with torch.device("meta"):
                     block = Block(self.config, i)
+                self.source.expect(block, f"model.layers.{i}.")
                 self.source.load(block.eval(), f"model.layers.{i}", **self.place)
             yield block
 
@@ -413,7 +470,7 @@ class Family:
         return (value.chunk(3, -1)[which(name)] if "c_attn" in self.name(name) else value).t()
 
 
-PROJECTION = re.compile(r"\.(self_attn|mlp)\.\w+\.(weight|bias)$")
+PROJECTION = re.compile(r"\.(self_attn|mlp)\.\w+\.(weight|bias|slorb_S|slorb_X)$")
 
 
 def which(name):
@@ -500,15 +557,18 @@ class Checkpoint:
             raise InputError(f"{self.folder / 'config.json'} is not a model's configuration: "
                              f"{type(e).__name__} {e}") from None
         self.family = FAMILIES[self.config.raw["model_type"]]
-        with torch.device("meta"):
-            parameters = GPT(self.config).state_dict()
-        if self.config.tie_word_embeddings:
-            del parameters["lm_head.weight"]
         found = {}  # {bare name: (path, name in the file, tensor)}
         for path in self._weight_files():
             for name, value in read_tensors(path).items():
                 if not BUFFERS.search(name) and not (name == "lm_head.weight" and self.config.tie_word_embeddings):
                     found[bare(name)] = (path, name, value)
+        self._stored = {key: tuple(value.shape) for key, (_, _, value) in found.items()}
+        with torch.device("meta"):
+            model = GPT(self.config)
+        self.expect(model)
+        parameters = model.state_dict()
+        if self.config.tie_word_embeddings:
+            del parameters["lm_head.weight"]
         wanted = {bare(name): (name, value.shape) for name, value in self.family.theirs(parameters).items()}
         for key, (name, shape) in wanted.items():
             if key not in found:
@@ -524,6 +584,12 @@ class Checkpoint:
         self.shapes = {name: tuple(value.shape) for name, value in parameters.items()}
         self._names = {name: theirs for name, (_, theirs, _) in here.items()}
         self._dtypes = {name: value.dtype for name, (_, _, value) in here.items()}
+
+    def expect(self, module, prefix=""):
+        """Give a module on the meta device compressed 2:4 layers where this checkpoint holds them (see sparse_matmul.py)."""
+        if any(key.endswith(".values") for key in self._stored):
+            from sparse_matmul import expect_compressed  # here: only such checkpoints need Triton
+            expect_compressed(module, lambda name: self._stored.get(bare(self.family.name(name))), prefix)
 
     def _weight_files(self):
         """safetensors where there are any, else pytorch_model*.bin; with an index, the files that it names."""
@@ -551,7 +617,8 @@ class Checkpoint:
 
     def load(self, module, prefix, device, dtype):
         """Fill all parameters of a module (on the meta device) with the tensors below `prefix`."""
-        state = {k: self.tensor(f"{prefix}.{k}").to(device=device, dtype=dtype) for k in module.state_dict()}
+        state = {k: self.tensor(f"{prefix}.{k}") for k in module.state_dict()}
+        state = {k: v.to(device=device, dtype=dtype if v.is_floating_point() else v.dtype) for k, v in state.items()}
         module.load_state_dict({k: v.contiguous() for k, v in state.items()}, assign=True)
 
 

@@ -18,6 +18,8 @@ SOURCES = ("tiny", "wikitext2", "c4")
 def hub_rows(path, name, split, data_files=None):
     """The rows of a Hub data set. Raises InputError with the way out where it can't be had."""
     import datasets
+    import huggingface_hub
+    huggingface_hub.logging.set_verbosity_error()  # what goes wrong is said once, below
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(path, name, split=split, data_files=data_files)

@@ -54,7 +54,7 @@ def validation_loss(model, ids):
 def main():
     p = parser(__doc__)
     p.add_argument("--out", default="data/tiny", help="the folder that is filled")
-    p.add_argument("--steps", type=int, default=2400)
+    p.add_argument("--steps", type=int, default=2000)
     p.add_argument("--batch", type=int, default=32, help="windows a step")
     p.add_argument("--seqlen", type=int, default=256, help="tokens a window")
     p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")

@@ -191,6 +191,92 @@ def test_dsnot_lowers_the_expected_error():
     assert (after <= before + 1e-4).all() and after.mean() < 0.5 * before.mean()
 
 
+# ----------------------------------------------------------------------------------------------- exact swaps, refit
+
+def squared_error(W, kept_weights, inputs, dense_inputs=None):
+    """||W Z - W_sparse X||^2 per row, from the inputs themselves, in float64."""
+    z = (inputs if dense_inputs is None else dense_inputs).flatten(0, 1).double()
+    return (z @ W.double().T - inputs.flatten(0, 1).double() @ kept_weights.double().T).square().sum(0)
+
+
+AMOUNTS = [dict(sparsity=0.5), dict(sparsity=0.75), dict(sparsity=0.9), dict(pattern=(2, 4)), dict(pattern=(1, 4)), dict(pattern=(4, 8))]
+
+
+def swap_case(seed, amount, with_cross, **layer):
+    W, z = random_layer(seed, **layer)
+    inputs = z + 0.3 * torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)) if with_cross else z
+    stats = InputStats(W.shape[1], gram=True)
+    for n, x in enumerate(inputs):
+        stats.add(x, z[n] if with_cross else None)
+    return W, inputs, z, stats, keep_mask(wanda_score(W, stats), **amount)
+
+
+@pytest.mark.parametrize("amount", AMOUNTS)
+@pytest.mark.parametrize("with_cross", [False, True])
+def test_swaps_end_where_no_swap_helps(amount, with_cross):
+    """Would catch a wrong price of a swap, an error that rises, a broken pattern, and stopping too early: every pair that
+    is left is tried, directly on the inputs."""
+    W, inputs, z, stats, keep = swap_case(0, amount, with_cross, rows=6, width=24, tokens=32)
+    pattern = amount.get("pattern")
+    new = dsnot.swap_refine(W, keep, stats.gram, cross=stats.cross, candidates=24, pattern=pattern)
+    before, after = squared_error(W, W * keep, inputs, z), squared_error(W, W * new, inputs, z)
+    assert (after <= before * (1 + 1e-6)).all() and after.sum() < before.sum()
+    assert torch.equal(new.sum(1), keep.sum(1))
+    for r in range(len(W)):
+        for j in range(24):
+            for i in range(24):
+                allowed = new[r, j] and not new[r, i] and (pattern is None or i // pattern[1] == j // pattern[1])
+                if allowed:
+                    other = new[r].clone()
+                    other[j], other[i] = False, True
+                    assert squared_error(W[r:r + 1], W[r:r + 1] * other, inputs, z)[0] >= after[r] * (1 - 1e-4)
+    if pattern:
+        assert (new.view(len(W), -1, pattern[1]).sum(-1) == pattern[0]).all()
+
+
+@pytest.mark.parametrize("amount", AMOUNTS)
+def test_few_candidates_do_as_well_as_all(amount):
+    """Would catch a choice of candidates that misses good swaps."""
+    W, inputs, _, stats, keep = swap_case(1, amount, False, rows=40, width=96, tokens=64)
+    pattern = amount.get("pattern")
+    few, all_pairs = (squared_error(W, W * dsnot.swap_refine(W, keep, stats.gram, candidates=c, pattern=pattern), inputs).sum()
+                      for c in (8, 96))
+    assert few < all_pairs * 1.03
+    one = dsnot.swap_refine(W, keep, stats.gram, max_swaps=1, pattern=pattern)
+    assert ((one != keep).sum(1) <= 2).all() and (one != keep).any()
+
+
+def test_swaps_of_uneven_rows():
+    """Would catch rows of a SparseGPT mask, which keep different numbers of weights, trading theirs; full and empty rows."""
+    W, inputs, _, stats, _ = swap_case(2, dict(sparsity=0.5), False, rows=12, width=100)
+    keep = torch.rand(12, 100, generator=torch.Generator().manual_seed(0)) < torch.linspace(0, 1, 12)[:, None]
+    new = dsnot.swap_refine(W, keep, stats.gram, candidates=8)
+    assert torch.equal(new.sum(1), keep.sum(1))
+    assert (squared_error(W, W * new, inputs) <= squared_error(W, W * keep, inputs) * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("with_cross", [False, True])
+def test_refit_is_least_squares(with_cross):
+    """Would catch weights that are not the best ones for the mask: the normal equations hold, and lstsq agrees."""
+    W, inputs, z, stats, keep = swap_case(3, dict(sparsity=0.6), with_cross, rows=10, width=32, tokens=64)
+    keep[3] = False
+    new = dsnot.refit(W, keep, stats.gram, cross=stats.cross, damp=0.0)
+    assert torch.equal(new != 0, keep)
+    x, y = inputs.flatten(0, 1).double(), z.flatten(0, 1).double() @ W.double().T
+    for r in (r for r in range(10) if keep[r].any()):
+        k = keep[r]
+        residual = x[:, k].T @ (x[:, k] @ new[r, k].double() - y[:, r])
+        assert residual.norm() <= 1e-4 * (x[:, k].T @ y[:, r]).norm()
+        torch.testing.assert_close(new[r, k].double(), torch.linalg.lstsq(x[:, k], y[:, r:r + 1]).solution[:, 0], rtol=1e-3, atol=1e-3)
+
+
+def test_reported_error_is_the_error():
+    """Would catch an error that is not ||(W - W_sparse) X||^2 / ||W X||^2."""
+    W, inputs, _, stats, keep = swap_case(4, dict(sparsity=0.5), False)
+    expected = squared_error(W, W * keep, inputs).sum() / squared_error(W, W * 0, inputs).sum()
+    assert dsnot.relative_error(W, W * keep, stats.gram) == pytest.approx(expected.item(), rel=1e-4)
+
+
 # ------------------------------------------------------------------------------------------------------- SparseGPT
 
 def slow_sparsegpt(W, gram, mask, damp):
@@ -260,7 +346,7 @@ def tensors(folder):
     return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
 
 
-@pytest.mark.parametrize("options", [("--sparsity", "0.6", "--compare"), ("--pattern", "2:4", "--score", "magnitude"),
+@pytest.mark.parametrize("options", [("--sparsity", "0.6", "--compare"), ("--pattern", "2:4", "--refine", "dsnot+swap", "--refit"), ("--pattern", "2:4", "--score", "magnitude"),
                                      ("--pattern", "4:8", "--score", "sparsegpt", "--refine-layers", "attn"),
                                      ("--sparsity", "0.5", "--score", "sparsegpt", "--refine", "none")])
 def test_command(monkeypatch, capsys, model, tmp_path, options):
@@ -289,10 +375,10 @@ def test_command(monkeypatch, capsys, model, tmp_path, options):
     torch.testing.assert_close(GPT.from_pretrained(tmp_path / "out")(ids), theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("after", [1, 8, 13])
-def test_interrupted_run_goes_on(monkeypatch, capsys, model, tmp_path, after):
+@pytest.mark.parametrize("after,method", [(1, ["--score", "sparsegpt"]), (8, ["--score", "sparsegpt"]), (13, ["--refine", "swap"])])
+def test_interrupted_run_goes_on(monkeypatch, capsys, model, tmp_path, after, method):
     """Would catch lost blocks, blocks done twice with other results, and anything random that depends on the stop."""
-    command(monkeypatch, model, tmp_path / "whole", "--score", "sparsegpt")
+    command(monkeypatch, model, tmp_path / "whole", *method)
     real, calls = dsnot.prune_layer, []
 
     def stop(*args, **options):
@@ -303,14 +389,16 @@ def test_interrupted_run_goes_on(monkeypatch, capsys, model, tmp_path, after):
 
     monkeypatch.setattr(dsnot, "prune_layer", stop)
     with pytest.raises(SystemExit):
-        command(monkeypatch, model, tmp_path / "cut", "--score", "sparsegpt")
+        command(monkeypatch, model, tmp_path / "cut", *method)
     assert not (tmp_path / "cut").exists()
     calls.clear()
     monkeypatch.setattr(dsnot, "prune_layer", lambda *args, **options: (calls.append(1), real(*args, **options))[1])
-    command(monkeypatch, model, tmp_path / "cut", "--score", "sparsegpt")
+    command(monkeypatch, model, tmp_path / "cut", *method)
     assert len(calls) == 14 - (after - 1) // 7 * 7, "a finished block was pruned again"
     for file in sorted((tmp_path / "whole").glob("*.safetensors")):
         assert (tmp_path / "cut" / file.name).read_bytes() == file.read_bytes()
+    layers = [json.loads((tmp_path / run / "pruning.json").read_text())["layers"] for run in ("whole", "cut")]
+    assert layers[0] == layers[1] and len(layers[0]) == 14 and all("error" in layer for layer in layers[0])
 
 
 BAD = {
