@@ -411,7 +411,8 @@ class Walker:
         return self.block(x, self.positions, self.rope)
 
 
-def prune_block(walker, hidden, dense, prefix, dtype, *, score, refine, refine_layers, refit_weights, propagate, **options):
+def prune_block(walker, hidden, dense, prefix, dtype, *, score, refine, refine_layers="all", refit_weights=False,
+                propagate=False, **options):
     """Prune the linear layers of one block in place; returns a record per layer. hidden: what flows into it after the
     pruning of the blocks before, dense: what flows into it in the dense model (propagate only)."""
     gram = score == "sparsegpt" or "swap" in refine or refit_weights

@@ -17,6 +17,7 @@ other way round. Blocks can be read one at a time (`stream=True`), so a model ma
 Shapes: B batch, T tokens, S tokens in the cache, C = hidden_size, H query heads, K key/value heads, D head_dim.
 """
 
+import argparse
 import json
 import math
 import pickle
@@ -382,7 +383,8 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name_or_dir, device="cpu", dtype=None, stream=False, sparse=False):
         """Load a preset, a Hub id or a Hugging Face folder. dtype None: the checkpoint's own on a GPU, float32 on a
-        CPU. stream=True leaves the blocks on disk for `blocks()` to read one by one.
+        CPU. stream=True leaves the blocks on disk for `blocks()` to read one by one; sparse=True keeps 2:4 layers
+        compressed in memory (a folder written by sparse_matmul.py's save_compressed is so in any case).
         Raises InputError where a tensor is missing, superfluous, of another shape or not finite."""
         checkpoint = Checkpoint(model_folder(name_or_dir))
         if dtype is None:
@@ -586,7 +588,7 @@ class Checkpoint:
         self._dtypes = {name: value.dtype for name, (_, _, value) in here.items()}
 
     def expect(self, module, prefix=""):
-        """Give a module on the meta device compressed 2:4 layers where this checkpoint holds them (see sparse_matmul.py)."""
+        """Give a module on the meta device compressed 2:4 layers (sparse_matmul.py) where this checkpoint holds them."""
         if any(key.endswith(".values") for key in self._stored):
             from sparse_matmul import expect_compressed  # here: only such checkpoints need Triton
             expect_compressed(module, lambda name: self._stored.get(bare(self.family.name(name))), prefix)
@@ -703,11 +705,13 @@ def main():
     p.add_argument("--max-new-tokens", type=int, default=200)
     p.add_argument("--temperature", type=float, default=0.8, help="0: always the most likely token")
     p.add_argument("--top-k", type=int, default=50, help="sample among the k most likely tokens")
+    p.add_argument("--sparse", action=argparse.BooleanOptionalAction, default=False,
+                   help="keep 2:4 layers compressed and compute with them (sparse_matmul.py)")
     args = p.parse_args()
     start(args)
     if args.max_new_tokens < 1 or args.temperature < 0 or args.top_k < 1:
         raise InputError("--max-new-tokens and --top-k must be at least 1, --temperature at least 0")
-    model = GPT.from_pretrained(args.model, device=args.device)
+    model = GPT.from_pretrained(args.model, device=args.device, sparse=args.sparse)
     tokenizer = load_tokenizer(args.model)
     ids = tokenizer.encode(args.prompt)
     if not ids:

@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 name=$1
 if [ "$name" = tiny ]; then model=(); else model=(--model "$2" --calib "$3" --data "$3" --seqlen 256); fi
-for amount in 0.5 0.6 0.7 2:4; do
+for amount in 0.7 0.5 2:4 0.6; do
     case $amount in *:*) option=--pattern ;; *) option=--sparsity ;; esac
     run() { python dsnot.py "${model[@]}" $option $amount --out "out/study-$name" --json "results/dsnot-$name-${amount/:/of}-$1.json" "${@:2}"; }
     for score in magnitude wanda sparsegpt; do

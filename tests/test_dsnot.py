@@ -411,6 +411,8 @@ BAD = {
     "no such text": (["--calib", "nothing.txt"], "nothing.txt"),
     "long window": (["--seqlen", "100000"], "100000"),
     "nsamples": (["--nsamples", "0"], "nsamples 0"),
+    "Hub out of reach, model": (["--model", "llama2-7b"], "meta-llama/Llama-2-7b-hf"),
+    "Hub out of reach, text": (["--data", "wikitext2"], "Salesforce/wikitext"),
     "device": (["--device", "tpu9"], "tpu9"),
     "json": (["--json", "/nowhere/at/all.json"], "/nowhere/at"),
 }

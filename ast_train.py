@@ -1,0 +1,591 @@
+"""AST: retrain a model with 2:4 sparse weights until it stands beside its dense self.
+
+Adaptive Sparse Trainer (Huang et al., AAAI 2025, arXiv 2407.20584). The dense weight W stays; the forward pass sees
+    W~ = m * W,   m [out, in] = 1 for the two weights of every four with the highest score, chosen anew every few steps.
+The gradient g at W~ is applied to all of W ("straight through"), so a pruned weight goes on learning and may come back.
+A decay pulls pruned weights to zero, weak at first so that masks can still change, then strong so that they settle:
+    lambda(t) = lambda * min(t / T0, 1)
+    M <- b1 M + (1 - b1) g                                        the decay stays out of the first moment ...
+    u  = M / (1 - b1^t) + lambda(t) (1 - m) W
+    V <- b2 V + (1 - b2) u^2                                      ... and is inside the second
+    W <- W - lr * u / (sqrt(V / (1 - b2^t)) + eps)
+The loss is a * T^2 KL(teacher || student), both at temperature T, + (1 - a) * cross-entropy; the dense model teaches.
+SLoRB adds a few dense parameters, y = x W~^T + (x X^T) S^T: X [in/k, in] sums k neighbouring inputs, S [out, in/k]
+begins as the mean of the pruned weights of each group. X is trained where it isn't zero and kept as a vector [in], so
+x X^T stays a grouped sum. Merged into the weights it makes them dense: W~ + (S, each column repeated k times) * X.
+
+Where we differ from the authors' code, and why. Their GPT-2 code negates an integer mask with `~` (1 becomes -2, 0
+becomes -1), so its decay makes weights grow: our mask is a bool. It divides the decay, too, by 1 - b1^t, which is 1
+after a few dozen steps: ours follows the formula. It keeps the mask as an attribute of a Parameter, which checkpoints
+lose: ours is a buffer. It trains all of X, a dense matrix. As there, weights without a mask take plain AdamW steps; V is
+the mean of u^2, not of g^2, so where g is mostly noise the steps of masked weights are up to 4 times as long.
+
+Precision, and bytes for LLaMA2-7B (6.74 G parameters) on one GPU; activations come on top (--checkpoint-activations).
+    student W            float32    27.0 GB     small steps would be lost in bf16
+    its gradient         float32    27.0 GB     also holds u, so the update needs no memory of its own
+    M and V              float32    53.9 GB
+    mask                 bool        6.5 GB     whole on every GPU
+    teacher              bf16       13.5 GB     arithmetic is bf16; norms, logits in the loss and sums are float32
+                                   127.9 GB     on N GPUs: 121.4 / N + 6.5 GB each; at the start each holds all of W
+
+    python ast_train.py                                                  (tiny, 2:4: below ten minutes on two CPU cores)
+    torchrun --nproc-per-node 8 ast_train.py --recipe llama2-7b --data c4.bin:0.7 arxiv.bin:0.3
+
+A run that was stopped goes on when the same command is given again, on as many processes as you like, and ends with the
+same weights: nothing is random but the windows that are read, and those depend on --seed and the step alone.
+Letters: B windows, T tokens of a window, N = B * T, V vocabulary (of logits).
+"""
+
+import functools
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+from argparse import ArgumentParser, BooleanOptionalAction
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
+
+from data import load_tokenizer, windows
+from data.command import InputError, parser, record, run, start, write_atomically
+from data.stream import Mixture, tokens
+from dsnot import InputStats, keep_mask, magnitude_score, parse_pattern, prunable, prune, wanda_score, watch
+from eval import perplexity
+from gpt import GPT, CheckpointWriter
+
+RECIPES = {  # the authors' for LLaMA2-7B and GPT-2, ours for the model that ships
+    "tiny": dict(
+        model="tiny", methods=["ast", "ast-slorb"], data=["tiny"], eval_data="tiny", steps=200, batch=16, micro_batch=16,
+        seqlen=256, lr=1e-3, warmup=20, decay=3e-3, decay_steps=50, kl_weight=0.67, save_every=50),
+    "llama2-7b": dict(
+        model="llama2-7b", methods=["ast-slorb"], data=["c4"], eval_data="wikitext2", steps=15000, batch=128, micro_batch=1,
+        seqlen=4096, lr=2e-5, warmup=500, decay=6e-5, decay_steps=3000, kl_weight=0.5, save_every=500,
+        checkpoint_activations=True),
+    "gpt2": dict(
+        model="openai-community/gpt2", methods=["ast-slorb"], data=["c4"], eval_data="wikitext2", steps=40000, batch=128,
+        micro_batch=8, seqlen=1024, lr=2e-4, warmup=2000, decay=1e-4, decay_steps=10000, kl_weight=0.67, save_every=1000),
+}
+BETAS = (0.9, 0.95)
+CHUNK = 512  # tokens whose logits are float32 at a time
+CALIBRATION, LOG_EVERY = 128, 10  # windows, steps
+NEUTRAL = {"recipe", "methods", "out", "json", "device", "micro_batch", "save_every", "one_shot", "compile", "shard",
+           "checkpoint_activations"}  # options that may change when a run goes on
+
+
+# ------------------------------------------------------------------------------------------------------ the method
+
+def learning_rate(step, steps, peak, warmup, floor=0.1):
+    """Linear warm-up to `peak`, then half a cosine down to `floor * peak`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
+
+
+def decay_at(step, decay, warmup_steps):
+    """lambda(t): grows linearly to `decay` over `warmup_steps` steps and stays there; 0 steps: static decay."""
+    return decay * min(step / warmup_steps, 1.0) if warmup_steps else decay
+
+
+class StraightThrough(torch.autograd.Function):
+    """m * W whose gradient reaches all of W."""
+
+    @staticmethod
+    def forward(ctx, W, mask):
+        return W * mask
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def whole(tensor):
+    """All of a tensor that may be spread over processes."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def mine(tensor):
+    """The part of it that this process holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class SparseLinear(nn.Linear):
+    """A linear layer that trains W [out, in] and computes with m * W; `mask` (bool, True = keep) is a buffer.
+
+    score: W -> what keep_mask ranks; amount: its sparsity=... or pattern=(n, m). slorb_k: k of SLoRB, None: without."""
+
+    def __init__(self, linear, score=magnitude_score, slorb_k=None, **amount):
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.score, self.slorb_k, self.amount = score, slorb_k, amount
+        W = linear.weight.detach()
+        self.register_buffer("mask", keep_mask(score(W), **amount))
+        self.first = self.mask.to("cpu", copy=True)  # to count flips
+        if slorb_k:
+            S = (W * ~self.mask).unflatten(1, (-1, slorb_k)).mean(-1)  # kept weights count as 0
+            self.slorb_S, self.slorb_X = nn.Parameter(S), nn.Parameter(W.new_ones(W.shape[1]))
+
+    def forward(self, x):
+        y = F.linear(x, StraightThrough.apply(self.weight, self.mask), self.bias)
+        if self.slorb_k:
+            sums = (x * self.slorb_X).unflatten(-1, (-1, self.slorb_k)).sum(-1)  # [..., in/k]
+            y = y + F.linear(sums, self.slorb_S)
+        return y
+
+    @torch.no_grad()
+    def update_mask(self):
+        """Choose the mask again; returns how many of its entries changed (since the last time, since the first)."""
+        new = keep_mask(self.score(whole(self.weight)), **self.amount)
+        flips = (new != self.mask).sum().item(), (new.cpu() != self.first).sum().item()
+        self.mask.copy_(new)
+        return flips
+
+    def pruned(self):
+        """(not mask), the rows that belong to this process's part of W."""
+        if isinstance(self.weight, DTensor):
+            place = self.weight.device_mesh, self.weight.placements
+            return ~mine(distribute_tensor(self.mask, *place, src_data_rank=None))
+        return ~self.mask
+
+    @torch.no_grad()
+    def merge(self):
+        """A plain nn.Linear that computes the same: sparse, or dense if there is SLoRB to merge."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None).to(self.weight)
+        linear.weight.copy_(self.weight * self.mask)
+        if self.slorb_k:
+            linear.weight += self.slorb_S.repeat_interleave(self.slorb_k, 1) * self.slorb_X
+        if self.bias is not None:
+            linear.bias.copy_(self.bias)
+        return linear
+
+
+class AnnealedAdamW(torch.optim.AdamW):
+    """AdamW, and for the weights of SparseLinear layers the update at the head of this file. Their group's `decay` is
+    lambda(t), to be set before each step as the learning rate is."""
+
+    def __init__(self, model, lr, betas=BETAS):
+        self.layer_of = {layer.weight: layer for layer in model.modules() if isinstance(layer, SparseLinear)}
+        rest = [p for p in model.parameters() if p not in self.layer_of]
+        groups = [dict(params=list(self.layer_of), betas=(0.0, betas[1]), first_beta=betas[0], decay=0.0),
+                  dict(params=rest)]
+        super().__init__([g for g in groups if g["params"]], lr=lr, betas=betas, weight_decay=0.0, fused=True)
+
+    def _init_group(self, group, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps):
+        """Here Adam collects what it will update. For sparse weights it is given u as the gradient and, too, as its own
+        first moment, which an average with beta 0 leaves alone; M, which it would have used, is updated here."""
+        has_complex = super()._init_group(group, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)
+        if "first_beta" in group:
+            for i, (W, grad, moment, t) in enumerate(zip(params, grads, exp_avgs, state_steps)):
+                u, M = mine(grad), mine(moment)
+                M.lerp_(u, 1 - group["first_beta"])
+                torch.div(M, 1 - group["first_beta"] ** (t + 1), out=u)  # the gradient's memory now holds u
+                u.add_(mine(W) * self.layer_of[W].pruned(), alpha=group["decay"])
+                exp_avgs[i] = grad
+        return has_complex
+
+
+class ByChunks(torch.autograd.Function):
+    """The sum of f(logits, *others) over chunks of tokens. Float32 logits exist for one chunk at a time, in both
+    directions, because the gradient is computed on the way forward."""
+
+    @staticmethod
+    def forward(ctx, f, logits, *others):  # logits [N, V], others [N, ...]
+        grad, total = torch.empty_like(logits), 0.0
+        for out, chunk, *rest in zip(*(x.split(CHUNK) for x in (grad, logits, *others))):
+            with torch.enable_grad():
+                leaf = chunk.detach().float().requires_grad_()
+                loss = f(leaf, *rest)
+            out.copy_(torch.autograd.grad(loss, leaf)[0])
+            total = total + loss.detach()
+        ctx.save_for_backward(grad)
+        ctx.others = len(others)
+        return total
+
+    @staticmethod
+    def backward(ctx, scale):
+        return None, ctx.saved_tensors[0] * scale, *[None] * ctx.others
+
+
+def kl(student, teacher, temperature):
+    """T^2 KL(teacher || student), summed over tokens; logits [N, V]."""
+    student, teacher = (F.log_softmax(logits.float() / temperature, -1) for logits in (student, teacher))
+    return temperature ** 2 * F.kl_div(student, teacher, reduction="sum", log_target=True)
+
+
+def distillation_loss(student_logits, teacher_logits, temperature):
+    """T^2 KL(teacher || student) of logits [..., V], averaged over tokens -> scalar; little memory beside them."""
+    student, teacher = student_logits.flatten(0, -2), teacher_logits.flatten(0, -2)
+    return ByChunks.apply(lambda s, t: kl(s, t, temperature), student, teacher) / len(student)
+
+
+def training_loss(student_logits, teacher_logits, targets, kl_weight, temperature):
+    """a * distillation + (1 - a) * cross-entropy, averaged over tokens; logits [B, T, V], targets [B, T]. Without a
+    teacher (None) the cross-entropy alone."""
+    def both(student, target, teacher=None):
+        loss = F.cross_entropy(student, target, reduction="sum")
+        return loss if teacher is None else kl_weight * kl(student, teacher, temperature) + (1 - kl_weight) * loss
+
+    inputs = [x.flatten(0, 1) for x in (student_logits, targets, teacher_logits) if x is not None]
+    return ByChunks.apply(both, *inputs) / targets.numel()
+
+
+# ------------------------------------------------------------------------------------ models, processes, states on disk
+
+def say(text):
+    if dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+def average(value):
+    """The mean of a scalar tensor over all processes, as a number."""
+    dist.all_reduce(value)
+    return value.item() / dist.get_world_size()
+
+
+def arithmetic(args):
+    """bf16 products where --dtype asks for them; weights stay as they are."""
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+
+def amount(args):
+    return dict(pattern=parse_pattern(args.pattern)) if args.sparsity is None else dict(sparsity=args.sparsity)
+
+
+def make_sparse(model, args, slorb_k, calibration):
+    """Turn the linear layers of all blocks into SparseLinear."""
+    if model.config.raw.get("slorb_k"):
+        raise InputError(f"{args.model} has been through AST and has SLoRB parameters: give the dense model")
+    blocks, stats = model.model.layers, {}  # {layer: InputStats}
+
+    def seen(linear, x):
+        stats.setdefault(linear, InputStats(x.shape[-1], x.device))
+        for sequence in x:
+            stats[linear].add(sequence)
+
+    if args.score == "wanda":
+        linears = [linear for block in blocks for linear in prunable(block).values()]
+        with watch(dict(zip(linears, linears)), seen), torch.no_grad():
+            for ids in calibration.split(args.micro_batch):
+                model(ids.to(args.device))
+    for block in blocks:
+        for name, linear in prunable(block).items():
+            if slorb_k and linear.in_features % slorb_k:
+                raise InputError(f"--slorb-k {slorb_k} does not divide the {linear.in_features} inputs of {name}")
+            score = functools.partial(wanda_score, stats=stats[linear]) if stats else magnitude_score
+            block.set_submodule(name, SparseLinear(linear, score, slorb_k, **amount(args)))
+
+
+def set_up(model, args, checkpoint_activations=False):
+    """Compile a model's blocks and spread them over the processes, as far as that is asked for."""
+    shard = args.shard or dist.get_world_size()
+    spread = dist.get_world_size() > 1
+    if spread:
+        mesh = dist.init_device_mesh(torch.device(args.device).type, (dist.get_world_size() // shard, shard),
+                                     mesh_dim_names=("copies", "parts"))
+        precision = MixedPrecisionPolicy(getattr(torch, args.dtype), torch.float32, cast_forward_inputs=False)
+        fsdp = dict(mesh=mesh if shard < dist.get_world_size() else mesh["parts"], mp_policy=precision)
+    for block in model.model.layers:
+        if checkpoint_activations:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        if args.compile:
+            block.compile()  # one block's code serves all of them
+        if spread:
+            fully_shard(block, **fsdp)
+    return fully_shard(model, **fsdp) if spread else model
+
+
+def save_model(folder, model, source):
+    """Write the student as a Hugging Face folder in the dtypes of its dense checkpoint `source`; pruned weights are 0.
+
+    SLoRB's S and X stand beside each weight. `transformers` does not know them; there, add them to the weights, with k the
+    "slorb_k" of config.json:      weight += slorb_S.repeat_interleave(k, 1) * slorb_X"""
+    masks = {f"{name}.weight": layer.mask for name, layer in model.named_modules() if isinstance(layer, SparseLinear)}
+    k = next((layer.slorb_k for layer in model.modules() if isinstance(layer, SparseLinear)), None)
+    tensors = {}
+    for name, value in model.state_dict().items():
+        if not name.endswith(".mask") and not (name == "lm_head.weight" and model.config.tie_word_embeddings):
+            like = name if name in source.files else name.rpartition(".slorb_")[0] + ".weight"
+            value = whole(value) * masks[name] if name in masks else whole(value)
+            tensors[name] = value.to("cpu", source.dtype(like))
+    if dist.get_rank() == 0:
+        with CheckpointWriter(folder, model.config.raw | ({"slorb_k": k} if k else {}), source.folder) as out:
+            out.write("model.safetensors", tensors)
+
+
+def save_state(work, model, optimizer, state):
+    """Write what a stopped run needs to go on. It takes the place of the state before when it is complete."""
+    final, partial = work / f"step-{state['step']:07d}", work / f"step-{state['step']:07d}.partial"
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=partial)
+    if dist.get_rank() == 0:
+        (partial / "run.json").write_text(json.dumps(state))
+        partial.rename(final)
+        for old in work.glob("step-*"):
+            if old != final:
+                shutil.rmtree(old)
+    dist.barrier()
+
+
+def load_state(work, model, optimizer, options):
+    """The last state in `work`, loaded into model and optimizer; where there is none, that of step 0.
+    Raises InputError if it belongs to a run with other options."""
+    found = sorted(path for path in work.glob("step-*") if path.suffix != ".partial")
+    if not found:
+        return dict(step=0, options=options, flips=[0, 0], history=[], validation=[])
+    state = json.loads((found[-1] / "run.json").read_text())
+    for name, value in options.items():
+        if (old := state["options"].get(name)) != value:
+            told = "of another model" if name == "model" else f"with --{name.replace('_', '-')} {old}, not {value}"
+            raise InputError(f"{work} holds a run {told}: give the options it had, choose another --out, or delete it")
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=found[-1])
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    say(f"going on at step {state['step']}")
+    return state
+
+
+# -------------------------------------------------------------------------------------------------------- the training
+
+@torch.no_grad()
+def validation_perplexity(model, ids, args):
+    """Perplexity on windows [n, seqlen + 1]; last ones that don't fill a micro-batch in every process are left out."""
+    together = args.micro_batch * dist.get_world_size()
+    parts = ids[:len(ids) // together * together][dist.get_rank()::dist.get_world_size()].split(args.micro_batch)
+    loss = torch.zeros((), device=args.device)
+    for part in parts:
+        part = part.to(args.device)
+        with arithmetic(args):
+            logits = model(part[:, :-1])
+        loss += training_loss(logits, None, part[:, 1:], 0, 1) / len(parts)
+    return math.exp(average(loss))
+
+
+def train(args, method, mixture, held_out, calibration):
+    """Train one model and return its record; the best one by validation is the folder `args.out / method`."""
+    work = Path(args.out) / f"{method}.training"
+    source = GPT.from_pretrained(args.model, stream=True).source
+    student = GPT.from_pretrained(args.model, args.device, torch.float32)
+    options = {name: str(value) for name, value in vars(args).items() if name not in NEUTRAL}
+    options["model"] = f"{source.config.raw} {sum(p.double().sum().item() for p in student.parameters()):.6g}"
+    if method != "dense":
+        make_sparse(student, args, args.slorb_k if method == "ast-slorb" else None, calibration)
+    layers = [layer for layer in student.modules() if isinstance(layer, SparseLinear)]
+    masked = sum(layer.mask.numel() for layer in layers)
+    student, teacher = set_up(student, args, args.checkpoint_activations), None
+    if args.kl_weight:
+        teacher = set_up(GPT.from_pretrained(args.model, args.device, getattr(torch, args.dtype)), args)
+    optimizer = AnnealedAdamW(student, args.lr)
+    state = load_state(work, student, optimizer, options)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    begin, first = time.perf_counter(), state["step"]
+
+    for step in range(first, args.steps):
+        lr, decay = learning_rate(step, args.steps, args.lr, args.warmup), decay_at(step, args.decay, args.decay_steps)
+        for group in optimizer.param_groups:
+            group["lr"], group["decay"] = lr, decay
+        if layers and args.mask_every and step and step % args.mask_every == 0:
+            state["flips"] = [sum(flips) / masked for flips in zip(*(layer.update_mask() for layer in layers))]
+
+        loss = 0.0
+        parts = mixture.batch(args.seed, step, args.batch)[rank::world].to(args.device).split(args.micro_batch)
+        for ids in parts:
+            with arithmetic(args):
+                with torch.no_grad():
+                    taught = teacher(ids[:, :-1]) if teacher else None
+                logits = student(ids[:, :-1])
+            part = training_loss(logits, taught, ids[:, 1:], args.kl_weight, args.temperature) / len(parts)
+            part.backward()
+            loss += part.detach()
+        loss, norm = average(loss), whole(nn.utils.clip_grad_norm_(student.parameters(), args.clip)).item()
+        if not math.isfinite(loss + norm):
+            raise InputError(f"the loss is {loss}, its gradient's norm {norm} at step {step}: lower --lr ({args.lr}); "
+                             f"the state of step {state['step']} is kept in {work}")
+        optimizer.step()
+        optimizer.zero_grad()
+
+        done = step + 1
+        if done % LOG_EVERY == 0 or done == args.steps:
+            seconds, (flips, flips_all) = (time.perf_counter() - begin) / (done - first), state["flips"]
+            state["history"].append(dict(step=done, loss=loss, lr=lr, decay=decay, flips=flips, flips_all=flips_all))
+            say(f"{method} step {done:6d}/{args.steps}  loss {loss:7.4f}  lr {lr:.1e}  decay {decay:.1e}  "
+                f"flips {flips:6.2%} (since start {flips_all:6.2%})  {args.batch * args.seqlen / seconds:8,.0f} tokens/s  "
+                f"{seconds * (args.steps - done) / 60:6.1f} min left")
+        if done % args.save_every == 0 or done == args.steps:
+            ppl = validation_perplexity(student, held_out, args)
+            best = ppl < min([p for _, p in state["validation"]], default=math.inf)
+            say(f"{method} step {done:6d}/{args.steps}  validation perplexity {ppl:.3f}{' (best so far)' if best else ''}")
+            state |= dict(step=done, validation=[*state["validation"], (done, ppl)])
+            if best:
+                save_model(Path(args.out) / method, student, source)
+            save_state(work, student, optimizer, state)
+
+    if first < args.steps:
+        state["tokens_per_second"] = args.batch * args.seqlen * (args.steps - first) / (time.perf_counter() - begin)
+    if torch.cuda.is_available():
+        state["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return state
+
+
+# --------------------------------------------------------------------------------------------------------- the results
+
+def plot(path, runs):
+    """The curves of all runs: loss, validation perplexity, mask flips, decay."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(1, 4, figsize=(18, 4))
+    for method, state in runs.items():
+        axes[1].plot(*zip(*state["validation"]), marker=".", label=method)
+        for axis, key, scale in zip(axes[[0, 2, 3]], ("loss", "flips", "decay"), (1, 100, 1)):
+            axis.plot([row["step"] for row in state["history"]], [scale * row[key] for row in state["history"]])
+    titles = "training loss (nats/token)", "validation perplexity", "mask flips at a refresh (%)", "decay"
+    for axis, title in zip(axes, titles):
+        axis.set(title=title, xlabel="step")
+    axes[1].set_yscale("log")
+    axes[1].legend()
+    figure.tight_layout()
+    write_atomically(path, lambda beside: figure.savefig(beside, format="png", dpi=120))
+    pyplot.close(figure)
+
+
+def results(args, test_ids, calibration):
+    """Measure dense, one-shot and trained models on the test text and print a table; returns its rows by name.
+    gap_closed: how much of the log-perplexity between the best one-shot mask and the dense model has gone."""
+    def measure(folder, used):
+        model = GPT.from_pretrained(folder, device=args.device)
+        return dict(parameters=sum(p.count_nonzero().item() for p in model.parameters()), tokens=used,
+                    perplexity=perplexity(model, test_ids, args.seqlen, args.micro_batch))
+
+    rows = {"dense": measure(args.model, 0)}
+    for score in ["magnitude", "wanda", "sparsegpt"] if args.one_shot else []:
+        with tempfile.TemporaryDirectory() as folder:
+            model, pruned = GPT.from_pretrained(args.model, device=args.device, stream=True), Path(folder) / "model"
+            prune(model, calibration, pruned, {}, score=score, refine="none", batch=args.micro_batch, **amount(args))
+            rows[f"one-shot {score}"] = measure(pruned, calibration.numel())
+    worst = min((math.log(row["perplexity"]) for name, row in rows.items() if name != "dense"), default=math.nan)
+    for method in args.methods:
+        name = {"dense": "dense, trained on", "ast": "AST", "ast-slorb": "AST + SLoRB"}[method]
+        rows[name] = measure(Path(args.out) / method, args.steps * args.batch * args.seqlen)
+    print(f"\n{args.eval_data}, seqlen {args.seqlen}    parameters kept  test perplexity  gap closed    tokens used")
+    gap = worst - math.log(rows["dense"]["perplexity"])
+    for name, row in rows.items():
+        row["gap_closed"] = (worst - math.log(row["perplexity"])) / gap if args.one_shot else None
+        closed = f"{row['gap_closed']:.1%}" if args.one_shot else ""
+        print(f"{name:20}  {row['parameters']:15,}  {row['perplexity']:15.3f}  {closed:>10}  {row['tokens']:13,}")
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------------- the command
+
+def options():
+    fast_bf16 = torch.cuda.is_available() or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    dtype, compiler = "bfloat16" if fast_bf16 else "float32", bool(shutil.which("g++") or shutil.which("clang++"))
+    early = ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--recipe", choices=RECIPES, default="tiny")
+    p = parser(__doc__)
+    p.add_argument("--recipe", choices=RECIPES, default="tiny", help="where the other options begin")
+    p.add_argument("--model", help="student and teacher: a preset, a Hub id or a folder")
+    p.add_argument("--methods", nargs="+", choices=["dense", "ast", "ast-slorb"],
+                   help="what to train, one after the other; dense: the same training without masks, the control")
+    p.add_argument("--out", default="out/ast", help="the folder for a model of each method, their states and curve.png")
+    g = p.add_argument_group("method")
+    g.add_argument("--pattern", default="2:4", metavar="N:M", help="N kept of every M")
+    g.add_argument("--sparsity", type=float, help="prune this share of every row instead")
+    g.add_argument("--score", choices=["magnitude", "wanda"], default="magnitude", help="keep the highest |W| or |W| ||x||")
+    g.add_argument("--mask-every", type=int, default=10, help="steps between choices of the mask; 0: it stays")
+    g.add_argument("--decay", type=float, help="lambda; 0: none")
+    g.add_argument("--decay-steps", type=int, help="T0, steps until the decay is lambda; 0: from the start")
+    g.add_argument("--kl-weight", type=float, help="a, the share of distillation in the loss; 0: no teacher")
+    g.add_argument("--temperature", type=float, default=2.0, help="T of the distillation")
+    g.add_argument("--slorb-k", type=int, default=16, help="inputs that SLoRB sums")
+    g = p.add_argument_group("data")
+    g.add_argument("--data", nargs="+", metavar="SOURCE[:WEIGHT]", help="tiny, c4, wikitext2, text or .bin file")
+    g.add_argument("--eval-data", metavar="SOURCE", help="validation and test text")
+    g.add_argument("--seqlen", type=int, help="tokens a window")
+    g = p.add_argument_group("training")
+    g.add_argument("--steps", type=int)
+    g.add_argument("--batch", type=int, help="windows a step, over all processes")
+    g.add_argument("--micro-batch", type=int, help="windows that a process takes at a time")
+    g.add_argument("--lr", type=float, help="peak learning rate; it ends at a tenth")
+    g.add_argument("--warmup", type=int, help="steps until the peak")
+    g.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
+    g.add_argument("--save-every", type=int, help="steps between validations, each with a state to go on from")
+    g.add_argument("--one-shot", action=BooleanOptionalAction, default=True, help="one-shot masks in the table")
+    g = p.add_argument_group("machine")
+    g.add_argument("--dtype", choices=["float32", "bfloat16"], default=dtype, help="arithmetic")
+    g.add_argument("--compile", action=BooleanOptionalAction, default=compiler, help="torch.compile; needs a C++ compiler")
+    g.add_argument("--checkpoint-activations", action=BooleanOptionalAction, default=False,
+                   help="compute activations twice instead of keeping them")
+    g.add_argument("--shard", type=int, default=0,
+                   help="processes that share one copy of the weights (1: data-parallel; 0: all)")
+    p.set_defaults(**RECIPES[early.parse_known_args()[0].recipe])
+    return p.parse_args()
+
+
+def check(args):
+    """Raise InputError for options that can't be."""
+    world = dist.get_world_size()
+    for names, right, rule in [
+            ("steps batch micro_batch seqlen save_every slorb_k temperature clip lr", lambda v: v > 0, "must be above 0"),
+            ("mask_every decay decay_steps warmup", lambda v: v >= 0, "can't be negative"),
+            ("kl_weight", lambda v: 0 <= v <= 1, "must lie between 0 and 1"),
+            ("sparsity", lambda v: v is None or 0 < v < 1, "must lie between 0 and 1"),
+            ("batch", lambda v: v % (args.micro_batch * world) == 0,
+             f"must be a multiple of --micro-batch ({args.micro_batch}) times the {world} process(es)"),
+            ("shard", lambda v: v == 0 or v > 0 and world % v == 0, f"must divide the {world} process(es)")]:
+        for name in names.split():
+            if not right(getattr(args, name)):
+                raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} {rule}")
+
+
+def main():
+    args, torchrun, cuda = options(), "RANK" in os.environ, torch.cuda.is_available()
+    if torchrun and cuda:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    alone = {} if torchrun else dict(store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+    try:
+        start(args)
+        check(args)
+        amount(args)
+        tokenizer = load_tokenizer(args.model)
+        mixture = Mixture(args.data, tokenizer, args.seqlen, args.batch)
+        calibration = mixture.batch(args.seed, args.steps, CALIBRATION, stream=0)[:, :-1]  # Wanda's and SparseGPT's inputs
+        held_out = windows(tokens(args.eval_data, tokenizer, "validation"), args.seqlen + 1)
+        test_ids = tokens(args.eval_data, tokenizer, "test")
+        if len(held_out) < args.micro_batch * dist.get_world_size():
+            raise InputError(f"the validation text of {args.eval_data} has {len(held_out)} windows, fewer than "
+                             f"--micro-batch {args.micro_batch} in each process: give a longer text or a smaller --micro-batch")
+        runs = {}
+        for method in args.methods:
+            runs[method] = train(args, method, mixture, held_out, calibration)
+            if dist.get_rank() == 0:
+                plot(Path(args.out) / "curve.png", runs)
+        if dist.get_rank() > 0:
+            return
+    except (torch.OutOfMemoryError, RuntimeError) as e:
+        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
+            raise
+        raise InputError(f"out of memory: lower --micro-batch ({args.micro_batch}), add --checkpoint-activations or take "
+                         f"more GPUs; the last state is kept in {args.out}") from None
+    finally:
+        dist.destroy_process_group()
+    record(args, {"runs": runs, "table": results(args, test_ids, calibration)})
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,170 @@
+"""Token streams for training: long arrays of token ids, in memory or memory-mapped, and mixtures of them.
+
+A text that is too long to tokenize at every start is tokenized once into a `.bin` file, which training memory-maps:
+
+    python -m data.stream --model llama2-7b --data c4 --out c4.bin
+    python -m data.stream --model llama2-7b --data arxiv.jsonl --out arxiv.bin
+
+The file is a header of 32 bytes (a mark, then as 64-bit numbers the size of the vocabulary, the bytes of a token and
+the number of tokens) and then the ids. Every document begins with the BOS token where the model's tokenizer has one.
+"""
+
+import functools
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data.command import InputError, parser, run, start, write_atomically
+from data.stdlib import stdlib_source, stdlib_text
+from data.text import SOURCES, documents, load_text
+from data.tokenizer import load_tokenizer
+
+HEADER, MARK = struct.Struct("<8sQQQ"), b"TOKENBIN"
+PIECE = 1_000_000  # characters that are tokenized at a time
+CUTS = {"train": (0, 90), "validation": (90, 95), "test": (95, 100)}  # percent of a file's tokens
+
+
+def pieces(texts):
+    """Texts -> (piece, whether it begins a text): long ones are cut at line ends, which bounds memory."""
+    for text in texts:
+        begin = 0
+        while begin < len(text):
+            end = text.find("\n", begin + PIECE) + 1 or len(text)
+            yield text[begin:end], begin == 0
+            begin = end
+
+
+def encode(texts, tokenizer, label):
+    """Texts -> arrays of ids, one for each piece."""
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    bos = len(tokenizer.encode(""))  # what the tokenizer puts before every text
+    with tqdm(total=sum(map(len, texts)), desc=f"tokens of {label}", unit=" characters", unit_scale=True, leave=False,
+              disable=None) as bar:
+        for piece, first in pieces(texts):
+            yield np.array(tokenizer.encode(piece)[0 if first else bos:], dtype)
+            bar.update(len(piece))
+
+
+def read_texts(source):
+    """The training texts of a source; those of a `.jsonl` file are the "text" of its lines."""
+    if not source.endswith(".jsonl"):
+        return documents(source, "train" if source in SOURCES else None)
+    try:
+        with open(source, encoding="utf-8") as lines:
+            return [json.loads(line)["text"] for line in lines]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise InputError(f"{source} is not a file of JSON lines with a \"text\" each: {type(e).__name__} {e}") from None
+
+
+def write_bin(path, texts, tokenizer, label):
+    """Tokenize texts into a `.bin` file, whole or not at all; returns the number of tokens."""
+    count = 0
+
+    def write(beside):
+        nonlocal count
+        with open(beside, "wb") as f:
+            f.write(bytes(HEADER.size))
+            for ids in encode(texts, tokenizer, label):
+                f.write(ids.tobytes())
+                count += len(ids)
+            f.seek(0)
+            f.write(HEADER.pack(MARK, tokenizer.vocab_size, 2 if tokenizer.vocab_size <= 1 << 16 else 4, count))
+    write_atomically(path, write)
+    return count
+
+
+def open_bin(path, tokenizer):
+    """A `.bin` file as an array of ids that stays on disk. Raises InputError for a damaged one or another model's."""
+    try:
+        with open(path, "rb") as f:
+            mark, vocabulary, width, count = HEADER.unpack(f.read(HEADER.size))
+    except (OSError, struct.error) as e:
+        raise InputError(f"{path} can't be read: {e}") from None
+    if mark != MARK or Path(path).stat().st_size != HEADER.size + width * count:
+        raise InputError(f"{path} is damaged or was not made by `python -m data.stream`: make it anew")
+    if vocabulary != tokenizer.vocab_size:
+        raise InputError(f"{path} was made with a vocabulary of {vocabulary} tokens, the model has "
+                         f"{tokenizer.vocab_size}: make it anew with this --model")
+    return np.memmap(path, np.uint16 if width == 2 else np.uint32, mode="r", offset=HEADER.size, shape=(count,))
+
+
+@functools.cache
+def file_tokens(source, tokenizer):
+    if source.endswith(".bin"):
+        return open_bin(source, tokenizer)
+    return np.concatenate([np.array([], np.uint16), *encode(read_texts(source), tokenizer, source)])
+
+
+def tokens(source, tokenizer, split):
+    """The ids of one split of a source (1-D array). Of a file, which has no splits of its own, the first 90 % of the
+    tokens are for training, the next 5 % for validation, the rest for test."""
+    if source in SOURCES:
+        if split == "train":
+            return np.concatenate(list(encode(read_texts(source), tokenizer, source)))
+        if source == "c4" and split == "validation":  # the first 1,100 documents are the papers' test text
+            return np.array(tokenizer.encode(" ".join(documents(source, split)[1100:2200])))
+        return np.array(tokenizer.encode(load_text(source, split)))
+    ids = file_tokens(source, tokenizer)
+    first, last = (len(ids) * percent // 100 for percent in CUTS[split])
+    return ids[first:last] if split == "train" else ids[first:last].astype(np.int64)
+
+
+class Mixture:
+    """Training batches: windows drawn at random from several streams, each stream as often as its weight says."""
+
+    def __init__(self, names, tokenizer, seqlen, batch):
+        """names: sources, each with or without `:weight`. `tiny` is two streams, three parts of documentation to seven
+        of source code, as its model was trained. Raises InputError for a stream shorter than one batch."""
+        self.seqlen, self.streams, weights = seqlen, [], []
+        for name in names:
+            source, _, weight = name.rpartition(":") if ":" in name else (name, "", "1")
+            try:
+                weight = float(weight)
+            except ValueError:
+                raise InputError(f"--data {name}: the weight {weight!r} is not a number") from None
+            if not 0 < weight < float("inf"):
+                raise InputError(f"--data {name}: the weight must be a positive number")
+            if source == "tiny":
+                texts = [(0.3, stdlib_text("train"), "documentation"), (0.7, stdlib_source(), "source code")]
+                parts = [(share, np.concatenate(list(encode([text], tokenizer, label))))
+                         for share, text, label in texts]
+            else:
+                parts = [(1.0, tokens(source, tokenizer, "train"))]
+            for share, ids in parts:
+                if len(ids) < batch * seqlen + 1:
+                    raise InputError(f"{source} has {len(ids)} tokens for training, fewer than one batch of {batch} "
+                                     f"windows of {seqlen}: give a longer text, or a smaller --batch or --seqlen")
+                self.streams.append(ids)
+                weights.append(weight * share)
+        self.weights = np.array(weights) / sum(weights)
+
+    def batch(self, seed, step, windows, stream=None):
+        """ids [windows, seqlen + 1], of one stream or of all. Seed and step alone decide them, so a resumed run reads
+        what it would have read."""
+        rng = np.random.default_rng([seed % 2**32, step])
+        rows = []
+        for i in rng.choice(len(self.streams), windows, p=self.weights) if stream is None else [stream] * windows:
+            at = rng.integers(len(self.streams[i]) - self.seqlen)
+            rows.append(self.streams[i][at:at + self.seqlen + 1].astype(np.int64))
+        return torch.from_numpy(np.stack(rows))
+
+
+def main():
+    p = parser(__doc__)
+    p.add_argument("--model", required=True, help="whose tokenizer: a preset, a Hub id or a folder")
+    p.add_argument("--data", required=True, help="c4, wikitext2, a text file or a .jsonl file")
+    p.add_argument("--out", required=True, help="the .bin file")
+    args = p.parse_args()
+    start(args)
+    if not args.out.endswith(".bin"):
+        raise InputError(f"--out {args.out} must end in .bin")
+    count = write_bin(args.out, read_texts(args.data), load_tokenizer(args.model), args.data)
+    print(f"{args.out}: {count:,} tokens, {Path(args.out).stat().st_size / 1e6:,.1f} MB")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,397 @@
+"""AST against its formulas, and its training loop against being stopped, spread and fed nonsense."""
+
+import argparse
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+import typing
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ast_train
+from ast_train import AnnealedAdamW, SparseLinear, decay_at, distillation_loss, learning_rate, training_loss
+from conftest import ROOT
+from data import load_tokenizer
+from data import stream
+from data.command import InputError
+from data.train_tiny import train_tokenizer
+from dsnot import keep_mask, prunable
+from gpt import GPT, Config
+
+CONFIG = dict(
+    architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=384, hidden_size=32, intermediate_size=64,
+    num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, hidden_act="silu", rms_norm_eps=1e-5,
+    rope_theta=10000.0, max_position_embeddings=64, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+    torch_dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with a text and a random model: text.txt, model/."""
+    root = tmp_path_factory.mktemp("ast")
+    text = "".join(Path(module.__file__).read_text() for module in (argparse, typing))
+    (root / "text.txt").write_text(text)
+    (root / "tokenizer").mkdir()
+    train_tokenizer(root / "tokenizer" / "tokenizer.model", text[:50000], CONFIG["vocab_size"])
+    for seed, name in enumerate(["model", "other"]):
+        torch.manual_seed(seed)
+        model = GPT(Config.from_dict(CONFIG))
+        for weight in model.parameters():
+            if weight.dim() == 2:
+                nn.init.normal_(weight, std=0.05)
+        model.save_pretrained(root / name, tokenizer_from=root / "tokenizer")
+    return root
+
+
+def command(files, out, *options):
+    model, text = str(files / "model"), str(files / "text.txt")
+    return ["ast_train.py", "--model", model, "--data", text, "--eval-data", text, "--out", str(out), "--methods", "ast",
+            "--seqlen", "32", "--batch", "4", "--micro-batch", "2", "--steps", "12", "--warmup", "2", "--lr", "3e-3",
+            "--mask-every", "3", "--decay-steps", "6", "--save-every", "3", "--no-one-shot", "--no-compile",
+            "--dtype", "float32", "--device", "cpu", *map(str, options)]
+
+
+@pytest.fixture
+def train(files, monkeypatch):
+    """Run the command in this process -> the results that it records."""
+    def run(out, *options):
+        monkeypatch.setattr(sys, "argv", command(files, out, "--json", files / "run.json", *options))
+        ast_train.main()
+        return json.loads((files / "run.json").read_text())["results"]
+    return run
+
+
+# the method
+
+def layer(out=6, width=16, **options):
+    torch.manual_seed(0)
+    return SparseLinear(nn.Linear(width, out).double(), **{"pattern": (2, 4), **options})
+
+
+def test_the_gradient_at_the_masked_weight_reaches_all_of_it():
+    sparse, x = layer(), torch.randn(5, 16, dtype=torch.double)
+    masked = (sparse.weight * sparse.mask).detach().requires_grad_()
+    F.linear(x, masked, sparse.bias).square().sum().backward()
+    y = sparse(x)
+    y.square().sum().backward()
+    assert torch.equal(y, F.linear(x, masked, sparse.bias))
+    assert torch.equal(sparse.weight.grad, masked.grad) and (sparse.weight.grad[~sparse.mask] != 0).all()
+
+
+def test_the_mask_is_a_bool_buffer_that_follows_the_weight():
+    sparse = layer()
+    assert sparse.state_dict()["mask"].dtype == torch.bool and sparse.mask.view(-1, 4).sum(1).eq(2).all()
+    assert sparse.update_mask() == (0, 0)
+    before = sparse.mask.clone()
+    with torch.no_grad():
+        sparse.weight[0] = torch.where(sparse.mask[0], 0.0, 1.0)  # the first row turns round
+    assert sparse.update_mask() == (16, 16)
+    assert torch.equal(sparse.mask[0], ~before[0]) and torch.equal(sparse.mask[1:], before[1:])
+    assert sparse.update_mask() == (0, 16)
+    merged = sparse.merge()
+    assert type(merged) is nn.Linear and torch.equal(merged.weight, sparse.weight * sparse.mask)
+
+
+def transcription(W, mask, grads, lr, decay, T0, b1=0.9, b2=0.95, eps=1e-8):
+    """The formula at the head of ast_train.py, one line each."""
+    M, V = torch.zeros_like(W), torch.zeros_like(W)
+    for step, g in enumerate(grads):
+        t = step + 1
+        M = b1 * M + (1 - b1) * g
+        u = M / (1 - b1 ** t) + decay * min(step / T0, 1) * (~mask).double() * W
+        V = b2 * V + (1 - b2) * u * u
+        W = W - lr * u / ((V / (1 - b2 ** t)).sqrt() + eps)
+    return W
+
+
+@pytest.mark.parametrize("still, lr", [(False, 1e-2), (True, 1e-5)])
+def test_the_optimizer_is_the_formula(still, lr):
+    """Twenty steps; with zero gradients pruned weights only shrink and kept ones stay (a decay of the wrong sign, a
+    decay inside the first moment or outside the second would show)."""
+    sparse = layer()
+    W, mask = sparse.weight.detach().clone(), sparse.mask.clone()
+    bias = sparse.bias.detach().clone().requires_grad_()
+    optimizer, plain = AnnealedAdamW(sparse, lr), torch.optim.AdamW([bias], lr, betas=(0.9, 0.95), weight_decay=0)
+    grads = [torch.randn_like(W) * (not still) for _ in range(20)]
+    for step, g in enumerate(grads):
+        before = sparse.weight.detach().clone()
+        for group in optimizer.param_groups:
+            group["decay"] = decay_at(step, 0.1, 8)
+        sparse.weight.grad = g.clone()
+        sparse.bias.grad, bias.grad = g[:, 0].clone(), g[:, 0].clone()
+        optimizer.step()
+        plain.step()
+        if still and step:
+            assert (sparse.weight.abs() < before.abs())[~mask].all()
+    assert (sparse.weight - transcription(W, mask, grads, lr, 0.1, 8)).abs().max() < 1e-6
+    assert (sparse.bias - bias).abs().max() < 1e-6
+    if still:
+        assert torch.equal(sparse.weight[mask], W[mask])
+
+
+def test_schedules():
+    assert [decay_at(step, 6e-5, 3000) for step in (0, 1500, 3000, 9000)] == [0, 3e-5, 6e-5, 6e-5]
+    assert decay_at(0, 6e-5, 0) == 6e-5  # static
+    rates = [learning_rate(step, 100, 1.0, 10) for step in range(100)]
+    assert rates[0] == 0.1 and rates[9] == rates[10] == 1 and rates[10:] == sorted(rates[10:], reverse=True)
+    assert math.isclose(rates[55], 0.55) and 0.1 < rates[99] < 0.101
+
+
+class Largest(TorchDispatchMode):
+    """The largest float32 tensor that is made meanwhile."""
+    size = 0
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        result = f(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, torch.Tensor) and x.dtype == torch.float32:
+                self.size = max(self.size, x.numel())
+        return result
+
+
+def test_the_loss_is_the_written_out_divergence():
+    student, teacher = (torch.randn(2, 7, 11, dtype=torch.float32) * 3 for _ in range(2))
+    a, b = student.clone().requires_grad_(), student.clone().requires_grad_()
+    p, q = (teacher / 2).softmax(-1), (b / 2).softmax(-1)
+    written = 4 * (p * (p / q).log()).sum(-1).mean()
+    loss = distillation_loss(a, teacher, 2.0)
+    loss.backward()
+    written.backward()
+    assert (loss - written).abs() < 1e-5 and (a.grad - b.grad).abs().max() < 1e-6
+    targets = torch.randint(11, (2, 7))
+    task = F.cross_entropy(student.flatten(0, 1), targets.flatten())
+    assert (training_loss(student, teacher, targets, 0.7, 2.0) - (0.7 * loss + 0.3 * task)).abs() < 1e-5
+    assert (training_loss(student, None, targets, 0.7, 2.0) - task).abs() < 1e-6
+
+
+def test_the_loss_never_holds_all_logits_in_float32(monkeypatch):
+    monkeypatch.setattr(ast_train, "CHUNK", 8)
+    student, teacher = torch.randn(1, 64, 50).bfloat16().requires_grad_(), torch.randn(1, 64, 50).bfloat16()
+    with Largest() as largest:
+        training_loss(student, teacher, torch.zeros(1, 64, dtype=torch.long), 0.5, 2.0).backward()
+    assert largest.size <= 8 * 50 and student.grad.dtype == torch.bfloat16
+
+
+def test_slorb_begins_as_the_mean_of_the_pruned_weights():
+    sparse, x = layer(slorb_k=8), torch.randn(5, 16, dtype=torch.double)
+    X = torch.block_diag(torch.ones(1, 8), torch.ones(1, 8)).double()  # [in/k, in]
+    S = torch.stack([(sparse.weight * ~sparse.mask)[:, i:i + 8].sum(1) / 8 for i in (0, 8)], 1)
+    y = x @ (sparse.weight * sparse.mask).T + (x @ X.T) @ S.T + sparse.bias
+    assert (sparse(x) - y).abs().max() < 1e-12
+    with torch.no_grad():
+        sparse.slorb_X.uniform_(0.5, 2)
+    assert (sparse.merge()(x) - sparse(x)).abs().max() < 1e-12
+    sparse(x).sum().backward()
+    assert sparse.slorb_S.grad.abs().min() > 0 and sparse.slorb_X.grad.abs().min() > 0
+
+
+# data
+
+def test_a_bin_file_returns_the_tokens(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(stream, "PIECE", 5000)
+    monkeypatch.setattr(sys, "argv", ["stream", "--model", str(files / "model"), "--data", str(files / "text.txt"),
+                                      "--out", str(tmp_path / "text.bin")])
+    stream.main()
+    tokenizer = load_tokenizer(files / "model")
+    ids = stream.open_bin(tmp_path / "text.bin", tokenizer)
+    assert isinstance(ids, np.memmap) and f"{len(ids):,} tokens" in capsys.readouterr().out
+    assert ids[0] == tokenizer.bos and (ids == tokenizer.bos).sum() == 1
+    begin = tokenizer.decode(ids[:9000].tolist())
+    assert len(begin) > 10_000 and (files / "text.txt").read_text().startswith(begin[:4000])
+    parts = [stream.tokens(str(tmp_path / "text.bin"), tokenizer, split) for split in ("train", "validation", "test")]
+    assert np.array_equal(np.concatenate(parts), ids)  # the splits share nothing and lose nothing
+
+    tokenizer.vocab_size = 385
+    with pytest.raises(InputError, match="vocabulary of 384 tokens, the model has 385"):
+        stream.open_bin(tmp_path / "text.bin", tokenizer)
+    (tmp_path / "text.bin").write_bytes((tmp_path / "text.bin").read_bytes()[:-1])
+    with pytest.raises(InputError, match="damaged"):
+        stream.open_bin(tmp_path / "text.bin", tokenizer)
+
+
+def test_a_mixture_draws_by_weight_and_by_step_alone(files, tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": "a" * 50}) for _ in range(500)))
+    (tmp_path / "b.txt").write_text("b\n" * 20000)
+    tokenizer = load_tokenizer(files / "model")
+    mixture = stream.Mixture([f"{tmp_path / 'a.jsonl'}:3", str(tmp_path / "b.txt")], tokenizer, 16, 4)
+    ids = mixture.batch(0, 5, 400)
+    share = sum("a" in tokenizer.decode(row.tolist()) for row in ids) / 400
+    assert ids.shape == (400, 17) and 0.68 < share < 0.82
+    assert torch.equal(ids, mixture.batch(0, 5, 400))
+    assert not torch.equal(ids, mixture.batch(0, 6, 400)) and not torch.equal(ids, mixture.batch(1, 5, 400))
+    with pytest.raises(InputError, match="weight 'x' is not a number"):
+        stream.Mixture([f"{tmp_path / 'b.txt'}:x"], tokenizer, 16, 4)
+
+
+# the training
+
+def check_sparse(folder, source):
+    """Exactly two of four in every prunable layer, everything else dense, every name and dtype as it was."""
+    tensors, dense = load_file(folder / "model.safetensors"), load_file(source / "model.safetensors")
+    names = {f"model.layers.{i}.{name}.weight" for i, block in enumerate(GPT.from_pretrained(source).model.layers)
+             for name in prunable(block)}
+    assert len(names) == 14 and tensors.keys() >= dense.keys()
+    for name in dense:
+        assert tensors[name].dtype == dense[name].dtype
+        assert name not in names or ((tensors[name] != 0).view(-1, 4).sum(1) == 2).all()
+    return tensors
+
+
+def test_it_learns_and_transformers_loads_what_it_writes(files, tmp_path, train, capsys):
+    transformers = pytest.importorskip("transformers")
+    found = train(tmp_path, "--methods", "ast", "ast-slorb", "dense", "--one-shot", "--slorb-k", 8, "--steps", 9)
+    assert (tmp_path / "curve.png").stat().st_size > 10_000
+    rows, history = found["table"], found["runs"]["ast"]["history"]
+    assert list(rows) == ["dense", "one-shot magnitude", "one-shot wanda", "one-shot sparsegpt", "AST", "AST + SLoRB",
+                          "dense, trained on"]
+    assert rows["AST"]["tokens"] == 9 * 4 * 32 and rows["AST"]["perplexity"] < rows["one-shot sparsegpt"]["perplexity"]
+    kept = {name: row["parameters"] for name, row in rows.items()}
+    assert kept["AST"] == kept["one-shot magnitude"] < kept["AST + SLoRB"] < kept["dense"]
+    assert history[-1]["flips_all"] > 0 and "gap closed" in capsys.readouterr().out
+    ids = torch.randint(384, (2, 20))
+    check_sparse(tmp_path / "ast", files / "model")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ast")
+    assert (theirs(ids).logits - GPT.from_pretrained(tmp_path / "ast")(ids)).abs().max() < 1e-4
+
+    tensors = check_sparse(tmp_path / "ast-slorb", files / "model")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ast-slorb")
+    for name, weight in theirs.named_parameters():  # the lines that the docstring of save_model gives
+        if (S := tensors.get(name.replace("weight", "slorb_S"))) is not None:
+            weight.data += S.repeat_interleave(8, 1) * tensors[name.replace("weight", "slorb_X")]
+    assert (theirs(ids).logits - GPT.from_pretrained(tmp_path / "ast-slorb")(ids)).abs().max() < 1e-4
+
+
+def test_a_stopped_run_ends_with_the_same_weights(tmp_path, train, monkeypatch, files):
+    def killed(step, decay, warmup_steps):
+        if step == 7:  # after the state of step 6
+            raise KeyboardInterrupt
+        return decay_at(step, decay, warmup_steps)
+
+    straight = train(tmp_path / "straight", "--methods", "ast-slorb", "--slorb-k", 8)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ast_train, "decay_at", killed)
+        train(tmp_path / "stopped", "--methods", "ast-slorb", "--slorb-k", 8)
+    work = tmp_path / "stopped" / "ast-slorb.training"
+    assert [path.name for path in work.iterdir()] == ["step-0000006"]
+    (work / "step-0000009.partial").mkdir()  # what is left of a state that was being written
+    resumed = train(tmp_path / "stopped", "--methods", "ast-slorb", "--slorb-k", 8)
+    expected, found = (load_file(tmp_path / run / "ast-slorb" / "model.safetensors") for run in ("straight", "stopped"))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    for key in ("validation", "history", "flips"):
+        assert resumed["runs"]["ast-slorb"][key] == straight["runs"]["ast-slorb"][key]
+
+    for name, value, message in [("--lr", 0.1, "with --lr 0.003, not 0.1"), ("--model", files / "other", "another model")]:
+        with pytest.raises(InputError, match=message):
+            train(tmp_path / "stopped", "--methods", "ast-slorb", "--slorb-k", 8, name, value)
+    assert [path.name for path in work.iterdir()] == ["step-0000012"]
+
+
+def test_the_ablations_do_what_they_say(tmp_path, train):
+    run = lambda name, *options: train(tmp_path / name, "--steps", 4, *options)["runs"]["ast"]
+    base, halves = run("base"), run("halves", "--micro-batch", 4, "--checkpoint-activations")
+    assert abs(base["history"][-1]["loss"] - halves["history"][-1]["loss"]) < 1e-5  # only the order of sums differs
+    fixed = run("fixed", "--mask-every", 0, "--decay-steps", 0, "--kl-weight", 0, "--score", "wanda", "--sparsity", .75)
+    assert fixed["flips"] == [0, 0] and fixed["history"][-1]["decay"] == 3e-3  # static
+    tensors = load_file(tmp_path / "fixed" / "ast" / "model.safetensors")
+    for name in ("gate", "down"):
+        assert (tensors[f"model.layers.1.mlp.{name}_proj.weight"] == 0).float().mean() == 0.75
+    assert run("none", "--decay", 0)["history"][-1]["decay"] == 0
+
+
+DRIVER = """
+import os, sys
+sys.path[:0] = [{root!r}]
+import ast_train
+from ast_train import decay_at
+def stop(step, *rest):
+    if step == 12:
+        raise SystemExit
+    return decay_at(step, *rest)
+runs = [({parts!r}, "0", False), ({copies!r}, "1", False), ({stopped!r}, "0", True)]
+for port, (out, shard, stops) in zip({ports}, runs):
+    os.environ["MASTER_PORT"] = str(port)
+    sys.argv = {command!r} + ["--out", out, "--json", out + ".json", "--shard", shard]
+    ast_train.decay_at = stop if stops else decay_at
+    try:
+        ast_train.main()
+    except SystemExit:
+        pass
+"""
+
+
+def test_two_processes_follow_one(files, tmp_path, train):
+    """Sharded (FSDP2) and data-parallel; then one process goes on where two were stopped."""
+    options = ["--steps", "20", "--save-every", "10"]
+    names = {name: str(tmp_path / name) for name in ("parts", "copies", "stopped")}
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in names]
+        for free in sockets:
+            free.bind(("127.0.0.1", 0))
+        ports = [free.getsockname()[1] for free in sockets]
+    code = DRIVER.format(root=str(ROOT), command=command(files, "", *options), ports=ports, **names)
+    env = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}  # what torchrun sets
+    both = [subprocess.Popen([sys.executable, "-c", code], env=env | dict(RANK=rank, LOCAL_RANK=rank)) for rank in "01"]
+    assert [process.wait(timeout=600) for process in both] == [0, 0]
+    one = train(tmp_path / "one", *options)["runs"]["ast"]
+    for name in ("parts", "copies"):
+        two = json.loads((tmp_path / f"{name}.json").read_text())["results"]["runs"]["ast"]
+        assert all(abs(a["loss"] - b["loss"]) < 1e-4 for a, b in zip(one["history"], two["history"], strict=True)), name
+        assert all(abs(a / b - 1) < 1e-3 for (_, a), (_, b) in zip(one["validation"], two["validation"], strict=True))
+        check_sparse(tmp_path / name / "ast", files / "model")
+    assert (tmp_path / "stopped" / "ast.training" / "step-0000010").is_dir()
+    resumed = train(tmp_path / "stopped", *options)["runs"]["ast"]
+    assert abs(one["history"][-1]["loss"] - resumed["history"][-1]["loss"]) < 1e-4
+
+
+# what users get wrong
+
+@pytest.mark.parametrize("options, message", [
+    (["--batch", "10000"], "fewer than one batch of 10000 windows"),
+    (["--batch", "5"], "--batch 5 must be a multiple of --micro-batch"),
+    (["--kl-weight", "1.5"], "--kl-weight 1.5 must lie between 0 and 1"),
+    (["--pattern", "4:2"], "--pattern 4:2 is no n:m"),
+    (["--shard", "3"], "--shard 3 must divide the 1 process"),
+    (["--methods", "ast-slorb", "--slorb-k", "7"], "--slorb-k 7 does not divide"),
+    (["--eval-data", "nowhere.txt"], "no text source 'nowhere.txt'"),
+    (["--eval-data", "nowhere.bin"], "nowhere.bin can't be read"),
+    (["--micro-batch", "2000", "--batch", "2000", "--seqlen", "8"], "has .* windows, fewer than --micro-batch 2000"),
+])
+def test_wrong_options_get_a_sentence(tmp_path, train, options, message):
+    with pytest.raises(InputError, match=message):
+        train(tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_state(tmp_path, train, monkeypatch):
+    def broken(step, *rest):
+        return math.nan if step == 4 else learning_rate(step, *rest)  # spoils the weights before step 5
+    monkeypatch.setattr(ast_train, "learning_rate", broken)
+    with pytest.raises(InputError, match="the loss is nan.* at step 5: lower --lr .* the state of step 3 is kept"):
+        train(tmp_path)
+    assert (tmp_path / "ast.training" / "step-0000003").is_dir() and (tmp_path / "ast" / "model.safetensors").is_file()
+
+
+def test_running_out_of_memory_gets_a_sentence(tmp_path, train, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(ast_train, "training_loss", full)
+    with pytest.raises(InputError, match="out of memory: lower --micro-batch"):
+        train(tmp_path)
+
+
+@pytest.mark.parametrize("recipe", ast_train.RECIPES)
+def test_every_recipe_sets_every_option(monkeypatch, recipe):
+    monkeypatch.setattr(sys, "argv", ["ast_train.py", "--recipe", recipe, "--steps", "3"])
+    args = vars(ast_train.options())
+    assert args.pop("steps") == 3 and [name for name, value in args.items() if value is None] == ["json", "sparsity"]
