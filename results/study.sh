@@ -2,7 +2,7 @@
 # Every number of README's pruning tables, from scratch:
 #     bash results/study.sh tiny                                     (about 20 minutes on two CPU cores)
 #     bash results/study.sh stories260K FOLDER TEXT_FILE             (another model, calibrated and measured on a text of yours)
-# then `python eval.py --compare results/dsnot-*.json --plot assets/dsnot.png` prints the tables and draws the figure.
+# then `python eval.py --compare results/dsnot-*.json --by-method --plot assets/dsnot.png` prints the tables and draws the figure.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 name=$1

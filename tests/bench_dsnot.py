@@ -1,5 +1,4 @@
-"""What a 4096 x 4096 layer costs, as ratios in one run: score + mask + DSnoT against one torch.sort of the matrix, and
-exact swaps against SparseGPT (whose Gram matrix they share; making it is counted in neither).
+"""What a 4096 x 4096 layer costs: score + mask + DSnoT as a multiple of one torch.sort of the matrix, in one run.
 
     python tests/bench_dsnot.py --json results/bench_dsnot.json
 """
@@ -13,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from data.command import parser, record, run, start
-from dsnot import InputStats, dsnot_refine, keep_mask, magnitude_score, sparsegpt, swap_refine, wanda_score
+from dsnot import InputStats, dsnot_refine, keep_mask, magnitude_score, wanda_score
 
 
 def seconds(work, device, repeats):
@@ -35,11 +34,10 @@ def main():
     args = p.parse_args()
     start(args)
     n, device = args.size, args.device
-    W, stats = torch.randn(n, n, device=device), InputStats(n, device, gram=True)
-    scale, mix = torch.rand(n, device=device) * 2, torch.randn(n // 8, n, device=device) / (n // 8) ** 0.5
-    for _ in range(4):  # inputs that are correlated, with different means and sizes
-        noise = torch.randn(2 * n, n, device=device) + 2 * torch.randn(2 * n, n // 8, device=device) @ mix
-        stats.add((noise + 0.1) * scale)
+    W, stats = torch.randn(n, n, device=device), InputStats(n, device)
+    scale = torch.rand(n, device=device) * 2
+    for _ in range(4):
+        stats.add((torch.randn(64, n, device=device) + 0.1) * scale)
 
     def work(score, amount):
         scores = magnitude_score(W) if score == "magnitude" else wanda_score(W, stats)
@@ -53,12 +51,6 @@ def main():
             ours = seconds(lambda: work(score, amount), device, args.repeats)
             results.append({"method": f"{score} + dsnot", "amount": label, "against": "torch.sort", "ratio": ours / sort})
             print(f"{score:<10} {label:>5}  50 cycles: {ours / sort:5.2f} x torch.sort", flush=True)
-    for label, amount in ("50 %", dict(sparsity=0.5)), ("70 %", dict(sparsity=0.7)), ("2:4", dict(pattern=(2, 4))):
-        keep = keep_mask(wanda_score(W, stats), **amount)
-        theirs = seconds(lambda: sparsegpt(W, stats.gram, **amount), device, 1)
-        ours = seconds(lambda: swap_refine(W, keep, stats.gram, pattern=amount.get("pattern")), device, 1)
-        results.append({"method": "wanda + swap", "amount": label, "against": "SparseGPT", "ratio": ours / theirs})
-        print(f"wanda      {label:>5}  all swaps: {ours / theirs:5.2f} x SparseGPT", flush=True)
     record(args, results)
 
 
