@@ -263,7 +263,8 @@ def merge(rows):
             merged.append(next(iter(by_seed.values())) | {
                 "perplexity": statistics.mean(values) if values else None, "runs": len(values),
                 "spread": statistics.stdev(values) if values[1:] else None})
-    return sorted(merged, key=lambda r: (r["model"], r["data"] or "", r["seqlen"] or 0, r["sparsity"], r["amount"]))
+    return sorted(merged, key=lambda r: (r["model"], r["data"] or "", r["seqlen"] or 0, r["sparsity"], r["amount"],
+                                         r["method"]))
 
 
 def said_of(name, value):
@@ -314,7 +315,8 @@ def table_by_method(rows):
     return "\n\n".join(texts)
 
 
-COLOURS = "#4c8dd6 #e07b39 #3fa66a #b65fc8 #c9a227 #d1495b #2fa5a5 #8c7b6b".split()  # readable on white and on black
+# readable on white and on black
+COLOURS = "#4c8dd6 #e07b39 #3fa66a #b65fc8 #c9a227 #d1495b #2fa5a5 #e58fb1 #7d8c3a #8c6bd6".split()
 
 
 def compare(args):
@@ -360,20 +362,18 @@ def plot(rows, path):
 
 
 def perplexity_panel(axis, rows):
-    """Perplexity over sparsity of one model on one text: a colour for each starting mask, a line style for each way to
-    refine it; n:m patterns stand to the right of the sparsities."""
+    """Perplexity over sparsity of one model on one text: a colour for each method, dashed and hollow those without
+    refinement; n:m patterns stand to the right of the sparsities."""
+    from matplotlib.ticker import LogFormatter
     pruned = [r for r in rows if r["amount"] != "0%"]
     numbers = sorted({100 * r["sparsity"] for r in pruned if ":" not in r["amount"]})
     patterns = list(dict.fromkeys(r["amount"] for r in pruned if ":" in r["amount"]))
     step = max((numbers[-1] - numbers[0]) / 6, 2) if numbers else 1
     place = {pattern: (numbers or [0])[-1] + step * (i + 1) for i, pattern in enumerate(patterns)}
-    masks, ways = (list(dict.fromkeys(r["method"].partition(" + ")[i] for r in pruned)) for i in (0, 2))
-    ways.sort(key=bool)  # "", which is no refinement, first
-    for method in dict.fromkeys(r["method"] for r in pruned):
-        mask, _, refine = method.partition(" + ")
-        style = "--" if not refine else ["-", ":", "-."][(ways.index(refine) - ("" in ways)) % 3]
-        look = dict(color=COLOURS[masks.index(mask) % len(COLOURS)], markersize=5, label=method,
-                    markerfacecolor=None if refine else "none")
+    for method, colour in zip(dict.fromkeys(r["method"] for r in pruned), COLOURS * len(pruned)):
+        refined = " + " in method
+        style, look = "-" if refined else "--", dict(color=colour, markersize=5, label=method,
+                                                     markerfacecolor=None if refined else "none")
         own = sorted((r for r in pruned if r["method"] == method), key=lambda r: r["sparsity"])
         for marker, line, part in ("o", style, [r for r in own if r["amount"] not in place]), \
                                   ("D", "", [r for r in own if r["amount"] in place]):
@@ -388,7 +388,8 @@ def perplexity_panel(axis, rows):
     axis.set_xticks([*numbers, *place.values()], [*(f"{x:g} %" for x in numbers), *patterns])
     axis.set(xlabel="sparsity of the linear layers", ylabel="perplexity (log scale)", yscale="log",
              title=f"{rows[0]['model']} on {rows[0]['data']}, windows of {rows[0]['seqlen']} tokens")
-    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_major_formatter(LogFormatter())
+    axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))  # between powers of ten where there's room
     axis.grid(True)
 
 

@@ -123,7 +123,7 @@ def read_split(name, split, folder):
             return list(hub_rows(task.path, task.name, split)), task.path
         except InputError:
             raise InputError(f"the data of {name} ({task.path}) are not in the Hub's cache and can't be fetched: "
-                             f"without a network, give --tasks-dir FOLDER, with {name}.jsonl or {name}/ in it") from None
+                             f"without a network, give --tasks-dir FOLDER with {name}.jsonl or {name}/ in it") from None
     kinds = (".jsonl", ".json", ".parquet")
     inside = sorted(path for path in (Path(folder) / name).rglob(f"{split}*") if path.suffix in kinds)
     alone = [path for path in (Path(folder) / f"{name}{kind}" for kind in kinds) if path.is_file()]
@@ -181,7 +181,7 @@ def load_task(name, folder=None, limit=None):
 
 def encode_pair(tokenizer, context, continuation):
     """The ids of a context and of what continues it. Spaces at the context's end belong to the continuation, and the
-    two are cut where the context alone would end: a token that reaches over the boundary counts as the continuation's."""
+    two are cut where the context alone would end: a token that reaches across counts as the continuation's."""
     text = context.rstrip()
     before, whole = tokenizer.encode(text), tokenizer.encode(context + continuation)
     if not text or len(whole) <= len(before):

@@ -3,9 +3,9 @@
     pip install lm-eval==0.4.13            (by hand: nothing else here needs it)
     python tests/compare_harness.py        (the model that ships; or --model FOLDER)
 
-The harness runs its own task definitions on its own model class, which is transformers'; only the rows and the tokenizer
-are ours (tests/test_tokenizer.py compares tokenizers). Prompts, where they are cut, log-likelihoods, accuracies and
-standard errors have to be the same.
+The harness runs its own task definitions on its own model class, which is transformers'; only the rows and the
+tokenizer are ours (tests/test_tokenizer.py compares tokenizers). Prompts, where they are cut, log-likelihoods,
+accuracies and standard errors have to be the same.
 """
 
 import argparse

@@ -271,8 +271,8 @@ def test_table(tmp_path):
                      ["wanda", "2:4", "11.00 ± 1.41 (2 seeds)", "", "12"],
                      ["wanda + swap", "2:4", "9.25 ± 0.35 (2 seeds)", "-15.9%", "12"],
                      ["wanda", "70%", "80.00", "", "12"],
-                     ["wanda + dsnot (cycles 50)", "70%", "60.00", "-25.0%", "12"],
-                     ["wanda + dsnot (cycles 10)", "70%", "70.00", "-12.5%", "12"]]
+                     ["wanda + dsnot (cycles 10)", "70%", "70.00", "-12.5%", "12"],
+                     ["wanda + dsnot (cycles 50)", "70%", "60.00", "-25.0%", "12"]]
     rows[-1]["tasks"] = {"rte": dict(acc=0.5, acc_stderr=0.1)}
     for kind, start in ("png", b"\x89PNG"), ("svg", b"<?xml"):
         plot(rows, tmp_path / f"picture.{kind}")
