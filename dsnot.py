@@ -415,7 +415,7 @@ def prune_block(walker, hidden, dense, prefix, dtype, *, score, refine, refine_l
                 propagate=False, **options):
     """Prune the linear layers of one block in place; returns a record per layer. hidden: what flows into it after the
     pruning of the blocks before, dense: what flows into it in the dense model (propagate only)."""
-    gram = score == "sparsegpt" or "swap" in refine or refit_weights
+    gram = propagate or score == "sparsegpt" or "swap" in refine or refit_weights
     stages, teacher, records = [list(walker.layers)], None, []
     if propagate:  # layer after layer, each on what those before it really leave
         shared = input_stats(walker, hidden[:1], list(walker.layers))

@@ -346,7 +346,7 @@ def tensors(folder):
     return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
 
 
-@pytest.mark.parametrize("options", [("--sparsity", "0.6", "--compare"), ("--pattern", "2:4", "--refine", "dsnot+swap", "--refit"), ("--pattern", "2:4", "--score", "magnitude"),
+@pytest.mark.parametrize("options", [("--sparsity", "0.6", "--compare"), ("--sparsity", "0.6", "--propagate"), ("--pattern", "2:4", "--refine", "dsnot+swap", "--refit"), ("--pattern", "2:4", "--score", "magnitude"),
                                      ("--pattern", "4:8", "--score", "sparsegpt", "--refine-layers", "attn"),
                                      ("--sparsity", "0.5", "--score", "sparsegpt", "--refine", "none")])
 def test_command(monkeypatch, capsys, model, tmp_path, options):
