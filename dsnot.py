@@ -34,17 +34,23 @@ Shapes: a weight W, its scores and masks are [out, in]; True in a mask = keep.
 import argparse
 import copy
 import json
+import os
 import time
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import calibration_windows, load_text, load_tokenizer
 from data.command import InputError, parser, record, run, start, write_atomically
+from data.hub import model_folder
 from eval import default_seqlen, perplexity
-from gpt import GPT, CheckpointWriter, rotary
+from gpt import GPT, Block, CheckpointWriter, Config, rotary
 
 # ---------------------------------------------------------------------------------------- statistics of the inputs
 
@@ -72,6 +78,15 @@ class InputStats:
         if z is not None:
             self.cross = torch.zeros_like(self.gram) if self.cross is None else self.cross
             self.cross.addmm_(z.float().T, x)
+
+    def all_reduce(self):
+        """Add up what all processes have seen."""
+        if dist.is_initialized():
+            count = torch.tensor(self.sequences, device=self._sum.device)
+            for tensor in (count, self._sum, self._square, self._variance, self.gram, self.cross):
+                if tensor is not None:
+                    dist.all_reduce(tensor)
+            self.sequences = count.item()
 
     sum = property(lambda self: self._sum / self.sequences)
     square = property(lambda self: self._square / self.sequences)
@@ -265,7 +280,7 @@ def _candidates(alone, keep, candidates, pattern):
     return prune, grow, one.repeat_interleave(n)[:, None] != one.repeat_interleave(m - n)
 
 
-def refit(W, keep, gram, *, cross=None, damp=1e-4, chunk=2**26):
+def refit_weights(W, keep, gram, *, cross=None, damp=1e-4, chunk=2**26):
     """The weights that give the least squared error for a mask [out, in]: on each row's kept weights k they solve
     G_kk u = (G w)_k, or (cross^T w)_k with `cross` as in swap_refine. damp: added to G's diagonal, times its mean.
     Batched Cholesky over rows with at most `chunk` numbers of G_kk at a time."""
@@ -346,36 +361,52 @@ class watch:
             hook.remove()
 
 
-def input_stats(block, hidden, names, gram=False, teacher=None, dense=None):
-    """{name: InputStats} of some linear layers of a block that is called with each [sequences, tokens, C] of `hidden`; with
-    `teacher`, the dense block, also of what they get there, where `dense` flows in. Layers that read the same tensor
-    (q, k, v; gate, up) share theirs."""
-    stats, owner = {}, {}
+def steps(block, rope, positions, halves=False):
+    """A block as one function of x [sequences, tokens, C], or as its two halves; x comes and goes where it lives."""
+    def on_its_way(function):
+        return lambda x: function(x.to(positions.device)).to(x.device)
+    if halves:
+        return [on_its_way(partial(block.attend, positions=positions, rope=rope)), on_its_way(block.transform)]
+    return [on_its_way(partial(block, positions=positions, rope=rope))]
+
+
+def readers(step, x, linears):
+    """The linear layers that a step calls, in order, those that read the same tensor (q, k, v; gate, up) together."""
+    inputs, together = {}, {}
+    with watch(linears, inputs.__setitem__):
+        step(x)
+    for name, tensor in inputs.items():
+        together.setdefault(id(tensor), []).append(name)
+    return list(together.values())
+
+
+def input_stats(step, hidden, linears, groups, gram=False, teacher=None):
+    """{name: InputStats} of some groups of linear layers of a step that is called with each [sequences, tokens, C] of
+    `hidden`, over all processes. teacher: (step, hidden, linears) of the dense model, to know what they get there."""
+    names, stats = [group[0] for group in groups], {}
     for i, x in enumerate(hidden):
         inputs, targets = {}, {}
-        with watch({name: block.layers[name] for name in names}, inputs.__setitem__):
-            block(x)
+        with watch({name: linears[name] for name in names}, inputs.__setitem__):
+            step(x)
         if teacher:
-            with watch({name: teacher.layers[name] for name in names}, targets.__setitem__):
-                teacher(dense[i])
+            with watch({name: teacher[2][name] for name in names}, targets.__setitem__):
+                teacher[0](teacher[1][i])
         for name in names:
-            owner.setdefault(name, next(other for other in names if inputs[other] is inputs[name]))
-            if owner[name] != name:
-                stats[name] = stats[owner[name]]
-                continue
-            stats.setdefault(name, InputStats(inputs[name].shape[-1], x.device, gram))
+            one = stats.setdefault(name, InputStats(inputs[name].shape[-1], inputs[name].device, gram))
             for n, sequence in enumerate(inputs[name]):
-                stats[name].add(sequence, targets[name][n] if teacher else None)
-    return stats
+                one.add(sequence, targets[name][n] if teacher else None)
+    for one in stats.values():
+        one.all_reduce()
+    return {name: stats[group[0]] for group in groups for name in group}
 
 
-def prune_layer(W, stats, *, score, refine, sparsity=None, pattern=None, refit_weights=False, cycles=None, **dsnot_options):
+def prune_layer(W, stats, *, score, refine, sparsity=None, pattern=None, refit=False, cycles=None, **dsnot_options):
     """One layer's pruned weight [out, in] in float32, from its InputStats. refine: "none", "dsnot", "swap", "dsnot+swap"."""
     amount = dict(pattern=pattern) if pattern else dict(sparsity=sparsity)
     scores = magnitude_score(W) if score == "magnitude" else wanda_score(W, stats)
     if score == "sparsegpt":
         corrected = sparsegpt(W, stats.gram, **amount)
-        if refine == "none" and not refit_weights:
+        if refine == "none" and not refit:
             return corrected
         keep = corrected != 0
     else:
@@ -387,11 +418,23 @@ def prune_layer(W, stats, *, score, refine, sparsity=None, pattern=None, refit_w
         keep = dsnot_refine(W, keep, stats, scores, pattern=pattern, cycles=cycles, **dsnot_options)
     if "swap" in refine:
         keep = swap_refine(W, keep, stats.gram, cross=cross, pattern=pattern)
-    if refit_weights:
-        return refit(W, keep, stats.gram, cross=cross)
+    if refit:
+        return refit_weights(W, keep, stats.gram, cross=cross)
     if score == "sparsegpt":  # its correction belongs to a mask: make it for the refined one
         return sparsegpt(W, stats.gram, keep=keep)
     return torch.where(keep, W.float(), 0)
+
+
+def prune_rows(W, stats, **options):
+    """prune_layer, each process taking its share of the rows. Unstructured SparseGPT, whose threshold spans all rows, is
+    done whole by each."""
+    if not dist.is_initialized() or (options["score"] == "sparsegpt" and not options.get("pattern")):
+        return prune_layer(W, stats, **options)
+    rows = torch.arange(len(W), device=W.device).tensor_split(dist.get_world_size())[dist.get_rank()]
+    new = torch.zeros_like(W, dtype=torch.float32)
+    new[rows] = prune_layer(W[rows], stats, **options)
+    dist.all_reduce(new)
+    return new
 
 
 def relative_error(W, pruned, gram):
@@ -400,78 +443,165 @@ def relative_error(W, pruned, gram):
     return (((lost @ gram) * lost).sum() / ((W @ gram) * W).sum()).item()
 
 
-class Walker:
-    """A block with everything that calling it needs: walker(x [sequences, tokens, C]) -> [sequences, tokens, C]."""
+def prune_block(block, where, hidden, dense, prefix, dtype, *, score, refine, sparsity, refit=False, propagate=False,
+                refine_layers="all", **options):
+    """Prune the linear layers of one block in place and move `hidden`, a list of [sequences, tokens, C], through it; with
+    `propagate` also `dense`, what flows in the dense model. where: (rope, positions) for `steps`; sparsity: {layer's name:
+    share}; dtype: layer's name -> its dtype on disk. Returns a record per layer.
 
-    def __init__(self, block, positions, rope):
-        self.block, self.positions, self.rope = block, positions, rope
-        self.layers = prunable(block)
+    With propagate each layer is pruned on what the pruned layers before it really leave, else all on what they leave dense."""
+    gram = propagate or score == "sparsegpt" or "swap" in refine or refit
+    linears, records, original = prunable(block), [], copy.deepcopy(block) if propagate else None
+    for half, step in enumerate(steps(block, *where, halves=propagate)):
+        teacher = (steps(original, *where, halves=True)[half], dense, prunable(original)) if propagate else None
+        groups = readers(step, hidden[0][:1], linears)
+        for stage in [[group] for group in groups] if propagate else [groups]:
+            stats = input_stats(step, hidden, linears, stage, gram, teacher)
+            for name in (name for group in stage for name in group):
+                layer, weight = f"{prefix}.{name}", linears[name].weight
+                if not stats[name].square.isfinite().all():
+                    raise InputError(f"the calibration activations that flow into {layer} are not finite")
+                refine_this = refine if refine_layers == "all" or "self_attn" in name else "none"
+                W = prune_rows(weight, stats[name], score=score, refine=refine_this, refit=refit, sparsity=sparsity[layer], **options)
+                W = W.to(dtype(f"{layer}.weight"))  # rounded as it will be read again
+                records.append({"layer": layer, "weights": W.numel(), "sparsity": (W == 0).double().mean().item()})
+                if gram:
+                    records[-1]["error"] = relative_error(weight, W, stats[name].gram)
+                weight.copy_(W)
+        move(step, hidden)
+        if propagate:
+            move(teacher[0], dense)
+    return records
 
-    def __call__(self, x):
-        return self.block(x, self.positions, self.rope)
+
+def move(step, hidden):
+    """hidden <- step(hidden), one batch at a time, so that little more than one copy exists."""
+    for i, x in enumerate(hidden):
+        hidden[i] = step(x)
 
 
-def prune_block(walker, hidden, dense, prefix, dtype, *, score, refine, refine_layers="all", refit_weights=False,
-                propagate=False, **options):
-    """Prune the linear layers of one block in place; returns a record per layer. hidden: what flows into it after the
-    pruning of the blocks before, dense: what flows into it in the dense model (propagate only)."""
-    gram = propagate or score == "sparsegpt" or "swap" in refine or refit_weights
-    stages, teacher, records = [list(walker.layers)], None, []
-    if propagate:  # layer after layer, each on what those before it really leave
-        shared = input_stats(walker, hidden[:1], list(walker.layers))
-        stages = [[n for n in walker.layers if shared[n] is one] for one in dict.fromkeys(shared.values())]
-        teacher = Walker(copy.deepcopy(walker.block), walker.positions, walker.rope)
-    for names in stages:
-        stats = input_stats(walker, hidden, names, gram, teacher, dense)
-        for name in names:
-            weight = walker.layers[name].weight
-            if not stats[name].square.isfinite().all():
-                raise InputError(f"the calibration activations that flow into {prefix}.{name} are not finite")
-            refine_this = refine if refine_layers == "all" or "self_attn" in name else "none"
-            W = prune_layer(weight, stats[name], score=score, refine=refine_this, refit_weights=refit_weights, **options)
-            W = W.to(dtype(f"{prefix}.{name}.weight"))  # rounded as it will be read again
-            records.append({"layer": f"{prefix}.{name}", "weights": W.numel(), "sparsity": (W == 0).double().mean().item()})
-            if gram:
-                records[-1]["error"] = relative_error(weight, W, stats[name].gram)
-            weight.copy_(W)
-    return records, [teacher(z) for z in dense] if propagate else None
+def place_for(config, windows, copies, device, dtype):
+    """Where so many copies of all activations fit beside everything else: on the GPU if they take less than half of what
+    is free there, else in the computer's memory."""
+    need = copies * windows.numel() * config.hidden_size * dtype.itemsize
+    cuda = torch.device(device).type == "cuda"
+    return "cpu" if cuda and need > torch.cuda.mem_get_info(device)[0] / 2 else device
 
 
 @torch.inference_mode()
-def prune(model, windows, out, run, *, batch=8, propagate=False, **options):
+def prune(model, windows, out, run, *, batch=8, propagate=False, sparsity=None, allocate="uniform", **options):
     """Prune a streamed model block by block into the checkpoint folder `out`.
 
-    windows [nsamples, seqlen]: calibration ids. run: a dict that names this run; one of the same name that was interrupted
-    goes on where it stopped. propagate: see prune_block. Returns a record per layer, {layer, weights, sparsity, error where
-    it is known}, which is also written to out/pruning.json. Raises InputError where activations are not finite."""
+    windows [nsamples, seqlen]: calibration ids, of which each process takes its share. run: a dict that names this run; one
+    of the same name that was interrupted goes on where it stopped. propagate: see prune_block. Returns a record per layer,
+    {layer, weights, sparsity, error where it is known}, which is also written to out/pruning.json. Raises InputError where
+    activations are not finite or the disk is too small."""
     source, device, count = model.source, model.place["device"], len(model.model.layers)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     finished = Path(out) / "pruning.json"
     if finished.is_file() and (before := json.loads(finished.read_text()))["run"] == run:
         return before["layers"]
     positions = torch.arange(windows.shape[1], device=device)
-    rope = rotary(model.config, positions)
-    with CheckpointWriter(out, model.config.raw, source.folder, keep=run) as writer:
-        hidden = [model.embed(ids.to(device)) for ids in windows.split(batch)]  # the input of the next block
-        dense, records, log = hidden, [], writer.partial / "pruning.json"
-        known = json.loads(log.read_text())["layers"] if log.is_file() else []
-        for i, block in enumerate(tqdm(model.blocks(), total=count, desc="pruning", unit="block", leave=False, disable=None)):
+    where, windows = (rotary(model.config, positions), positions), windows[rank::world]
+    home = place_for(model.config, windows, 2 if propagate else 1, device, model.place["dtype"])
+    writer = CheckpointWriter(out, model.config.raw, source.folder, keep=run)
+    with writer if rank == 0 else nullcontext():
+        writer.make_room(source.size())
+        if dist.is_initialized():
+            dist.barrier()  # the folder is there
+        hidden = [model.embed(ids.to(device)).to(home) for ids in windows.split(batch)]  # the input of the next block
+        dense, records, log = list(hidden), [], writer.partial / "pruning.json"
+        known = json.loads(log.read_text()) if log.is_file() else {"layers": []}
+        shares = allocation(model, windows, batch, where, home, sparsity, allocate)
+        for i, block in enumerate(tqdm(model.blocks(), total=count, desc="pruning", unit="block", leave=False, disable=rank or None)):
             prefix, file = f"model.layers.{i}", f"model-{i + 1:05d}-of-{count + 1:05d}.safetensors"
-            walker = Walker(block, positions, rope)
             if writer.done(file):
-                dense = [walker(z) for z in dense] if propagate else None
+                if propagate:
+                    move(steps(block, *where)[0], dense)
                 writer.load(file, block, prefix)
-                records += [record for record in known if record["layer"].startswith(prefix + ".")]
-            else:
-                found, dense = prune_block(walker, hidden, dense, prefix, source.dtype, propagate=propagate, **options)
-                records += found
+                move(steps(block, *where)[0], hidden)
+                records += [record for record in known["layers"] if record["layer"].startswith(prefix + ".")]
+                continue
+            records += prune_block(block, where, hidden, dense, prefix, source.dtype, sparsity=shares, propagate=propagate, **options)
+            if rank == 0:
                 text = json.dumps({"run": run, "layers": records}, indent=1)
                 write_atomically(log, lambda path: path.write_text(text))
                 tensors = {f"{prefix}.{k}": v for k, v in block.state_dict().items()}
                 writer.write(file, {name: value.to(source.dtype(name)) for name, value in tensors.items()})
-            hidden = [walker(x) for x in hidden]
-        rest = {name: source.tensor(name) for name in source.files if not name.startswith("model.layers.")}
-        writer.write(f"model-{count + 1:05d}-of-{count + 1:05d}.safetensors", rest)
+        if rank == 0:
+            rest = {name: source.tensor(name) for name in source.files if not name.startswith("model.layers.")}
+            writer.write(f"model-{count + 1:05d}-of-{count + 1:05d}.safetensors", rest)
+        if dist.is_initialized():
+            dist.barrier()  # everybody has read what the next line moves
+    if dist.is_initialized():
+        dist.barrier()  # the checkpoint is in its place
     return records
+
+
+def allocation(model, windows, batch, where, home, sparsity, kind):
+    """{layer's name: the share of it to prune}, over all weights `sparsity`, from one pass through the dense model. kind:
+    "owl"          linear in how many of a block's Wanda scores are outliers, above 5 times its mean, from sparsity + 0.08 to
+                   - 0.08 before the mean is set right (Yin et al. 2024, arXiv 2310.05175)
+    "sensitivity"  each layer alone is pruned by Wanda, and the damage is the KL divergence of the model's output on 2048
+                   tokens. It grows as the layer's squared error does, known for every share from its Wanda scores, and the
+                   shares within 0.1 of `sparsity` are taken that make the sum of all damages least."""
+    names = [f"model.layers.{i}.{name}" for i, block in enumerate(model.model.layers) for name in prunable(block)]
+    if kind == "uniform":
+        return dict.fromkeys(names, sparsity)
+    grid = torch.arange(max(0.0, sparsity - 0.1), min(0.99, sparsity + 0.1), 0.01, dtype=torch.double)
+    hidden = [model.embed(ids.to(where[1].device)).to(home) for ids in windows.split(batch)]
+    probe, trials, outliers, growth, sizes = hidden[0][:max(1, 2048 // windows.shape[1])], [], [], [], []
+    for block in tqdm(model.blocks(), total=len(model.model.layers), desc="allocating", unit="block", leave=False, disable=None):
+        (step,), linears = steps(block, *where), prunable(block)
+        stats = input_stats(step, hidden, linears, readers(step, hidden[0][:1], linears))
+        scores = {name: wanda_score(layer.weight, stats[name]) for name, layer in linears.items()}
+        sizes += [score.numel() for score in scores.values()]
+        if kind == "owl":
+            mean = sum(score.sum().item() for score in scores.values()) / sum(sizes[-len(scores):])
+            found = sum((score > 5 * mean).sum().item() for score in scores.values()) / sum(sizes[-len(scores):])
+            outliers += [found] * len(scores)
+        else:
+            move(step, trials)
+            for name, layer in linears.items():
+                W = layer.weight.data
+                layer.weight.data = torch.where(keep_mask(scores[name], sparsity=sparsity), W, 0)
+                trials.append(step(probe))
+                layer.weight.data = W
+                lost = scores[name].square_().sort(1)[0].sum(0).double().cumsum(0).cpu()  # when so many of a row are pruned
+                growth.append(lost[(grid * len(lost)).long()] / lost[int(sparsity * len(lost))].clamp(min=1e-30))
+            probe = step(probe)
+        move(step, hidden)
+    sizes = torch.tensor(sizes, dtype=torch.double)
+    if kind == "owl":
+        many = torch.tensor(outliers, dtype=torch.double)
+        shares = sparsity + 0.08 - 0.16 * (many - many.min()) / (many.max() - many.min()).clamp(min=1e-30)
+    else:
+        shares = cheapest(torch.stack(growth) * damage(model, probe, trials)[:, None], grid, sizes, sparsity)
+    for _ in range(100):  # a share stays between 0 and 0.99, so one step may not be enough
+        shares = (shares + sparsity - (shares * sizes).sum() / sizes.sum()).clamp(0, 0.99)
+    return dict(zip(names, shares.tolist()))
+
+
+def damage(model, probe, trials):
+    """The KL divergence [trials] from the output that the hidden states `probe` give to that of each trial."""
+    device = model.lm_head.weight.device
+    expected = model.head(probe.to(device)).float().log_softmax(-1)
+    found = torch.stack([F.kl_div(model.head(x.to(device)).float().log_softmax(-1), expected, reduction="sum", log_target=True)
+                         for x in trials])
+    if dist.is_initialized():
+        dist.all_reduce(found)
+    return found.double().cpu()
+
+
+def cheapest(cost, grid, sizes, sparsity):
+    """For every layer the share of `grid` [shares] that makes the sum of cost [layers, shares] least, where they prune
+    `sparsity` of all weights together: at a price per weight that is found by bisection."""
+    low, high = 0.0, cost.max().item() * 1e3
+    for _ in range(100):
+        price = (low + high) / 2
+        shares = grid[(cost - price * sizes[:, None] / sizes.mean() * grid).argmin(1)]
+        low, high = (low, price) if (shares * sizes).sum() > sparsity * sizes.sum() else (price, high)
+    return shares
 
 
 # ---------------------------------------------------------------------------------------------------- the command
@@ -491,10 +621,14 @@ def options():
     p = parser(__doc__)
     p.add_argument("--model", default="tiny", help="a preset, a Hub id or a folder")
     p.add_argument("--out", help="the folder of the pruned checkpoint (default: out/MODEL-METHOD)")
+    p.add_argument("--dry-run", action="store_true",
+                   help="say what the run would take in memory, disk and time; fetches config.json alone")
     group = p.add_argument_group("what to prune")
     group.add_argument("--sparsity", type=float, default=0.7, help="the share of weights pruned in every row")
     group.add_argument("--pattern", help="n:m, such as 2:4: n kept of every m consecutive weights; replaces --sparsity")
     group.add_argument("--score", default="wanda", choices=["magnitude", "wanda", "sparsegpt"], help="the starting mask")
+    group.add_argument("--allocate", default="uniform", choices=["uniform", "owl", "sensitivity"],
+                       help="the same sparsity in every layer, less in blocks with more outliers, or less where it hurts more")
     group = p.add_argument_group("how to refine the mask")
     group.add_argument("--refine", default="dsnot", choices=["none", "dsnot", "swap", "dsnot+swap"])
     group.add_argument("--refit", action=argparse.BooleanOptionalAction, default=False,
@@ -517,62 +651,123 @@ def options():
     return p.parse_args()
 
 
-def check(args):
-    """Raise InputError for options that can't be meant."""
+METHOD = ["score", "refine", "refit", "propagate", "cycles", "threshold", "sign_check", "refine_layers", "sparsity", "pattern",
+          "allocate"]  # the options that prune() takes
+
+
+def check(args, config):
+    """Fill in the options that depend on others; raise InputError for those that can't be meant."""
     if not 0 <= args.sparsity < 1:
         raise InputError(f"--sparsity {args.sparsity} must be at least 0 and below 1 (0.7 prunes 70 %)")
-    for name, low in ("nsamples", 1), ("seqlen", 2), ("cycles", 0), ("threshold", 0):
+    for name, low in ("nsamples", int(os.environ.get("WORLD_SIZE", 1))), ("seqlen", 2), ("cycles", 0), ("threshold", 0):
         if (value := getattr(args, name)) is not None and value < low:
             raise InputError(f"--{name} {value} must be at least {low}")
+    if args.pattern:
+        parse_pattern(args.pattern)
+        if args.allocate != "uniform":
+            raise InputError(f"--allocate {args.allocate} needs a --sparsity: the pattern {args.pattern} is the same everywhere")
+    tiny = args.model == "tiny"
+    args.calib, args.data = args.calib or ("tiny" if tiny else "c4"), args.data or ("tiny" if tiny else "wikitext2")
+    args.seqlen = args.seqlen or default_seqlen(config)
+    args.propagate = args.refit or "swap" in args.refine if args.propagate is None else args.propagate
+    args.compare = tiny and (args.refit or args.refine != "none") if args.compare is None else args.compare
+    amount = args.pattern or f"{args.sparsity:.0%}"
+    steps = [args.score, *filter(None, args.refine.replace("none", "").split("+")), *["refit"] * args.refit]
+    name = "-".join([Path(args.model).name, args.score, args.refine + "+refit" * args.refit, amount.replace(":", "of").rstrip("%")])
+    args.out = args.out or str(Path("out") / name)
+    return amount, " + ".join(steps)
+
+
+@torch.inference_mode()
+def dry_run(args, config, amount, method):
+    """Print what a run would take: from the configuration, and from a random block on which its steps are timed."""
+    with torch.device("meta"):
+        model = GPT(config)
+    stored = getattr(torch, config.raw.get("dtype") or config.raw.get("torch_dtype") or "float32")
+    dtype, copies, blocks = torch.float32 if args.device == "cpu" else stored, 1 + args.propagate, config.num_hidden_layers
+    block = Block(config).to(args.device, dtype)
+    layers, parameters = prunable(block), sum(p.numel() for p in block.parameters())
+    weights, whole = sum(layer.weight.numel() for layer in layers.values()), sum(p.numel() for p in model.parameters())
+    largest, widest = max(layer.weight.numel() for layer in layers.values()), max(layer.in_features for layer in layers.values())
+    gram, tokens, sample = args.propagate or args.score == "sparsegpt", args.nsamples * args.seqlen, min(args.seqlen, 256)
+    memory = {  # bytes
+        "the calibration text's activations": copies * tokens * config.hidden_size * dtype.itemsize,
+        "embedding, head, one block": (whole - (blocks - copies) * parameters) * dtype.itemsize,
+        "scores and masks of a layer, a batch inside the block": 24 * largest + 32768 * config.intermediate_size * dtype.itemsize,
+        "Gram matrices": 16 * widest ** 2 if gram else 0}
+
+    def seconds(work):
+        begin = time.perf_counter()
+        result = work()
+        if args.device != "cpu":
+            torch.cuda.synchronize(args.device)
+        return time.perf_counter() - begin, result
+
+    positions = torch.arange(sample, device=args.device)
+    step, = steps(block, rotary(config, positions), positions)
+    x = torch.randn(1, sample, config.hidden_size, device=args.device, dtype=dtype)
+    groups = readers(step, x, layers)
+    watched, stats = seconds(lambda: input_stats(step, [x], layers, groups, gram))
+    run_through, _ = seconds(lambda: step(x))
+    needed = (3 * run_through + 2 * copies * watched if args.propagate else watched + run_through) * tokens / sample
+    for name, layer in layers.items():
+        rows = len(layer.weight) if args.score == "sparsegpt" else 64
+        needed += seconds(lambda: prune_layer(layer.weight[:rows], stats[name], **method))[0] * len(layer.weight) / rows
+    print(f"{args.model}, {amount} pruned: {blocks} blocks, {weights:,} weights in the layers of each, {whole:,} parameters in all")
+    for name, layer in layers.items():
+        print(f"    {name:<18} {layer.out_features:>6} x {layer.in_features}")
+    print(f"memory    {sum(memory.values()) / 1e9:.1f} GB: " + ", ".join(f"{name} {size / 1e9:.1f}" for name, size in memory.items() if size))
+    print(f"disk      {whole * stored.itemsize / 1e9:.1f} GB to read, as much to write")
+    print(f"time      {needed * blocks / 60:,.1f} min on {args.device}: {blocks} blocks of {needed:.1f} s, estimated from a part of one; "
+          f"reading, writing and evaluation come on top")
 
 
 def main():
     args = options()
+    if "RANK" in os.environ:  # started by torchrun
+        if args.device.startswith("cuda"):
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
+        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
     start(args)
-    check(args)
-    pattern, tiny = parse_pattern(args.pattern) if args.pattern else None, args.model == "tiny"
-    calib, data = args.calib or ("tiny" if tiny else "c4"), args.data or ("tiny" if tiny else "wikitext2")
-    amount = args.pattern or f"{args.sparsity:.0%}"
-    name = "-".join([Path(args.model).name, args.score, args.refine + "+refit" * args.refit, amount.replace(":", "of").rstrip("%")])
-    out = Path(args.out or Path("out") / name)
+    config = Config.read(model_folder(args.model, config_only=args.dry_run))
+    amount, title = check(args, config)
+    method = {name: getattr(args, name) for name in METHOD} | dict(pattern=args.pattern and parse_pattern(args.pattern))
+    if args.dry_run:
+        return dry_run(args, config, amount, {k: method[k] for k in METHOD if k not in ("propagate", "allocate", "refine_layers")})
+    out, talk = Path(args.out), print if int(os.environ.get("RANK", 0)) == 0 else lambda *_, **__: None
 
     def load(folder):
         return GPT.from_pretrained(folder, device=args.device, stream=True)
 
-    model, tokenizer = load(args.model), load_tokenizer(args.model)
-    seqlen = args.seqlen or default_seqlen(model.config)
-    split = args.split if data in ("tiny", "wikitext2") or data == calib else None  # a file of its own is read whole
-    ids, batch = tokenizer.encode(load_text(data, split)), max(1, 8192 // seqlen)
-    calibration = calibration_windows(calib, tokenizer, args.nsamples, seqlen, args.seed)
-    print(f"{args.model}: {amount} pruned, calibration {args.nsamples} x {seqlen} tokens of {calib}, perplexity on {data} "
-          f"({len(ids) // seqlen} windows of {seqlen} tokens)")
-    passes = [("dense", None, args.model)]
-    if args.compare or (args.compare is None and tiny and (args.refine != "none" or args.refit)):
-        passes.append((args.score, "none", out.with_name(out.name + ".unrefined")))
-    steps = [args.score] + args.refine.replace("none", "").split("+") + ["refit"] * args.refit
-    passes.append((" + ".join(filter(None, steps)), args.refine, out))
+    tokenizer, batch, folder = load_tokenizer(args.model), max(1, 8192 // args.seqlen), load(args.model).source.folder
+    split = args.split if args.data in ("tiny", "wikitext2") or args.data == args.calib else None  # another file is read whole
+    ids = tokenizer.encode(load_text(args.data, split))
+    calibration = calibration_windows(args.calib, tokenizer, args.nsamples, args.seqlen, args.seed)
+    talk(f"{args.model}: {amount} pruned, calibration {args.nsamples} x {args.seqlen} tokens of {args.calib}, perplexity on "
+         f"{args.data} ({len(ids) // args.seqlen} windows of {args.seqlen} tokens)")
+    passes = [("dense", args.model, None), (title, out, method)]
+    if args.compare:
+        plain = method | dict(refine="none", refit=False, propagate=False)
+        passes.insert(1, (args.score, out.with_name(out.name + ".unrefined"), plain))
 
-    print(f"\n{'method':<24}{'sparsity':>10}{'perplexity':>14}{'seconds':>10}")
+    talk(f"\n{'method':<24}{'sparsity':>10}{'perplexity':>14}{'seconds':>10}")
     rows = []
-    for method, refine, folder in passes:
+    for title, place, method in passes:
         begin, layers = time.perf_counter(), []
-        if refine:
-            refit_this = args.refit and folder == out
-            propagate = args.propagate if args.propagate is not None else "swap" in refine or refit_this
-            run = {"model": str(model.source.folder.resolve()), "calib": calib, "nsamples": args.nsamples, "seqlen": seqlen, "seed": args.seed,
-                   "score": args.score, "refine": refine, "refit": refit_this, "propagate": propagate, "amount": amount, "cycles": args.cycles, "threshold": args.threshold,
-                   "sign_check": args.sign_check, "refine_layers": args.refine_layers}
-            layers = prune(load(args.model), calibration, folder, run, score=args.score, refine=refine, batch=batch,
-                           refine_layers=args.refine_layers, refit_weights=refit_this, propagate=propagate, pattern=pattern,
-                           sparsity=None if pattern else args.sparsity, cycles=args.cycles, threshold=args.threshold,
-                           sign_check=args.sign_check)
+        if method:
+            run = dict(model=str(folder.resolve()), calib=args.calib, nsamples=args.nsamples, seqlen=args.seqlen, seed=args.seed)
+            layers = prune(load(args.model), calibration, place, run | method | dict(pattern=args.pattern), batch=batch, **method)
         seconds = time.perf_counter() - begin
         zeros = sum(layer["weights"] * layer["sparsity"] for layer in layers) / max(1, sum(layer["weights"] for layer in layers))
-        rows.append({"method": method, "sparsity": zeros, "perplexity": perplexity(load(folder), ids, seqlen, batch, progress=True),
+        rows.append({"method": title, "sparsity": zeros, "perplexity": perplexity(load(place), ids, args.seqlen, batch, progress=True),
                      "seconds": seconds, "layers": layers})
-        print(f"{method:<24}{zeros:>10.2%}{rows[-1]['perplexity']:>14.2f}{seconds:>10.1f}", flush=True)
-    print(f"\nsaved {out}")
-    record(args, {"data": data, "seqlen": seqlen, "rows": rows})
+        talk(f"{title:<24}{zeros:>10.2%}{rows[-1]['perplexity']:>14.2f}{seconds:>10.1f}", flush=True)
+    talk(f"\nsaved {out}")
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        record(args, {"data": args.data, "seqlen": args.seqlen, "rows": rows})
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -76,6 +76,15 @@ class Config:
     slorb_k: int = 0  # SLoRB beside every linear layer of a block (ast_train.py), each sum over so many inputs; 0: none
 
     @classmethod
+    def read(cls, folder):
+        """The configuration of a model's folder. Raises InputError where there is none."""
+        path = Path(folder) / "config.json"
+        try:
+            return cls.from_dict(json.loads(path.read_text()))
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
+            raise InputError(f"{path} is not a model's configuration: {type(e).__name__} {e}") from None
+
+    @classmethod
     def from_dict(cls, raw):
         """raw: the content of a config.json. Raises InputError where it is not one that this file can run."""
         if raw.get("model_type") not in FAMILIES:
@@ -254,10 +263,18 @@ class Block(nn.Module):
     def forward(self, x, positions, rope, cache=None):
         """x [B, T, C] at positions [T] -> [B, T, C]. rope: rotary(config, positions). cache: this block's (keys,
         values) [B, K, S, D], written at `positions`; without one, x is the whole sequence."""
+        return self.transform(self.attend(x, positions, rope, cache))
+
+    def attend(self, x, positions, rope, cache=None):
+        """The first half of the block."""
         if self.post_norm:
-            x = self.input_layernorm(x + self.self_attn(x, positions, rope, cache))
+            return self.input_layernorm(x + self.self_attn(x, positions, rope, cache))
+        return x + self.self_attn(self.input_layernorm(x), positions, rope, cache)
+
+    def transform(self, x):
+        """The second half."""
+        if self.post_norm:
             return self.post_attention_layernorm(x + self.mlp(x))
-        x = x + self.self_attn(self.input_layernorm(x), positions, rope, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -552,12 +569,7 @@ class Checkpoint:
     refused before any work is done. `files` {name: path}, `shapes` {name: shape}."""
 
     def __init__(self, folder):
-        self.folder = Path(folder)
-        try:
-            self.config = Config.from_dict(json.loads((self.folder / "config.json").read_text()))
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
-            raise InputError(f"{self.folder / 'config.json'} is not a model's configuration: "
-                             f"{type(e).__name__} {e}") from None
+        self.folder, self.config = Path(folder), Config.read(folder)
         self.family = FAMILIES[self.config.raw["model_type"]]
         found = {}  # {bare name: (path, name in the file, tensor)}
         for path in self._weight_files():
@@ -617,6 +629,10 @@ class Checkpoint:
         """The dtype that one tensor has on disk."""
         return self._dtypes[name]
 
+    def size(self):
+        """Bytes of all tensors on disk."""
+        return sum(math.prod(shape) * self._dtypes[name].itemsize for name, shape in self.shapes.items())
+
     def load(self, module, prefix, device, dtype):
         """Fill all parameters of a module (on the meta device) with the tensors below `prefix`."""
         state = {k: self.tensor(f"{prefix}.{k}") for k in module.state_dict()}
@@ -651,6 +667,13 @@ class CheckpointWriter:
         except OSError as e:
             raise InputError(f"can't write {self.partial}: {e.strerror or e}") from None
         return self
+
+    def make_room(self, size):
+        """Raise InputError if the disk can't hold a checkpoint of `size` bytes, of which some may be there already."""
+        missing = size - sum(path.stat().st_size for path in self.partial.glob("*.safetensors"))
+        if missing > (free := shutil.disk_usage(self.partial).free):
+            raise InputError(f"{self.folder} will need {missing / 1e9:,.1f} GB more and its disk has {free / 1e9:,.1f} GB "
+                             f"free: make room or choose another output folder")
 
     def done(self, file):
         return (self.partial / file).is_file()

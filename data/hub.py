@@ -30,9 +30,9 @@ SAFETENSORS = ["model*.safetensors", "model.safetensors.index.json"]  # not cons
 PYTORCH = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
 
-def model_folder(name, weights=True):
+def model_folder(name, weights=True, config_only=False):
     """The local folder of a model: a folder, a preset, or a Hub id (downloaded to the Hub's cache; weights=False: only
-    the configuration and the tokenizer). Raises InputError with the way out where there is none."""
+    the configuration and the tokenizer; config_only: not even that). Raises InputError with the way out where there is none."""
     target = PRESETS.get(str(name), str(name))
     if Path(target).is_dir():
         if not (Path(target) / "config.json").is_file():
@@ -44,6 +44,8 @@ def model_folder(name, weights=True):
                          f"such as {', '.join(near)} (data/hub.py lists all)")
     from huggingface_hub import errors, snapshot_download
     try:
+        if config_only:
+            return Path(snapshot_download(target, allow_patterns=SMALL[:1]))
         folder = Path(snapshot_download(target, allow_patterns=SMALL + (SAFETENSORS if weights else [])))
         if weights and not any(folder.glob("model*.safetensors")):
             folder = Path(snapshot_download(target, allow_patterns=SMALL + PYTORCH))

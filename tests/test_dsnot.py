@@ -4,6 +4,8 @@ import json
 import math
 import random
 import resource
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -12,9 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import dsnot
-from conftest import SHARED, make_checkpoint
+from conftest import ROOT, SHARED, make_checkpoint
 from data.command import InputError, run
 from dsnot import InputStats, dsnot_refine, keep_mask, magnitude_score, sparsegpt, wanda_score
+from test_gpt import ALL, ids_for, theirs
 
 
 def golden(name):
@@ -260,7 +263,7 @@ def test_refit_is_least_squares(with_cross):
     """Would catch weights that are not the best ones for the mask: the normal equations hold, and lstsq agrees."""
     W, inputs, z, stats, keep = swap_case(3, dict(sparsity=0.6), with_cross, rows=10, width=32, tokens=64)
     keep[3] = False
-    new = dsnot.refit(W, keep, stats.gram, cross=stats.cross, damp=0.0)
+    new = dsnot.refit_weights(W, keep, stats.gram, cross=stats.cross, damp=0.0)
     assert torch.equal(new != 0, keep)
     x, y = inputs.flatten(0, 1).double(), z.flatten(0, 1).double() @ W.double().T
     for r in (r for r in range(10) if keep[r].any()):
@@ -401,9 +404,130 @@ def test_interrupted_run_goes_on(monkeypatch, capsys, model, tmp_path, after, me
     assert layers[0] == layers[1] and len(layers[0]) == 14 and all("error" in layer for layer in layers[0])
 
 
+@pytest.mark.parametrize("family, changes", ALL)
+def test_every_family_is_pruned(family, changes, tmp_path):
+    """Would catch layers that are left out, fused or transposed weights pruned along the wrong side, a head or a projection
+    of the embedding that is pruned, and folders that transformers reads otherwise."""
+    transformers = pytest.importorskip("transformers")
+    theirs(family, changes).save_pretrained(tmp_path / "m")
+    windows, ids = ids_for(batch=6), ids_for(seed=2)
+    for score, refine, amount in ("wanda", "dsnot", dict(sparsity=0.6)), ("sparsegpt", "dsnot", dict(pattern=(2, 4))), ("magnitude", "swap", dict(pattern=(4, 8))):
+        dense = dsnot.GPT.from_pretrained(tmp_path / "m")
+        dsnot.prune(dsnot.GPT.from_pretrained(tmp_path / "m", stream=True), windows, tmp_path / "out", {"run": score}, batch=4,
+                    score=score, refine=refine, propagate=refine == "swap", **amount)
+        pruned = dsnot.GPT.from_pretrained(tmp_path / "out")
+        layers = {f"model.layers.{i}.{name}.weight": layer.weight for i, block in enumerate(pruned.model.layers)
+                  for name, layer in dsnot.prunable(block).items()}
+        assert len(layers) == 3 * (7 if dense.config.gated else 6)
+        for name, W in layers.items():
+            n, m = amount.get("pattern", (W.shape[1] - int(W.shape[1] * 0.6), W.shape[1]))
+            kept = (W != 0).view(len(W), -1, m).sum(-1)
+            assert (kept <= n).all() if score == "sparsegpt" else (kept == n).all(), name  # it also clears dead inputs
+        assert all(name in layers or torch.equal(value, dense.state_dict()[name]) for name, value in pruned.state_dict().items())
+        other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+        torch.testing.assert_close(pruned(ids), other(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [("--sparsity", "0.6", "--allocate", "sensitivity"), ("--pattern", "2:4", "--score", "sparsegpt", "--refine", "swap"),
+                                     ("--sparsity", "0.5", "--score", "sparsegpt", "--refine", "none")])
+def test_two_processes_prune_as_one(monkeypatch, capsys, model, tmp_path, options):
+    """Would catch statistics that are not those of all sequences, rows that nobody or two prune, and two writers."""
+    command(monkeypatch, model, tmp_path / "one", *options, "--json", str(tmp_path / "one.json"))
+    one = sys.argv[1:-3]
+    two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", ROOT / "dsnot.py", *one[:one.index("--out")],
+                          "--out", tmp_path / "two", *options, "--json", tmp_path / "two.json"], capture_output=True, text=True, timeout=300)
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("saved") == 1
+    same, total = 0, 0
+    for name, W in tensors(tmp_path / "one").items():
+        other = tensors(tmp_path / "two")[name]
+        same, total = same + ((W == 0) == (other == 0)).sum().item(), total + W.numel()
+        both = (W != 0) & (other != 0)
+        torch.testing.assert_close(W[both], other[both], rtol=1e-2, atol=1e-2)
+    assert same >= total * 0.999
+    rows = [json.loads((tmp_path / f"{n}.json").read_text())["results"]["rows"] for n in ("one", "two")]
+    assert rows[0][-1]["perplexity"] == pytest.approx(rows[1][-1]["perplexity"], rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["owl", "sensitivity"])
+def test_allocation(monkeypatch, model, kind):
+    """Would catch shares whose mean is not what was asked for, outliers counted wrongly, and a damage that is not that of
+    one layer pruned alone, which a loop over whole models computes here."""
+    dense, windows, found = dsnot.GPT.from_pretrained(model / "m"), torch.randint(0, 300, (6, 32)), []
+    real = dsnot.damage
+    monkeypatch.setattr(dsnot, "damage", lambda *args: found.append(real(*args)) or found[0])
+    positions = torch.arange(32)
+    with torch.inference_mode():
+        shares = dsnot.allocation(dsnot.GPT.from_pretrained(model / "m", stream=True), windows, 4,
+                                  (dsnot.rotary(dense.config, positions), positions), "cpu", 0.6, kind)
+        inputs, layers = {}, {f"model.layers.{i}.{name}": layer for i, block in enumerate(dense.model.layers)
+                              for name, layer in dsnot.prunable(block).items()}
+        with dsnot.watch(layers, inputs.__setitem__):
+            dense(windows)
+        stats = {}
+        for name, x in inputs.items():
+            stats[name] = InputStats(x.shape[-1])
+            for sequence in x:
+                stats[name].add(sequence)
+        sizes = torch.tensor([layer.weight.numel() for layer in layers.values()], dtype=torch.double)
+        assert list(shares) == list(layers)
+        assert (torch.tensor(list(shares.values())).double() @ sizes / sizes.sum()).item() == pytest.approx(0.6, abs=1e-9)
+        scores = {name: wanda_score(layer.weight, stats[name]) for name, layer in layers.items()}
+        if kind == "owl":
+            many = []
+            for block in range(2):
+                flat = torch.cat([score.flatten() for name, score in scores.items() if f"layers.{block}." in name])
+                many.append((flat > 5 * flat.mean()).float().mean().item())
+            first, second = (list(shares.values())[i] for i in (0, 7))
+            assert second - first == pytest.approx(0.16 if many[0] > many[1] else -0.16 if many[0] < many[1] else 0, abs=1e-6)
+            return
+        expected = dense(windows[:4]).log_softmax(-1)
+        for name, layer in layers.items():
+            W = layer.weight.data
+            layer.weight.data = torch.where(keep_mask(scores[name], sparsity=0.6), W, 0)
+            got = dense(windows[:4]).log_softmax(-1)
+            layer.weight.data = W
+            damage = (expected.exp() * (expected - got)).sum().item()
+            assert found[0][list(layers).index(name)].item() == pytest.approx(damage, rel=1e-3, abs=1e-4)
+
+
+def test_shares_are_the_cheapest():
+    """Every other choice of shares that prunes as much costs at least as much."""
+    generator = torch.Generator().manual_seed(0)
+    grid, sizes = torch.arange(5).double() / 10, torch.ones(4).double()
+    cost = torch.rand(4, 5, generator=generator).double().cumsum(1).cumsum(1)  # convex, as errors are
+    shares = dsnot.cheapest(cost, grid, sizes, 0.2)
+    index = (shares * 10).round().long()
+    choices = torch.cartesian_prod(*[torch.arange(5)] * 4)
+    same = choices[choices.sum(1) == index.sum()]
+    assert index.sum() <= 8 and index.sum() >= 7
+    assert cost[torch.arange(4), index].sum() <= cost[torch.arange(4), same].sum(1).min() + 1e-9
+
+
+def test_dry_run_writes_nothing(monkeypatch, capsys, model, tmp_path):
+    """Only config.json is needed, every layer is named, nothing is written."""
+    only = tmp_path / "only"
+    only.mkdir()
+    (only / "config.json").write_bytes((model / "m" / "config.json").read_bytes())
+    for options in ["--refine", "swap", "--refit"], ["--score", "sparsegpt", "--pattern", "2:4"]:
+        command(monkeypatch, model, tmp_path / "out", "--model", str(only), "--dry-run", *options)
+        printed = capsys.readouterr().out
+        assert all(f"{name}_proj" in printed for name in "q k v o gate up down".split()) and "memory" in printed
+        assert f"{sum(W.numel() for W in tensors(model / 'm').values()):,} parameters" in printed
+    assert [p.name for p in tmp_path.iterdir()] == ["only"]
+
+
+def test_disk_too_small(monkeypatch, capsys, model, tmp_path):
+    """Would catch a run that finds out after hours that its result does not fit."""
+    usage = type(shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 5000, 5000))
+    expect_refusal(monkeypatch, capsys, model, tmp_path / "out", [], "0.0 GB free")
+
+
 BAD = {
     "sparsity": (["--sparsity", "1.2"], "1.2"),
     "pattern": (["--pattern", "5:4"], "5:4"),
+    "nothing to allocate": (["--pattern", "2:4", "--allocate", "owl"], "--allocate owl"),
     "no pattern": (["--pattern", "half"], "half"),
     "does not divide": (["--pattern", "3:7"], "7"),
     "unknown model": (["--model", "llama9"], "llama9"),
