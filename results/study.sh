@@ -1,19 +1,46 @@
 #!/usr/bin/env bash
-# Every number of README's pruning tables, from scratch:
-#     bash results/study.sh tiny                                     (about 20 minutes on two CPU cores)
+# Every number of README's pruning tables, from scratch; what has its file already is not measured again.
+#     bash results/study.sh tiny                                     (about half an hour on two CPU cores)
 #     bash results/study.sh stories260K FOLDER TEXT_FILE             (another model, calibrated and measured on a text of yours)
+#     bash results/study.sh settings                                 (DSnoT's own settings, on the validation text of tiny)
 # then `python eval.py --compare results/dsnot-*.json --by-method --plot assets/dsnot.png` prints the tables and draws the figure.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 name=$1
-if [ "$name" = tiny ]; then model=(); else model=(--model "$2" --calib "$3" --data "$3" --seqlen 256); fi
-for amount in 0.7 0.5 2:4 0.6; do
+case $name in tiny|settings) model=() ;; *) model=(--model "$2" --calib "$3" --data "$3" --seqlen 256) ;; esac
+
+run() {
+    json=results/$name/${amount/:/of}-$1.json
+    mkdir -p "results/$name"
+    [ -f "$json" ] || python dsnot.py "${model[@]}" $option $amount --out "out/study-$name" --json "$json" "${@:2}"
+}
+
+if [ "$name" = settings ]; then
+    option=--sparsity
+    for amount in 0.5 0.7; do
+        run none --split validation --refine none
+        for cycles in 3 12 50; do
+            for layers in attn all; do
+                for sign in sign-check no-sign-check; do
+                    run $cycles-$layers-$sign --split validation --no-compare --cycles $cycles --refine-layers $layers --$sign
+                done
+            done
+        done
+    done
+    exit
+fi
+for amount in 0.5 0.6 0.7 2:4 4:8; do
     case $amount in *:*) option=--pattern ;; *) option=--sparsity ;; esac
-    run() { python dsnot.py "${model[@]}" $option $amount --out "out/study-$name" --json "results/dsnot-$name-${amount/:/of}-$1.json" "${@:2}"; }
     for score in magnitude wanda sparsegpt; do
         run $score --score $score --refine dsnot --compare
+        run $score-swap --score $score --refine swap --no-compare
     done
     run wanda-published --refine dsnot --refine-layers attn --cycles 50 --no-sign-check --no-compare
-    run wanda-swap --refine swap --no-compare
+    run wanda-dsnot-swap --refine dsnot+swap --no-compare
     run wanda-swap-refit --refine swap --refit --no-compare
+    if [ $option = --sparsity ]; then
+        for allocate in owl sensitivity; do
+            run wanda-swap-refit-$allocate --refine swap --refit --no-compare --allocate $allocate
+        done
+    fi
 done

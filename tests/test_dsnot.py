@@ -471,7 +471,7 @@ def test_allocation(monkeypatch, model, kind):
                 stats[name].add(sequence)
         sizes = torch.tensor([layer.weight.numel() for layer in layers.values()], dtype=torch.double)
         assert list(shares) == list(layers)
-        assert (torch.tensor(list(shares.values())).double() @ sizes / sizes.sum()).item() == pytest.approx(0.6, abs=1e-9)
+        assert (torch.tensor(list(shares.values()), dtype=torch.double) @ sizes / sizes.sum()).item() == pytest.approx(0.6, abs=1e-9)
         scores = {name: wanda_score(layer.weight, stats[name]) for name, layer in layers.items()}
         if kind == "owl":
             many = []
