@@ -117,7 +117,7 @@ class Config:
         """Raise InputError where config.json asks for something that this file does not compute."""
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                      "num_key_value_heads", "head_dim"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise InputError(f"config.json: {name} {getattr(self, name)!r} is not a positive whole number")
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(f"config.json: {self.num_attention_heads} attention heads can't share "

@@ -96,7 +96,7 @@ def main():
     raw = RAW | dict(num_hidden_layers=args.layers, hidden_size=args.hidden, intermediate_size=args.hidden * 43 // 16)
     if not (folder / "config.json").exists():
         make(folder, raw)
-    text.write_text("the words of a text are all that a model reads\n" * 40 * args.seqlen // 512 * 10)
+    text.write_text("the words of a text are all that a model reads\n" * args.seqlen)
     command = [sys.executable, "dsnot.py", "--model", folder, "--out", out, "--calib", text, "--data", text, "--nsamples",
                args.nsamples, "--seqlen", args.seqlen, "--device", "cpu"]
     shutil.rmtree(out, ignore_errors=True)
