@@ -1,0 +1,185 @@
+"""Damaged checkpoints and senseless options through the commands, at random: each ends well, or with one sentence and code 2.
+
+    python tests/robustness.py --trials 400 --json results/robustness.json
+
+A traceback, another exit code, more than one line of error or something half-written is a defect, printed with the trial's
+seed; the exit code is then 1. Interrupted pruning is tried too: a run stopped at a random call goes on to the same bytes.
+"""
+
+import contextlib
+import io
+import json
+import math
+import random
+import shutil
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import dsnot
+import eval
+import gpt
+from conftest import make_checkpoint
+from data.command import parser, record, run, start
+
+ODD = [None, -1, 0, 1, 3, 7, 2.5, 10**12, math.nan, "", "x", True, [], [1], {}, {"a": 1}, "\ud800"]
+WORDS = ["-1", "0", "1", "2", "3", "0.5", "1e-9", "1e9", "nan", "inf", "-inf", "", "x", "2:4", "0:4", "4:4", "5:4", "1:32", "-1:2",
+         "2:4:8", "é", "../..", "/", "/dev/null", "tiny", "a" * 300]
+
+
+def damage_config(folder, rng):
+    path = folder / "config.json"
+    raw = json.loads(path.read_text())
+    for _ in range(rng.choice([1, 1, 1, 2, 3])):
+        key = rng.choice([*raw, "rope_scaling", "head_dim", "sliding_window", "layer_types", "attention_bias", "slorb_k"])
+        if rng.random() < 0.3:
+            raw.pop(key, None)
+        else:
+            raw[key] = rng.choice(ODD)
+    path.write_text(json.dumps(raw))
+    return "config.json changed"
+
+
+def damage_bytes(folder, rng):
+    path = rng.choice([p for p in sorted(folder.iterdir()) if p.is_file()])
+    data = bytearray(path.read_bytes())
+    kind = rng.choice(["cut", "flipped", "emptied", "removed", "replaced"])
+    if kind == "cut":
+        data = data[:rng.randrange(len(data))]
+    elif kind == "flipped":
+        for _ in range(rng.choice([1, 10])):
+            data[rng.randrange(min(len(data), rng.choice([16, 2000, 10**9])))] ^= 1 << rng.randrange(8)
+    elif kind == "emptied":
+        data = b""
+    elif kind == "replaced":
+        data = rng.choice([b"null", b"[]", b"{}", b"\xff\xfe", b"0" * 100, b"<html>404</html>"])
+    path.unlink()
+    if kind != "removed":
+        path.write_bytes(data)
+    return f"{path.name} {kind}"
+
+
+def damage_tensors(folder, rng):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    name = rng.choice(sorted(tensors))
+    kind = rng.choice(["left out", "transposed", "longer", "int", "nan", "inf", "one more", "zero", "renamed", "half"])
+    W = tensors[name]
+    if kind in ("left out", "renamed"):
+        del tensors[name]
+    changed = {"transposed": lambda: W.T.contiguous(), "longer": lambda: torch.cat([W, W]), "int": lambda: W.to(torch.int32),
+               "nan": lambda: torch.full_like(W, math.nan), "inf": lambda: W * math.inf, "zero": lambda: torch.zeros_like(W),
+               "half": lambda: W.half()}
+    if kind in changed:
+        tensors[name] = changed[kind]()
+    if kind in ("one more", "renamed"):
+        tensors[name + ".old"] = W.clone()
+    save_file(tensors, path, metadata={"format": "pt"})
+    return f"{name} {kind}"
+
+
+def odd_options(rng):
+    names = ["sparsity", "pattern", "nsamples", "seqlen", "cycles", "threshold", "seed", "device", "calib", "data", "score", "refine",
+             "allocate", "split", "json", "out"]
+    words = []
+    for name in rng.sample(names, rng.choice([1, 1, 2, 3])):
+        word = rng.choice(WORDS)
+        if name in ("nsamples", "seqlen") and word in ("1e9", "inf"):
+            word = "100000"
+        if name in ("out", "json") and word in ("", "tiny", "x", "2:4", "0.5") or word == "../..":
+            word = "/dev/null/x"
+        words.append(f"--{name}={word}")
+    return words
+
+
+def outcome(main, words):
+    """(exit code, what went wrong or None, last line of the error) of a command."""
+    out, err = io.StringIO(), io.StringIO()
+    before = sys.argv
+    sys.argv = ["command", *map(str, words)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            run(main)
+        return 0, None, ""
+    except SystemExit as stop:
+        lines = err.getvalue().strip().splitlines()
+        wrong = None if stop.code == 2 and lines and ("usage:" in lines[0] or len(lines) == 1) else f"exit code {stop.code}: {lines}"
+        return stop.code, wrong, lines[-1] if lines else ""
+    except BaseException:
+        return None, traceback.format_exc(), ""
+    finally:
+        sys.argv = before
+
+
+def stopped_and_gone_on(model, text, here, rng):
+    """Prune, stop at a random call of prune_layer, go on: the same bytes as without a stop?"""
+    words = ["--model", model, "--calib", text, "--data", text, "--nsamples", 3, "--seqlen", 32, "--device", "cpu",
+             *rng.choice([["--refine", "swap"], ["--score", "sparsegpt"], ["--pattern", "2:4"], ["--refine", "dsnot+swap", "--refit"]])]
+    assert outcome(dsnot.main, [*words, "--out", here / "whole"])[0] == 0
+    real, left = dsnot.prune_layer, [rng.randrange(14)]
+
+    def stopping(*args, **options):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+    dsnot.prune_layer = stopping
+    code = outcome(dsnot.main, [*words, "--out", here / "cut"])[0]
+    dsnot.prune_layer = real
+    assert code == 130 and not (here / "cut").exists()
+    assert outcome(dsnot.main, [*words, "--out", here / "cut"])[0] == 0
+    for path in (here / "whole").glob("*.safetensors"):
+        if path.read_bytes() != (here / "cut" / path.name).read_bytes():
+            return f"{path.name} differs after a stop: {words}"
+
+
+def main():
+    p = parser(__doc__)
+    p.add_argument("--trials", type=int, default=400)
+    args = p.parse_args()
+    start(args)
+    counts, defects = {}, []
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        make_checkpoint(folder / "m")
+        text = folder / "text.txt"
+        text.write_text("the model reads words and the words are few so it can learn them by heart in no time\n" * 100)
+        for trial in range(args.trials):
+            rng, here = random.Random(args.seed * 10**6 + trial), folder / "trial"
+            shutil.rmtree(here, ignore_errors=True)
+            here.mkdir()
+            shutil.copytree(folder / "m", here / "m")
+            kind = rng.choice(["config", "bytes", "tensors", "options", "stop"])
+            if kind == "stop":
+                wrong, told, said, code = stopped_and_gone_on(here / "m", text, here, rng), "", "", "same bytes"
+            else:
+                damage = {"config": damage_config, "bytes": damage_bytes, "tensors": damage_tensors}
+                told = damage[kind](here / "m", rng) if kind in damage else " ".join(words := odd_options(rng))
+                command, base = rng.choice([("dsnot", ["--calib", text, "--data", text, "--nsamples", 3, "--seqlen", 32, "--out", here / "out"]),
+                                            ("eval", ["--data", text, "--seqlen", 32]), ("gpt", ["--max-new-tokens", 4])])
+                if kind == "options":
+                    command, base = "dsnot", ["--calib", text, "--data", text, "--nsamples", 3, "--seqlen", 32, "--out", here / "out", *words]
+                main_of = {"dsnot": dsnot.main, "eval": eval.main, "gpt": gpt.main}[command]
+                code, wrong, said = outcome(main_of, ["--model", here / "m", "--device", "cpu", *base])
+                left = [p.name for p in here.iterdir() if p.name not in ("m", "out", "out.unrefined")]
+                if not wrong and (left or (code == 2 and (here / "out").exists() and command == "dsnot" and kind != "options")):
+                    wrong = f"left behind: {left or 'out'}"
+            counts.setdefault(kind, {}).setdefault(str(code), 0)
+            counts[kind][str(code)] += 1
+            if wrong:
+                defects.append({"trial": trial, "what": f"{kind}: {told}", "wrong": wrong})
+                print(f"trial {trial}, {kind}: {told}\n{wrong}", flush=True)
+    print(json.dumps(counts))
+    print(f"{args.trials} trials, {len(defects)} defects")
+    record(args, {"counts": counts, "defects": defects})
+    sys.exit(bool(defects))
+
+
+if __name__ == "__main__":
+    main()
