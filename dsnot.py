@@ -231,9 +231,12 @@ def swap_refine(W, keep, gram, *, cross=None, max_swaps=None, candidates=16, pat
         while len(rows):
             before = new[rows]
             new[rows], used = _swap_round(W[rows], before, g, G, left, candidates, pattern)
+            change = W[rows] * (before.float() - new[rows].float())  # of r: two weights of a row for every swap
+            row, column = change.nonzero(as_tuple=True)
+            start = F.pad(row.bincount(minlength=len(rows)).cumsum(0), (1, 0))[:-1]
+            g += F.embedding_bag(column, G, start, mode="sum", per_sample_weights=change[row, column])  # change @ G
             go_on = (used > 0) & (used < left)
-            change = torch.where(go_on[:, None], W[rows] * (before.float() - new[rows].float()), 0)
-            rows, g, left = rows[go_on], g[go_on] + change[go_on] @ G, (left - used)[go_on]
+            rows, g, left = rows[go_on], g[go_on], (left - used)[go_on]
     return new
 
 
