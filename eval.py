@@ -31,10 +31,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import load_text, load_tokenizer, windows
+from data import load_tokenizer, windows
 from data.command import InputError, parser, record, run, start, write_atomically
 from data.tasks import SEVEN, TASKS, encode_pair, load_task
-from data.text import SOURCES
+from data.text import SOURCES, evaluation_ids
 from gpt import GPT, rotary
 
 # ------------------------------------------------------------------------------------------ perplexity and accuracy
@@ -456,7 +456,7 @@ def options():
     group = p.add_argument_group("perplexity")
     group.add_argument("--data", help=f"{', '.join(SOURCES)} or a text file (default: tiny for tiny, else wikitext2; "
                                       f"with --tasks or --speed: none)")
-    group.add_argument("--split", default="test", choices=["validation", "test"], help="which text of tiny, wikitext2")
+    group.add_argument("--split", default="test", choices=["validation", "test"], help="which text of tiny, wikitext2, ptb")
     group.add_argument("--seqlen", type=int, help="tokens a window (default: 2048, or the model's limit if lower)")
     group = p.add_argument_group("zero-shot accuracy")
     group.add_argument("--tasks", nargs="*", metavar="TASK",
@@ -502,11 +502,10 @@ def main():
     row, results = describe(model, args.model), {}
     if args.data or (args.tasks is None and not args.speed):
         seqlen = args.seqlen or default_seqlen(model.config)
-        ids = tokenizer.encode(load_text(data, args.split if data in ("tiny", "wikitext2") else None))
-        used = ids[:256 * seqlen] if data == "c4" else ids  # as the papers do
+        ids = evaluation_ids(data, args.split if data in SOURCES else None, tokenizer, seqlen)  # a file is read whole
         begin = time.perf_counter()
-        row["perplexity"] = perplexity(model, used, seqlen, args.batch, progress=True)
-        tokens = len(used) // seqlen * seqlen
+        row["perplexity"] = perplexity(model, ids, seqlen, args.batch, progress=True)
+        tokens = len(ids) // seqlen * seqlen
         results = {"data": data, "seqlen": seqlen, "tokens": tokens}
         print(f"{args.model} on {data}: perplexity {row['perplexity']:.3f}  (seqlen {seqlen}, {tokens:,} of "
               f"{len(ids):,} tokens, {time.perf_counter() - begin:.1f} s)")

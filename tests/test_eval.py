@@ -13,6 +13,7 @@ from conftest import ROOT, SHARED, make_checkpoint
 from data import load_text, load_tokenizer
 from data.command import InputError
 from data.tasks import SEVEN, TASKS, Example, encode_pair, load_task
+from data.text import evaluation_ids
 from eval import accuracy, context_length, log_likelihoods, merge, perplexity, plot, read_rows, table, zero_shot
 from gpt import GPT
 
@@ -74,6 +75,35 @@ def tasks_dir(tmp_path_factory):
 def run_eval(*arguments):
     return subprocess.run([sys.executable, str(ROOT / "eval.py"), "--device", "cpu", *map(str, arguments)],
                           capture_output=True, text=True, cwd=ROOT)
+
+
+# ---------------------------------------------------------------------------------------------------- text sources
+
+class Words:
+    """A tokenizer whose tokens are words."""
+    encode = staticmethod(str.split)
+
+
+def test_sources_of_the_hub(monkeypatch):
+    """How the papers' scripts join the rows, on a Hub that answers with 2,000 numbers; would catch another column or
+    separator, the text of another split, and more of C4 than its first 1,100 documents and 256 windows."""
+    asked, rows = [], [str(i) for i in range(2000)]
+
+    def load_dataset(path, name, *, split, data_files, revision):
+        asked.append((path, name, split, data_files, revision))
+        return {"sentence" if path.startswith("ptb") else "text": rows}
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert load_text("wikitext2", "test") == "\n\n".join(rows)
+    assert load_text("ptb") == load_text("ptb", "validation") == " ".join(rows)
+    assert evaluation_ids("ptb", "test", Words, 4) == rows
+    assert evaluation_ids("c4", "test", Words, 4) == rows[:1024]
+    assert evaluation_ids("c4", "validation", Words, 8) == rows[:1100]
+    branch, c4 = "refs/convert/parquet", {"validation": "en/c4-validation.00000-of-00008.json.gz"}
+    ptb = [("ptb-text-only/ptb_text_only", None, split, {split: f"penn_treebank/{split}/0000.parquet"}, branch)
+           for split in ("test", "validation", "test")]
+    assert asked == [("Salesforce/wikitext", "wikitext-2-raw-v1", "test", None, None), *ptb,
+                     *[("allenai/c4", None, "validation", c4, None)] * 2]
 
 
 # ------------------------------------------------------------------------------------------------------ perplexity
@@ -312,6 +342,7 @@ def test_command(checkpoint, tasks_dir, tmp_path):
     (["--tasks", "rhyme"], "--tasks rhyme: there is no such task"),
     (["--compare", "nowhere.json"], "there is no such file"), (["--compare", "LICENSE"], "neither a result file"),
     (["--plot", "a.png"], "needs --compare"), (["--seqlen", "1"], "--seqlen 1"),
+    (["--data", "ptb"], "ptb_text_only is not in the cache and can't be fetched"),
 ])
 def test_bad_options_are_one_sentence(arguments, said):
     import eval
