@@ -41,8 +41,9 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from data import calibration_windows, load_text, load_tokenizer
+from data import calibration_windows, load_tokenizer
 from data.command import InputError, parser, record, run, start, write_atomically
+from data.text import SOURCES, evaluation_ids
 from eval import default_seqlen, perplexity
 from gpt import GPT, CheckpointWriter, rotary
 
@@ -507,10 +508,10 @@ def options():
                        help="DSnoT: stop a row before its expected error changes sign")
     group.add_argument("--refine-layers", default="all", choices=["attn", "all"])
     group = p.add_argument_group("calibration and evaluation")
-    group.add_argument("--calib", help="text: tiny, c4, wikitext2 or a file (default: tiny for tiny, else c4)")
+    group.add_argument("--calib", help=f"text: {', '.join(SOURCES)} or a file (default: tiny for tiny, else c4)")
     group.add_argument("--nsamples", type=int, default=128, help="calibration sequences")
     group.add_argument("--seqlen", type=int, help="tokens a sequence (default: 2048, or the model's limit if lower)")
-    group.add_argument("--data", help="evaluation text: tiny, wikitext2, c4 or a file (default: tiny for tiny, else wikitext2)")
+    group.add_argument("--data", help="evaluation text, one of the same (default: tiny for tiny, else wikitext2)")
     group.add_argument("--split", default="test", choices=["validation", "test"], help="which evaluation text")
     group.add_argument("--compare", action=argparse.BooleanOptionalAction, default=None,
                        help="prune a second time without refinement, for comparison (default: only for tiny)")
@@ -541,8 +542,8 @@ def main():
 
     model, tokenizer = load(args.model), load_tokenizer(args.model)
     seqlen = args.seqlen or default_seqlen(model.config)
-    split = args.split if data in ("tiny", "wikitext2") or data == calib else None  # a file of its own is read whole
-    ids, batch = tokenizer.encode(load_text(data, split)), max(1, 8192 // seqlen)
+    split = args.split if data in SOURCES or data == calib else None  # a file of its own is read whole
+    ids, batch = evaluation_ids(data, split, tokenizer, seqlen), max(1, 8192 // seqlen)
     calibration = calibration_windows(calib, tokenizer, args.nsamples, seqlen, args.seed)
     print(f"{args.model}: {amount} pruned, calibration {args.nsamples} x {seqlen} tokens of {calib}, perplexity on {data} "
           f"({len(ids) // seqlen} windows of {seqlen} tokens)")
