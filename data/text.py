@@ -92,6 +92,6 @@ def calibration_windows(source, tokenizer, nsamples, seqlen, seed):
         else:
             short += 1
             if len(texts) == 1 or short > 1000 * nsamples:
-                raise InputError(f"calibration text {source} has {len(ids)} tokens, fewer than one window of --seqlen {seqlen}: "
-                                 f"give a longer text or a smaller --seqlen")
+                raise InputError(f"calibration text {source} has {len(ids)} tokens, fewer than one window of "
+                                 f"--seqlen {seqlen}: give a longer text or a smaller --seqlen")
     return torch.tensor(samples)
