@@ -46,9 +46,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import calibration_windows, load_text, load_tokenizer
+from data import calibration_windows, load_tokenizer
 from data.command import InputError, parser, record, run, start, write_atomically
 from data.hub import model_folder
+from data.text import SOURCES, evaluation_ids
 from eval import default_seqlen, perplexity
 from gpt import GPT, Block, CheckpointWriter, Config, rotary
 
@@ -644,10 +645,10 @@ def options():
                        help="DSnoT: stop a row before its expected error changes sign")
     group.add_argument("--refine-layers", default="all", choices=["attn", "all"])
     group = p.add_argument_group("calibration and evaluation")
-    group.add_argument("--calib", help="text: tiny, c4, wikitext2 or a file (default: tiny for tiny, else c4)")
+    group.add_argument("--calib", help=f"text: {', '.join(SOURCES)} or a file (default: tiny for tiny, else c4)")
     group.add_argument("--nsamples", type=int, default=128, help="calibration sequences")
     group.add_argument("--seqlen", type=int, help="tokens a sequence (default: 2048, or the model's limit if lower)")
-    group.add_argument("--data", help="evaluation text: tiny, wikitext2, c4 or a file (default: tiny for tiny, else wikitext2)")
+    group.add_argument("--data", help="evaluation text, one of the same (default: tiny for tiny, else wikitext2)")
     group.add_argument("--split", default="test", choices=["validation", "test"], help="which evaluation text")
     group.add_argument("--compare", action=argparse.BooleanOptionalAction, default=None,
                        help="prune a second time without refinement, for comparison (default: only for tiny)")
@@ -744,8 +745,8 @@ def main():
         return GPT.from_pretrained(folder, device=args.device, stream=True)
 
     tokenizer, batch, folder = load_tokenizer(args.model), max(1, 8192 // args.seqlen), load(args.model).source.folder
-    split = args.split if args.data in ("tiny", "wikitext2") or args.data == args.calib else None  # another file is read whole
-    ids = tokenizer.encode(load_text(args.data, split))
+    split = args.split if args.data in SOURCES or args.data == args.calib else None  # a file of its own is read whole
+    ids = evaluation_ids(args.data, split, tokenizer, args.seqlen)
     calibration = calibration_windows(args.calib, tokenizer, args.nsamples, args.seqlen, args.seed)
     talk(f"{args.model}: {amount} pruned, calibration {args.nsamples} x {args.seqlen} tokens of {args.calib}, perplexity on "
          f"{args.data} ({len(ids) // args.seqlen} windows of {args.seqlen} tokens)")

@@ -1,7 +1,7 @@
 """Text to tokens: `load_tokenizer` for every model, `load_text` for every source, and windows of ids cut from it.
 
-Calibration ("train") and evaluation ("validation", "test") never share text: `tiny` holds modules apart, `wikitext2`
-and `c4` have splits of their own, and a local file that serves for both is cut in two.
+Calibration ("train") and evaluation ("validation", "test") never share text: `tiny` holds modules apart, `wikitext2`,
+`ptb` and `c4` have splits of their own, and a local file that serves for both is cut in two.
 """
 
 from data.text import calibration_windows, load_text, windows

@@ -12,17 +12,17 @@ import torch
 from data.command import InputError
 from data.stdlib import stdlib_text
 
-SOURCES = ("tiny", "wikitext2", "c4")
+SOURCES = ("tiny", "wikitext2", "ptb", "c4")
 
 
-def hub_rows(path, name, split, data_files=None):
+def hub_rows(path, name, split, data_files=None, revision=None):
     """The rows of a Hub data set. Raises InputError with the way out where it can't be had."""
     import datasets
     import huggingface_hub
     huggingface_hub.logging.set_verbosity_error()  # what goes wrong is said once, below
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(path, name, split=split, data_files=data_files)
+        return datasets.load_dataset(path, name, split=split, data_files=data_files, revision=revision)
     except Exception as e:  # the Hub's client raises a family of errors that changes between versions
         raise InputError(f"the data set {path} is not in the cache and can't be fetched ({type(e).__name__}): "
                          f"without a network, give the path of a text file instead") from None
@@ -34,6 +34,11 @@ def documents(source, split):
         return [stdlib_text(split or "test")]
     if source == "wikitext2":  # rows as the Hub serves them joined by "\n\n": the protocol of the papers
         return ["\n\n".join(hub_rows("Salesforce/wikitext", "wikitext-2-raw-v1", split or "test")["text"])]
+    if source == "ptb":  # Penn Treebank, joined as the papers do; the branch with files, because main holds a script
+        split = split or "test"
+        files = {split: f"penn_treebank/{split}/0000.parquet"}
+        rows = hub_rows("ptb-text-only/ptb_text_only", None, split, files, revision="refs/convert/parquet")
+        return [" ".join(rows["sentence"])]
     if source == "c4":
         name, shards = ("train", 1024) if split == "train" else ("validation", 8)
         return hub_rows("allenai/c4", None, name, {name: f"en/c4-{name}.00000-of-{shards:05d}.json.gz"})["text"]
@@ -55,6 +60,12 @@ def load_text(source, split=None):
     if not text.strip():
         raise InputError(f"the text of {source} is empty")
     return text
+
+
+def evaluation_ids(source, split, tokenizer, seqlen):
+    """The ids of the text that perplexity is measured on: of C4 the first 256 windows, as the papers do, else all."""
+    ids = tokenizer.encode(load_text(source, split))
+    return ids[:256 * seqlen] if source == "c4" else ids
 
 
 def windows(ids, seqlen):
@@ -81,6 +92,6 @@ def calibration_windows(source, tokenizer, nsamples, seqlen, seed):
         else:
             short += 1
             if len(texts) == 1 or short > 1000 * nsamples:
-                raise InputError(f"calibration text {source} has {len(ids)} tokens, fewer than one window of --seqlen {seqlen}: "
-                                 f"give a longer text or a smaller --seqlen")
+                raise InputError(f"calibration text {source} has {len(ids)} tokens, fewer than one window of "
+                                 f"--seqlen {seqlen}: give a longer text or a smaller --seqlen")
     return torch.tensor(samples)

@@ -5,16 +5,19 @@ import json
 import math
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
 from conftest import ROOT, SHARED, make_checkpoint
 
 from data import load_text, load_tokenizer
-from data.command import InputError
+from data.command import InputError, run
 from data.tasks import SEVEN, TASKS, Example, encode_pair, load_task
-from eval import accuracy, context_length, log_likelihoods, merge, perplexity, plot, read_rows, table, zero_shot
-from gpt import GPT
+from data.text import evaluation_ids
+from eval import accuracy, context_length, log_likelihoods, perplexity, zero_shot
+from gpt import GPT, Block, Checkpoint
+from results.compare import merge, plot, read_rows, table
 
 STORY = "One day the model had read all the words in the house and it could not find a new one anywhere. "
 ROWS = {  # a few rows in the schema of every task, with what makes prompts go wrong: spaces at ends, markup, odd labels
@@ -76,6 +79,35 @@ def run_eval(*arguments):
                           capture_output=True, text=True, cwd=ROOT)
 
 
+# ---------------------------------------------------------------------------------------------------- text sources
+
+class Words:
+    """A tokenizer whose tokens are words."""
+    encode = staticmethod(str.split)
+
+
+def test_sources_of_the_hub(monkeypatch):
+    """How the papers' scripts join the rows, on a Hub that answers with 2,000 numbers; would catch another column or
+    separator, the text of another split, and more of C4 than its first 1,100 documents and 256 windows."""
+    asked, rows = [], [str(i) for i in range(2000)]
+
+    def load_dataset(path, name, *, split, data_files, revision):
+        asked.append((path, name, split, data_files, revision))
+        return {"sentence" if path.startswith("ptb") else "text": rows}
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert load_text("wikitext2", "test") == "\n\n".join(rows)
+    assert load_text("ptb") == load_text("ptb", "validation") == " ".join(rows)
+    assert evaluation_ids("ptb", "test", Words, 4) == rows
+    assert evaluation_ids("c4", "test", Words, 4) == rows[:1024]
+    assert evaluation_ids("c4", "validation", Words, 8) == rows[:1100]
+    branch, c4 = "refs/convert/parquet", {"validation": "en/c4-validation.00000-of-00008.json.gz"}
+    ptb = [("ptb-text-only/ptb_text_only", None, split, {split: f"penn_treebank/{split}/0000.parquet"}, branch)
+           for split in ("test", "validation", "test")]
+    assert asked == [("Salesforce/wikitext", "wikitext-2-raw-v1", "test", None, None), *ptb,
+                     *[("allenai/c4", None, "validation", c4, None)] * 2]
+
+
 # ------------------------------------------------------------------------------------------------------ perplexity
 
 def plain_perplexity(folder, ids, seqlen):
@@ -101,13 +133,56 @@ def test_perplexity_is_that_of_a_plain_loop_also_streamed(checkpoint):
             assert perplexity(model, ids, 64, batch) == pytest.approx(expected, abs=1e-3)
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the files beside the repository")
-def test_perplexity_of_a_real_model_on_wikitext2():
-    """Would catch: a tokenizer, rotary base or norm epsilon that only looks right on random weights."""
-    folder = SHARED / "models" / "stories260K"
-    ids = load_tokenizer(folder).encode(load_text(str(SHARED / "text" / "wikitext2-test.raw"))[:20_000])[:512 * 4]
-    expected = plain_perplexity(folder, ids, 512)
-    assert perplexity(GPT.from_pretrained(folder), ids, 512) == pytest.approx(expected, abs=1e-3)
+def test_a_streamed_model_is_read_once_and_a_block_at_a_time(checkpoint, monkeypatch):
+    """Would catch: blocks read again for every batch, blocks that are kept, hidden states that take no heed of what
+    memory is free. A window of this model's hidden states takes 8 kB."""
+    ids, read, alive = list(range(300)) + list(range(20)), [], []
+    load = Checkpoint.load
+
+    def watched(source, module, prefix, **place):
+        if isinstance(module, Block):
+            assert not any(block() for block in alive), f"another block is in memory while {prefix} is read"
+            alive.append(weakref.ref(module))
+        read.append(prefix)
+        load(source, module, prefix, **place)
+
+    monkeypatch.setattr(Checkpoint, "load", watched)
+    model, blocks = GPT.from_pretrained(checkpoint, stream=True), ["model.layers.0", "model.layers.1"]
+    assert not set(blocks) & set(read)
+    found = []
+    for free, times in (10**9, 1), (40_000, 3), (0, 5):  # five windows: together; two, two and one; one by one
+        read.clear()
+        monkeypatch.setattr("eval.free_memory", lambda device: free)
+        found.append(perplexity(model, ids, 64, batch=1))
+        assert read == blocks * times
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_model_that_does_not_fit_is_not_loaded_whole(checkpoint, monkeypatch, tmp_path, capsys):
+    """The command streams a model that is larger than memory, and refuses what would need all of it."""
+    import eval
+    (tmp_path / "text.txt").write_text("the model reads words and the words are few " * 40)
+    monkeypatch.setattr("eval.free_memory", lambda device: 100_000)  # of 145,024 bytes
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--model", str(checkpoint), "--data", str(tmp_path / "text.txt")])
+    eval.main()
+    assert "perplexity" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--speed"])
+    with pytest.raises(InputError, match="--speed needs .*random in memory, 0.0 GB"):
+        eval.main()
+
+
+@pytest.mark.parametrize("folder, text, seqlen", [
+    (ROOT / "data" / "tiny", "tiny", 256),
+    (SHARED / "models" / "stories260K", SHARED / "text" / "wikitext2-test.raw", 512),
+], ids=["tiny", "stories260K on WikiText-2"])
+def test_perplexity_of_real_models(folder, text, seqlen):
+    """40 windows; would catch a tokenizer, rotary base or norm epsilon that only looks right on random weights."""
+    if not folder.is_dir():
+        pytest.skip("needs the files beside the repository")
+    ids = load_tokenizer(folder).encode(load_text(str(text))[:100_000])[:40 * seqlen]
+    assert len(ids) == 40 * seqlen
+    assert perplexity(GPT.from_pretrained(folder), ids, seqlen) == pytest.approx(
+        plain_perplexity(folder, ids, seqlen), abs=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------- log-likelihoods
@@ -295,7 +370,7 @@ def test_results_of_training_and_pruned_folders(tmp_path):
 # ----------------------------------------------------------------------------------------------------- the command
 
 def test_command(checkpoint, tasks_dir, tmp_path):
-    """One run of everything, then its table; bad input is one sentence and exit code 2."""
+    """One run of everything, as it is recorded."""
     (tmp_path / "text.txt").write_text("the model reads words and the words are few " * 40)
     out = run_eval("--model", checkpoint, "--data", tmp_path / "text.txt", "--tasks", "rte", "piqa", "--tasks-dir",
                    tasks_dir, "--speed", "--json", tmp_path / "result.json")
@@ -310,12 +385,25 @@ def test_command(checkpoint, tasks_dir, tmp_path):
 
 @pytest.mark.parametrize("arguments, said", [
     (["--tasks", "rhyme"], "--tasks rhyme: there is no such task"),
+    (["--tasks", "piqa"], "the data of piqa (baber/piqa) are not in the Hub's cache"),
+    (["--tasks", "rte", "--tasks-dir", "data"], "--tasks-dir data has no data of rte"),
+    (["--tasks", "rte", "--tasks-dir", "nowhere"], "--tasks-dir nowhere is no folder"),
+    (["--data", "ptb"], "ptb_text_only is not in the cache and can't be fetched"),
     (["--compare", "nowhere.json"], "there is no such file"), (["--compare", "LICENSE"], "neither a result file"),
     (["--plot", "a.png"], "needs --compare"), (["--seqlen", "1"], "--seqlen 1"),
 ])
-def test_bad_options_are_one_sentence(arguments, said):
+def test_bad_input_is_one_sentence(arguments, said, monkeypatch, capsys, tmp_path):
+    """On stderr, with exit code 2 and nothing written."""
     import eval
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match=said):
-        patch.setattr(sys, "argv", ["eval.py", *arguments])
-        patch.chdir(ROOT)
-        eval.main()
+
+    def unreachable(*_, **__):
+        raise ConnectionError
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["eval.py", *arguments, "--device=cpu", f"--json={tmp_path / 'result.json'}"])
+    with pytest.raises(SystemExit) as end:
+        run(eval.main)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and said in error, error
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,254 @@
+"""Tables and plots of what was measured: of result files (--json of any command) and of pruned checkpoints.
+
+    python eval.py --compare results/dsnot-*.json --by-method --plot assets/dsnot.png
+
+A row is a dict: model, data, seqlen, method ("wanda + dsnot"), amount ("70%" or "2:4"), sparsity (a share), perplexity,
+options (of the run), layers [{layer, weights, sparsity, error}], and what else was measured (tasks, speed, seconds).
+"""
+
+import json
+import math
+import statistics
+import textwrap
+from pathlib import Path
+
+from data.command import InputError, record, write_atomically
+
+IGNORED = {"json", "out", "model", "data", "calib", "split", "device", "sparsity", "pattern", "score", "refine",
+           "compare", "seed", "plot", "batch", "methods", "tasks", "limit", "speed"}  # never name a method
+
+
+def read_rows(path):
+    """The rows of a result file or of a checkpoint folder with pruning.json. Raises InputError where it is neither."""
+    path = Path(path)
+    file = path / "pruning.json" if path.is_dir() else path
+    try:
+        entry = json.loads(file.read_text())
+        if "run" in entry:  # pruning.json
+            options, results = entry["run"], {"rows": [{"method": method_of(entry["run"]), "layers": entry["layers"]}]}
+        else:
+            options, results = entry["options"], entry["results"]
+        rows = results.get("rows") or [{"method": name} | row for name, row in results["table"].items()]
+        if "table" in results:  # of ast_train.py, where a sparsity replaces the pattern
+            amount, data, seqlen = options["sparsity"] or options["pattern"], options["eval_data"], options["seqlen"]
+        else:
+            amount = options.get("amount") or options.get("pattern") or options.get("sparsity")
+            data, seqlen = results.get("data"), results.get("seqlen")
+        common = {"model": options["model"], "data": data, "seqlen": seqlen, "amount": amount, "options": options}
+        return [complete(common | row) for row in rows]
+    except FileNotFoundError:
+        raise InputError(f"--compare {path}: there is no such file or folder" if file == path else
+                         f"--compare {path}: it has no pruning.json, which dsnot.py writes into a checkpoint") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise InputError(f"--compare {path} is neither a result file (--json of dsnot.py, ast_train.py or eval.py) "
+                         f"nor a pruned checkpoint: {type(e).__name__} {e}") from None
+
+
+def method_of(run):
+    """The method's name from what dsnot.py notes of a run."""
+    steps = [run["score"], *run["refine"].replace("none", "").split("+"), "refit" * run.get("refit", False)]
+    return " + ".join(filter(None, steps))
+
+
+def complete(row):
+    """A row with paths shortened to names, the amount as text and the sparsity as a number."""
+    amount = "0%" if row["method"].startswith("dense") or row["amount"] is None else row["amount"]
+    amount = amount if isinstance(amount, str) else f"{amount:.0%}"
+    n, _, m = amount.rstrip("%").partition(":")
+    layers = row.get("layers") or []
+    parts = Path(row["model"]).parts  # a snapshot in the Hub's cache: .../models--OWNER--NAME/snapshots/COMMIT
+    model = parts[-3].split("--")[-1] if "snapshots" in parts[-2:-1] else parts[-1]
+    data = Path(row["data"]).name if row["data"] else None
+    return {"perplexity": None} | row | {"model": model, "data": data, "amount": amount, "layers": layers,
+                                         "sparsity": 1 - int(n) / int(m) if m else float(n) / 100}
+
+
+def merge(rows):
+    """Rows as they are shown: those that differ in nothing but the seed are averaged (`spread`: their standard
+    deviation); where other options differ, the method is named with them; none is shown twice if two files hold it."""
+    def key(row):
+        return tuple(row[k] for k in ("model", "data", "seqlen", "amount", "method"))
+
+    def alike(row, other):
+        return row["perplexity"] == other["perplexity"] and row.get("tasks") == other.get("tasks")
+
+    groups = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    merged = []
+    for group in groups.values():
+        if len({row["perplexity"] for row in group}) > 1:
+            pairs = [(a["options"], b["options"]) for a in group for b in group if a["perplexity"] != b["perplexity"]]
+            pairs = [(a, b) for a, b in pairs if a.get("seed") == b.get("seed")]
+            differ = sorted({k for a, b in pairs for k in a.keys() & b.keys() - IGNORED if a[k] != b[k]})
+            for row in group:
+                said = [said_of(k, row["options"].get(k)) for k in differ if row["options"].get(k) is not None]
+                row["method"] += f" ({', '.join(said)})" if said else ""
+        same = {}  # {what is shown: {seed: row}}; rows of one seed that differ for no known reason stay apart
+        for row in group:
+            seed, again = row["options"].get("seed"), 0
+            while not alike(row, same.setdefault((key(row), again), {}).setdefault(seed, row)):
+                again += 1
+        for by_seed in same.values():
+            values = list(dict.fromkeys(row["perplexity"] for row in by_seed.values() if row["perplexity"]))
+            merged.append(next(iter(by_seed.values())) | {
+                "perplexity": statistics.mean(values) if values else None, "runs": len(values),
+                "spread": statistics.stdev(values) if values[1:] else None})
+    return sorted(merged, key=lambda r: (r["model"], r["data"] or "", r["seqlen"] or 0, r["sparsity"], r["amount"],
+                                         r["method"]))
+
+
+def said_of(name, value):
+    """An option in words: cycles 50, sign check, no sign check."""
+    name = name.replace("_", " ")
+    return f"{'' if value else 'no '}{name}" if isinstance(value, bool) else f"{name} {value}"
+
+
+def table(rows):
+    """The rows as a markdown table. Change: of the perplexity, relative to the same mask before its refinement."""
+    tasks = list(dict.fromkeys(task for row in rows for task in row.get("tasks") or {}))
+    timed = ["decode (tokens/s)", "weights (GB)"] if any("speed" in row for row in rows) else []
+    head = ["model", "data (seqlen)", "method", "sparsity", "perplexity", "change", "seconds", *tasks, *timed]
+    lines = [head, [":--"] * 3 + ["--:"] * (len(head) - 3)]
+    before = {(r["model"], r["data"], r["seqlen"], r["amount"], r["method"]): r.get("perplexity") for r in rows}
+    for row in rows:
+        ppl, (start, refined, _) = row.get("perplexity"), row["method"].partition(" + ")
+        old = before.get((row["model"], row["data"], row["seqlen"], row["amount"], start)) if refined else None
+        spread = f" ± {row['spread']:.2f} ({row['runs']} seeds)" if row["spread"] else ""
+        lines.append([row["model"], f"{row['data']} ({row['seqlen']})" if row["data"] else "", row["method"],
+                      row["amount"], f"{ppl:.2f}{spread}" if ppl else "",
+                      f"{ppl / old - 1:+.1%}" if ppl and old else "",
+                      f"{row['seconds']:,.0f}" if row.get("seconds") and row["amount"] != "0%" else "",
+                      *(f"{row['tasks'][t]['acc']:.1%}" if t in (row.get("tasks") or {}) else "" for t in tasks)])
+        if timed:
+            of = row.get("speed")
+            lines[-1] += [f"{of['decode_tokens_per_second']:,.1f}" if of else "",
+                          f"{of['weight_bytes'] / 1e9:,.3f}" if of else ""]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def table_by_method(rows):
+    """Perplexity alone as markdown, a table for each model and text: methods down, sparsities across."""
+    tables = {}
+    for row in rows:
+        if row.get("perplexity"):
+            methods = tables.setdefault((row["model"], row["data"], row["seqlen"]), {})
+            methods.setdefault(row["method"], {})[row["amount"]] = row
+    texts = []
+    for (model, data, seqlen), methods in tables.items():
+        amounts = [a for a in dict.fromkeys(a for found in methods.values() for a in found) if a != "0%"]
+        dense = next((found["0%"]["perplexity"] for found in methods.values() if "0%" in found), math.nan)
+        lines = [[f"{model} on {data} ({seqlen}), dense {dense:.2f}", *amounts], [":--", *["--:"] * len(amounts)]]
+        lines += [[method, *(f"{found[a]['perplexity']:.2f}" if a in found else "" for a in amounts)]
+                  for method, found in sorted(methods.items(), key=lambda m: -list(m[1].values())[-1]["perplexity"])
+                  if "0%" not in found]
+        texts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
+    return "\n\n".join(texts)
+
+
+# readable on white and on black
+COLOURS, GREY = "#4c8dd6 #e07b39 #3fa66a #b65fc8 #c9a227 #d1495b #2fa5a5 #e58fb1 #7d8c3a #8c6bd6".split(), "#808080"
+
+
+def compare(args):
+    """Print the table of --compare, and draw --plot."""
+    rows = merge([row for path in args.compare for row in read_rows(path)])
+    print(table_by_method(rows) if args.by_method else table(rows))
+    if args.plot:
+        plot(rows, args.plot)
+        print(f"\nsaved {args.plot}")
+    for row in rows:
+        del row["options"]
+    record(args, {"rows": rows})
+
+
+def plot(rows, path):
+    """Draw what the rows hold, a panel below the other: perplexity for every model and text, accuracy, and maps of the
+    layers unless more than six rows have them. Transparent, readable on light and dark pages."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    charts = {}  # {(model, data, seqlen): rows}
+    for r in rows:
+        if r["perplexity"]:
+            charts.setdefault((r["model"], r["data"], r["seqlen"]), []).append(r)
+    tested, mapped = [r for r in rows if r.get("tasks")], [r for r in rows if r["layers"]]
+    panels = [(1.3 + 0.28 * len({r["method"] for r in chart}), perplexity_panel, chart) for chart in charts.values()
+              if any(r["amount"] != "0%" for r in chart)]
+    panels += [(3.0, accuracy_panel, tested)] if tested else []
+    panels += [(2.0, layer_panel, (r, mapped)) for r in mapped] if len(mapped) <= 6 else []
+    if not panels:
+        raise InputError("--plot: there is nothing to draw; compare results of pruned models")
+    inks = ["text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"]
+    with pyplot.rc_context(dict.fromkeys(inks, GREY) | {"font.size": 9, "grid.alpha": 0.3}):
+        heights = [height for height, _, _ in panels]
+        figure = pyplot.figure(figsize=(8, sum(heights)), layout="constrained")
+        parts = figure.subfigures(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
+        for part, (_, draw, what) in zip(parts, panels):
+            draw(part.subplots(), what)
+            if part.axes[0].get_legend_handles_labels()[0]:
+                part.legend(frameon=False, loc="outside lower center", ncols=5)
+        kind = Path(path).suffix[1:]
+        write_atomically(path, lambda beside: figure.savefig(beside, format=kind, dpi=160, transparent=True))
+        pyplot.close(figure)
+
+
+def perplexity_panel(axis, rows):
+    """Perplexity of one model on one text: methods from the worst to the best at the highest sparsity, a colour for
+    each sparsity, and the spread over seeds."""
+    from matplotlib.ticker import LogFormatter
+    pruned = [r for r in rows if r["amount"] != "0%"]
+    last = {r["method"]: r["perplexity"] for r in pruned}
+    methods = sorted(last, key=last.get)
+    for amount, colour in zip(dict.fromkeys(r["amount"] for r in pruned), COLOURS * len(pruned)):
+        own = [r for r in pruned if r["amount"] == amount]
+        axis.errorbar([r["perplexity"] for r in own], [methods.index(r["method"]) for r in own],
+                      xerr=[r["spread"] or 0 for r in own], fmt="o", color=colour, label=amount)
+    for r in rows:
+        if r["method"] == "dense":
+            axis.axvline(r["perplexity"], color=GREY, label=f"dense, {r['perplexity']:.2f}")
+    axis.set_yticks(range(len(methods)), [textwrap.fill(method, 36) for method in methods])
+    axis.set(xlabel="perplexity (log scale)", xscale="log",
+             title=f"{rows[0]['model']} on {rows[0]['data']}, windows of {rows[0]['seqlen']} tokens")
+    axis.xaxis.set_major_formatter(LogFormatter())
+    axis.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))  # between powers of ten where there's room
+    axis.grid(True)
+
+
+def accuracy_panel(axis, rows):
+    """Accuracy of every task, a bar for each row, with standard errors."""
+    tasks = list(dict.fromkeys(task for r in rows for task in r["tasks"]))
+    width = 0.8 / len(rows)
+    for i, (r, colour) in enumerate(zip(rows, COLOURS * len(rows))):
+        own = [(t, r["tasks"][task]) for t, task in enumerate(tasks) if task in r["tasks"]]
+        axis.bar([t + (i - (len(rows) - 1) / 2) * width for t, _ in own], [100 * a["acc"] for _, a in own],
+                 width * 0.92, yerr=[100 * (a.get("acc_stderr") or 0) for _, a in own], color=colour, ecolor=GREY,
+                 label=f"{r['model']}, {r['method']}, {r['amount']}".removesuffix(", 0%"))
+    axis.set_xticks(range(len(tasks)), tasks, fontsize=8)
+    axis.set(ylabel="accuracy (%)", title="zero-shot accuracy and its standard error")
+    axis.grid(True, axis="y")
+
+
+def layer_panel(axis, what):
+    """A map of one row's layers, kinds by blocks: the reconstruction error where it was recorded, else the sparsity.
+    what: the row, and all rows that are drawn: those that show the same share one scale."""
+    def values(row):
+        if all("error" in layer for layer in row["layers"]):
+            return "relative error of the output", [layer["error"] for layer in row["layers"]]
+        return "sparsity (%)", [100 * layer["sparsity"] for layer in row["layers"]]
+
+    row, rows = what
+    label, own = values(row)
+    every = [value for other in map(values, rows) if other[0] == label for value in other[1]]
+    low, high = min(every), max(every)
+    high = max(high, low + 1) if label == "sparsity (%)" else high  # less than a point apart is the same colour
+    of = {tuple(layer["layer"].removeprefix("model.layers.").split(".", 1)): value
+          for layer, value in zip(row["layers"], own)}
+    blocks, kinds = sorted({int(block) for block, _ in of}), list(dict.fromkeys(kind for _, kind in of))
+    cells = [[of.get((str(block), kind), math.nan) for block in blocks] for kind in kinds]
+    image = axis.imshow(cells, aspect="auto", cmap="viridis", vmin=low, vmax=high)
+    axis.set_yticks(range(len(kinds)), [kind.split(".")[-1] for kind in kinds], fontsize=8)
+    step = -(-len(blocks) // 16)
+    axis.set_xticks(range(0, len(blocks), step), blocks[::step])
+    axis.set(xlabel="block", title=f"{row['model']}, {row['method']}, {row['amount']}")
+    axis.figure.colorbar(image, ax=axis, pad=0.01, label=textwrap.fill(label, 16))
