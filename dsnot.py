@@ -313,7 +313,8 @@ def sparsegpt(W, gram, *, sparsity=None, pattern=None, keep=None, damp=0.01, blo
     assert (sparsity is None) + (pattern is None) + (keep is None) == 2, "one of sparsity, pattern, keep"
     W, H, width = W.float().clone(), gram.float().clone(), W.shape[1]
     if pattern and width % pattern[1]:
-        raise InputError(f"the pattern {pattern[0]}:{pattern[1]} needs rows that {pattern[1]} divides, but a layer has {width} inputs")
+        raise InputError(f"the pattern {pattern[0]}:{pattern[1]} needs rows that {pattern[1]} divides, "
+                         f"but a layer has {width} inputs")
     dead = H.diagonal() == 0
     H.diagonal()[dead] = 1
     W[:, dead] = 0
@@ -466,7 +467,8 @@ def prune_block(block, where, hidden, dense, prefix, dtype, *, score, refine, sp
                 if not stats[name].square.isfinite().all():
                     raise InputError(f"the calibration activations that flow into {layer} are not finite")
                 refine_this = refine if refine_layers == "all" or "self_attn" in name else "none"
-                W = prune_rows(weight, stats[name], score=score, refine=refine_this, refit=refit, sparsity=sparsity[layer], **options)
+                W = prune_rows(weight, stats[name], score=score, refine=refine_this, refit=refit, sparsity=sparsity[layer],
+                               **options)
                 W = W.to(dtype(f"{layer}.weight"))  # rounded as it will be read again
                 records.append({"layer": layer, "weights": W.numel(), "sparsity": (W == 0).double().mean().item()})
                 if gram:
@@ -517,7 +519,9 @@ def prune(model, windows, out, run, *, batch=8, propagate=False, sparsity=None, 
         dense, records, log = list(hidden), [], writer.partial / "pruning.json"
         known = json.loads(log.read_text()) if log.is_file() else {"layers": []}
         shares = allocation(model, windows, batch, where, home, sparsity, allocate)
-        for i, block in enumerate(tqdm(model.blocks(), total=count, desc="pruning", unit="block", leave=False, disable=rank or None)):
+        blocks = model.blocks()
+        for i in tqdm(range(count), desc="pruning", unit="block", leave=False, disable=rank or None):
+            block = next(blocks)
             prefix, file = f"model.layers.{i}", f"model-{i + 1:05d}-of-{count + 1:05d}.safetensors"
             if writer.done(file):
                 if propagate:
@@ -525,13 +529,15 @@ def prune(model, windows, out, run, *, batch=8, propagate=False, sparsity=None, 
                 writer.load(file, block, prefix)
                 move(steps(block, *where)[0], hidden)
                 records += [record for record in known["layers"] if record["layer"].startswith(prefix + ".")]
-                continue
-            records += prune_block(block, where, hidden, dense, prefix, source.dtype, sparsity=shares, propagate=propagate, **options)
-            if rank == 0:
-                text = json.dumps({"run": run, "layers": records}, indent=1)
-                write_atomically(log, lambda path: path.write_text(text))
-                tensors = {f"{prefix}.{k}": v for k, v in block.state_dict().items()}
-                writer.write(file, {name: value.to(source.dtype(name)) for name, value in tensors.items()})
+            else:
+                records += prune_block(block, where, hidden, dense, prefix, source.dtype, sparsity=shares,
+                                       propagate=propagate, **options)
+                if rank == 0:
+                    text = json.dumps({"run": run, "layers": records}, indent=1)
+                    write_atomically(log, lambda path: path.write_text(text))
+                    names = {k: f"{prefix}.{k}" for k in block.state_dict()}
+                    writer.write(file, {names[k]: v.to(source.dtype(names[k])) for k, v in block.state_dict().items()})
+            del block  # before the next one is read
         if rank == 0:
             rest = {name: source.tensor(name) for name in source.files if not name.startswith("model.layers.")}
             writer.write(f"model-{count + 1:05d}-of-{count + 1:05d}.safetensors", rest)
@@ -555,7 +561,9 @@ def allocation(model, windows, batch, where, home, sparsity, kind):
     grid = torch.arange(max(0.0, sparsity - 0.1), min(0.99, sparsity + 0.1), 0.01, dtype=torch.double)
     hidden = [model.embed(ids.to(where[1].device)).to(home) for ids in windows.split(batch)]
     probe, trials, outliers, growth, sizes = hidden[0][:max(1, 2048 // windows.shape[1])], [], [], [], []
-    for block in tqdm(model.blocks(), total=len(model.model.layers), desc="allocating", unit="block", leave=False, disable=None):
+    blocks = model.blocks()
+    for _ in tqdm(model.model.layers, desc="allocating", unit="block", leave=False, disable=None):
+        block = next(blocks)
         (step,), linears = steps(block, *where), prunable(block)
         stats = input_stats(step, hidden, linears, readers(step, hidden[0][:1], linears))
         scores = {name: wanda_score(layer.weight, stats[name]) for name, layer in linears.items()}
@@ -571,10 +579,11 @@ def allocation(model, windows, batch, where, home, sparsity, kind):
                 layer.weight.data = torch.where(keep_mask(scores[name], sparsity=sparsity), W, 0)
                 trials.append(step(probe))
                 layer.weight.data = W
-                lost = scores[name].square_().sort(1)[0].sum(0).double().cumsum(0).cpu()  # when so many of a row are pruned
+                lost = scores[name].square_().sort(1)[0].sum(0).double().cumsum(0).cpu()  # by pruning so many of each row
                 growth.append(lost[(grid * len(lost)).long()] / lost[int(sparsity * len(lost))].clamp(min=1e-30))
             probe = step(probe)
         move(step, hidden)
+        del block, linears, step  # before the next one is read
     sizes = torch.tensor(sizes, dtype=torch.double)
     if kind == "owl":
         many = torch.tensor(outliers, dtype=torch.double)
@@ -590,8 +599,8 @@ def damage(model, probe, trials):
     """The KL divergence [trials] from the output that the hidden states `probe` give to that of each trial."""
     device = model.lm_head.weight.device
     expected = model.head(probe.to(device)).float().log_softmax(-1)
-    found = torch.stack([F.kl_div(model.head(x.to(device)).float().log_softmax(-1), expected, reduction="sum", log_target=True)
-                         for x in trials])
+    found = torch.stack([F.kl_div(model.head(x.to(device)).float().log_softmax(-1), expected, reduction="sum",
+                                  log_target=True) for x in trials])
     if dist.is_initialized():
         dist.all_reduce(found)
     return found.double().cpu()
@@ -630,17 +639,17 @@ def options():
     group = p.add_argument_group("what to prune")
     group.add_argument("--sparsity", type=float, default=0.7, help="the share of weights pruned in every row")
     group.add_argument("--pattern", help="n:m, such as 2:4: n kept of every m consecutive weights; replaces --sparsity")
-    group.add_argument("--score", default="wanda", choices=["magnitude", "wanda", "sparsegpt"], help="the starting mask")
+    group.add_argument("--score", default="wanda", choices=["magnitude", "wanda", "sparsegpt"], help="the first mask")
     group.add_argument("--allocate", default="uniform", choices=["uniform", "owl", "sensitivity"],
-                       help="the same sparsity in every layer, less in blocks with more outliers, or less where it hurts more")
+                       help="the same sparsity everywhere, less in blocks with more outliers, or less where it hurts")
     group = p.add_argument_group("how to refine the mask")
     group.add_argument("--refine", default="dsnot", choices=["none", "dsnot", "swap", "dsnot+swap"])
     group.add_argument("--refit", action=argparse.BooleanOptionalAction, default=False,
                        help="make the kept weights the best ones for the final mask (least squares)")
     group.add_argument("--propagate", action=argparse.BooleanOptionalAction, default=None,
                        help="prune layer after layer towards the dense model's outputs (default: with swap or --refit)")
-    group.add_argument("--cycles", type=int, help="DSnoT: swaps per row at most (default: 50 in a row of 4096, in proportion)")
-    group.add_argument("--threshold", type=float, default=0.1, help="DSnoT: a row stops at an expected error this small")
+    group.add_argument("--cycles", type=int, help="DSnoT: swaps per row at most (default: as many as 50 are to 4096 inputs)")
+    group.add_argument("--threshold", type=float, default=0.1, help="DSnoT: a row's expected error that is small enough")
     group.add_argument("--sign-check", action=argparse.BooleanOptionalAction, default=True,
                        help="DSnoT: stop a row before its expected error changes sign")
     group.add_argument("--refine-layers", default="all", choices=["attn", "all"])
@@ -655,8 +664,8 @@ def options():
     return p.parse_args()
 
 
-METHOD = ["score", "refine", "refit", "propagate", "cycles", "threshold", "sign_check", "refine_layers", "sparsity", "pattern",
-          "allocate"]  # the options that prune() takes
+LAYER = ["score", "refine", "refit", "cycles", "threshold", "sign_check", "sparsity", "pattern"]  # what prune_layer takes
+METHOD = LAYER + ["propagate", "refine_layers", "allocate"]  # what prune takes
 
 
 def check(args, config):
@@ -669,7 +678,7 @@ def check(args, config):
     if args.pattern:
         parse_pattern(args.pattern)
         if args.allocate != "uniform":
-            raise InputError(f"--allocate {args.allocate} needs a --sparsity: the pattern {args.pattern} is the same everywhere")
+            raise InputError(f"--allocate {args.allocate} can't change the pattern {args.pattern}: give a --sparsity")
     tiny = args.model == "tiny"
     args.calib, args.data = args.calib or ("tiny" if tiny else "c4"), args.data or ("tiny" if tiny else "wikitext2")
     args.seqlen = args.seqlen or default_seqlen(config)
@@ -677,29 +686,14 @@ def check(args, config):
     args.compare = tiny and (args.refit or args.refine != "none") if args.compare is None else args.compare
     amount = args.pattern or f"{args.sparsity:.0%}"
     steps = [args.score, *filter(None, args.refine.replace("none", "").split("+")), *["refit"] * args.refit]
-    name = "-".join([Path(args.model).name, args.score, args.refine + "+refit" * args.refit, amount.replace(":", "of").rstrip("%")])
-    args.out = args.out or str(Path("out") / name)
+    name = [Path(args.model).name, args.score, args.refine + "+refit" * args.refit, amount.replace(":", "of").rstrip("%")]
+    args.out = args.out or str(Path("out") / "-".join(name))
     return amount, " + ".join(steps)
 
 
 @torch.inference_mode()
 def dry_run(args, config, amount, method):
     """Print what a run would take: from the configuration, and from a random block on which its steps are timed."""
-    with torch.device("meta"):
-        model = GPT(config)
-    stored = getattr(torch, config.raw.get("dtype") or config.raw.get("torch_dtype") or "float32")
-    dtype, copies, blocks = torch.float32 if args.device == "cpu" else stored, 1 + args.propagate, config.num_hidden_layers
-    block = Block(config).to(args.device, dtype)
-    layers, parameters = prunable(block), sum(p.numel() for p in block.parameters())
-    weights, whole = sum(layer.weight.numel() for layer in layers.values()), sum(p.numel() for p in model.parameters())
-    largest, widest = max(layer.weight.numel() for layer in layers.values()), max(layer.in_features for layer in layers.values())
-    gram, tokens, sample = args.propagate or args.score == "sparsegpt", args.nsamples * args.seqlen, min(args.seqlen, 256)
-    memory = {  # bytes
-        "the calibration text's activations": copies * tokens * config.hidden_size * dtype.itemsize,
-        "embedding, head, one block": (whole - (blocks - copies) * parameters) * dtype.itemsize,
-        "scores and masks of a layer, a batch inside the block": 24 * largest + 32768 * config.intermediate_size * dtype.itemsize,
-        "Gram matrices": 16 * widest ** 2 if gram else 0}
-
     def seconds(work):
         begin = time.perf_counter()
         result = work()
@@ -707,23 +701,40 @@ def dry_run(args, config, amount, method):
             torch.cuda.synchronize(args.device)
         return time.perf_counter() - begin, result
 
-    positions = torch.arange(sample, device=args.device)
-    step, = steps(block, rotary(config, positions), positions)
-    x = torch.randn(1, sample, config.hidden_size, device=args.device, dtype=dtype)
-    groups = readers(step, x, layers)
-    watched, stats = seconds(lambda: input_stats(step, [x], layers, groups, gram))
-    run_through, _ = seconds(lambda: step(x))
-    needed = (3 * run_through + 2 * copies * watched if args.propagate else watched + run_through) * tokens / sample
+    with torch.device("meta"):
+        whole = sum(p.numel() for p in GPT(config).parameters())
+    stored = getattr(torch, config.raw.get("dtype") or config.raw.get("torch_dtype") or "float32")
+    dtype, blocks = torch.float32 if args.device == "cpu" else stored, config.num_hidden_layers
+    block, tokens, copies = Block(config).to(args.device, dtype), args.nsamples * args.seqlen, 1 + args.propagate
+    layers, gram = prunable(block), args.propagate or args.score == "sparsegpt"
+    sizes = [layer.weight.numel() for layer in layers.values()]
+    held = whole - (blocks - copies) * sum(p.numel() for p in block.parameters())  # embedding, head, a block or two
+    gigabytes = {
+        "the calibration text's activations": copies * tokens * config.hidden_size * dtype.itemsize / 1e9,
+        "weights": held * dtype.itemsize / 1e9,
+        "a layer's scores and a batch's activations": (24 * max(sizes) + 32768 * config.intermediate_size * dtype.itemsize) / 1e9,
+        "Gram matrices": gram * 16 * max(layer.in_features for layer in layers.values()) ** 2 / 1e9}
+
+    sample = torch.arange(min(args.seqlen, 256), device=args.device)
+    step, = steps(block, rotary(config, sample), sample)
+    x = torch.randn(1, len(sample), config.hidden_size, device=args.device, dtype=dtype)
+    groups = readers(step, x, layers)  # this warms up, too
+    watching, stats = seconds(lambda: input_stats(step, [x], layers, groups, gram))
+    running, _ = seconds(lambda: step(x))
+    needed = (3 * running + 4 * watching if args.propagate else running + watching) * tokens / len(sample)
     for name, layer in layers.items():
-        rows = len(layer.weight) if args.score == "sparsegpt" else 64
-        needed += seconds(lambda: prune_layer(layer.weight[:rows], stats[name], **method))[0] * len(layer.weight) / rows
-    print(f"{args.model}, {amount} pruned: {blocks} blocks, {weights:,} weights in the layers of each, {whole:,} parameters in all")
+        rows = len(layer.weight) if args.score == "sparsegpt" else 64  # only SparseGPT's time is not in proportion
+        spent, _ = seconds(lambda: prune_layer(layer.weight[:rows], stats[name], **{k: method[k] for k in LAYER}))
+        needed += spent * len(layer.weight) / rows
+
+    print(f"{args.model}, {amount} pruned: {blocks} blocks with {sum(sizes):,} weights to prune in each, {whole:,} parameters")
     for name, layer in layers.items():
         print(f"    {name:<18} {layer.out_features:>6} x {layer.in_features}")
-    print(f"memory    {sum(memory.values()) / 1e9:.1f} GB: " + ", ".join(f"{name} {size / 1e9:.1f}" for name, size in memory.items() if size))
+    parts = ", ".join(f"{name} {size:.1f}" for name, size in gigabytes.items() if size)
+    print(f"memory    {sum(gigabytes.values()):.1f} GB on {args.device}: {parts}")
     print(f"disk      {whole * stored.itemsize / 1e9:.1f} GB to read, as much to write")
-    print(f"time      {needed * blocks / 60:,.1f} min on {args.device}: {blocks} blocks of {needed:.1f} s, estimated from a part of one; "
-          f"reading, writing and evaluation come on top")
+    print(f"time      {needed * blocks / 60:,.1f} minutes on {args.device}, estimated from a part of one of the {blocks} "
+          f"blocks; reading, writing and evaluation come on top")
 
 
 def main():
@@ -738,7 +749,7 @@ def main():
     amount, title = check(args, config)
     method = {name: getattr(args, name) for name in METHOD} | dict(pattern=args.pattern and parse_pattern(args.pattern))
     if args.dry_run:
-        return dry_run(args, config, amount, {k: method[k] for k in METHOD if k not in ("propagate", "allocate", "refine_layers")})
+        return dry_run(args, config, amount, method)
     out, talk = Path(args.out), print if int(os.environ.get("RANK", 0)) == 0 else lambda *_, **__: None
 
     def load(folder):
@@ -748,8 +759,8 @@ def main():
     split = args.split if args.data in SOURCES or args.data == args.calib else None  # a file of its own is read whole
     ids = evaluation_ids(args.data, split, tokenizer, args.seqlen)
     calibration = calibration_windows(args.calib, tokenizer, args.nsamples, args.seqlen, args.seed)
-    talk(f"{args.model}: {amount} pruned, calibration {args.nsamples} x {args.seqlen} tokens of {args.calib}, perplexity on "
-         f"{args.data} ({len(ids) // args.seqlen} windows of {args.seqlen} tokens)")
+    talk(f"{args.model}: {amount} pruned, calibration {args.nsamples} x {args.seqlen} tokens of {args.calib}, "
+         f"perplexity on {args.data} ({len(ids) // args.seqlen} windows of {args.seqlen} tokens)")
     passes = [("dense", args.model, None), (title, out, method)]
     if args.compare:
         plain = method | dict(refine="none", refit=False, propagate=False)
@@ -760,13 +771,14 @@ def main():
     for title, place, method in passes:
         begin, layers = time.perf_counter(), []
         if method:
-            run = dict(model=str(folder.resolve()), calib=args.calib, nsamples=args.nsamples, seqlen=args.seqlen, seed=args.seed)
-            layers = prune(load(args.model), calibration, place, run | method | dict(pattern=args.pattern), batch=batch, **method)
-        seconds = time.perf_counter() - begin
-        zeros = sum(layer["weights"] * layer["sparsity"] for layer in layers) / max(1, sum(layer["weights"] for layer in layers))
-        rows.append({"method": title, "sparsity": zeros, "perplexity": perplexity(load(place), ids, args.seqlen, batch, progress=True),
-                     "seconds": seconds, "layers": layers})
-        talk(f"{title:<24}{zeros:>10.2%}{rows[-1]['perplexity']:>14.2f}{seconds:>10.1f}", flush=True)
+            run = {name: getattr(args, name) for name in ("calib", "nsamples", "seqlen", "seed")} | method
+            run |= dict(model=str(folder.resolve()), pattern=args.pattern)
+            layers = prune(load(args.model), calibration, place, run, batch=batch, **method)
+        seconds, weights = time.perf_counter() - begin, max(1, sum(layer["weights"] for layer in layers))
+        zeros = sum(layer["weights"] * layer["sparsity"] for layer in layers) / weights
+        ppl = perplexity(load(place), ids, args.seqlen, batch, progress=True)
+        rows.append({"method": title, "sparsity": zeros, "perplexity": ppl, "seconds": seconds, "layers": layers})
+        talk(f"{title:<24}{zeros:>10.2%}{ppl:>14.2f}{seconds:>10.1f}", flush=True)
     talk(f"\nsaved {out}")
     if not dist.is_initialized() or dist.get_rank() == 0:
         record(args, {"data": args.data, "seqlen": args.seqlen, "rows": rows})
