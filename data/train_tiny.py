@@ -8,6 +8,7 @@ text is read while training, the test text never.
 """
 
 import io
+import json
 import math
 import shutil
 import time
@@ -27,6 +28,9 @@ CONFIG = dict(
     num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, head_dim=64, hidden_act="silu", rms_norm_eps=1e-5,
     rope_theta=10000.0, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
     attention_bias=False, mlp_bias=False, torch_dtype="bfloat16")
+TOKENIZER = dict(  # tokenizer_config.json, without which transformers adds neither BOS nor the first word's space
+    tokenizer_class="LlamaTokenizer", add_bos_token=True, add_eos_token=False, bos_token="<s>", eos_token="</s>",
+    unk_token="<unk>")
 
 
 def train_tokenizer(path, text, vocab_size):
@@ -70,6 +74,8 @@ def main():
     if not (work / "tokenizer.model").is_file():
         print("training the tokenizer ...", flush=True)
         train_tokenizer(work / "tokenizer.model", docs + "\n" + source, CONFIG["vocab_size"])
+        text = json.dumps(TOKENIZER, indent=1) + "\n"
+        write_atomically(work / "tokenizer_config.json", lambda beside: beside.write_text(text))
     tokenizer = SentencePiece(work / "tokenizer.model")
     streams = [torch.tensor(tokenizer.encode(text)) for text in (docs, source)]
     held_out = windows(tokenizer.encode(stdlib_text("validation")), args.seqlen + 1).to(args.device)

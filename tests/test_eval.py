@@ -227,6 +227,17 @@ def test_boundary_of_context_and_continuation(checkpoint):
         encode_pair(tokenizer, "  ", "word")
 
 
+def test_pairs_are_those_of_transformers(tasks_dir):
+    """The choices of every task, cut as the harness cuts them, through transformers' tokenizer of the model that ships;
+    would catch a BOS, or a space before the first word, that only one side adds."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("google.protobuf", reason="transformers reads tokenizer.model with it")
+    folder = ROOT / "data" / "tiny"
+    ours, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    for pair in [pair for name in ROWS for example in load_task(name, tasks_dir) for pair in example.pairs]:
+        assert encode_pair(ours, *pair) == encode_pair(theirs, *pair)
+
+
 # ----------------------------------------------------------------------------------------------------------- tasks
 
 def test_prompts(tasks_dir):
