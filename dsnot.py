@@ -38,13 +38,12 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 from tqdm import tqdm
 
 from data import calibration_windows, load_text, load_tokenizer
 from data.command import InputError, parser, record, run, start, write_atomically
 from eval import default_seqlen, perplexity
-from gpt import GPT, CheckpointWriter, rotary
+from gpt import GPT, CheckpointWriter, prunable, rotary
 
 # ---------------------------------------------------------------------------------------- statistics of the inputs
 
@@ -325,11 +324,6 @@ def sparsegpt(W, gram, *, sparsity=None, pattern=None, keep=None, damp=0.01, blo
 
 
 # --------------------------------------------------------------------------------------------- walking the blocks
-
-def prunable(block):
-    """{name: nn.Linear} of a block: the layers that are pruned."""
-    return {name: layer for name, layer in block.named_modules() if isinstance(layer, nn.Linear)}
-
 
 class watch:
     """Context: while it is open, `seen(name, x)` is called for the input x [sequences, tokens, in] of each linear layer."""
