@@ -234,7 +234,7 @@ def matmul(x, w, tile):
     """x [M, K] @ W.T -> [M, N] with the kernel and tile (BN, BG, parts of K, warps, stages)."""
     BN, BG, split, warps, stages = tile
     (M, K), N = x.shape, w.shape[0]
-    BM = 1 if M == 1 else min(128, max(16, triton.next_power_of_2(M)))
+    BM = 1 if M == 1 else min(64, max(16, triton.next_power_of_2(M)))  # at 128 registers spill
     y = torch.empty(split, M, N, device=x.device, dtype=x.dtype if split == 1 else torch.float32)
     matmul_kernel[triton.cdiv(N, BN), triton.cdiv(M, BM), split](
         x, *parts(w), y, M, N, K // 4, *x.stride(), w.bits, BM, BN, BG, split, stages, num_warps=warps)
