@@ -42,7 +42,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -51,7 +50,7 @@ from data.command import InputError, parser, record, run, start, write_atomicall
 from data.hub import model_folder
 from data.text import SOURCES, evaluation_ids
 from eval import default_seqlen, perplexity
-from gpt import GPT, Block, CheckpointWriter, Config, rotary
+from gpt import GPT, Block, CheckpointWriter, Config, prunable, rotary
 
 # ---------------------------------------------------------------------------------------- statistics of the inputs
 
@@ -345,11 +344,6 @@ def sparsegpt(W, gram, *, sparsity=None, pattern=None, keep=None, damp=0.01, blo
 
 
 # --------------------------------------------------------------------------------------------- walking the blocks
-
-def prunable(block):
-    """{name: nn.Linear} of a block: the layers that are pruned."""
-    return {name: layer for name, layer in block.named_modules() if isinstance(layer, nn.Linear)}
-
 
 class watch:
     """Context: while it is open, `seen(name, x)` is called for the input x [sequences, tokens, in] of each linear layer."""

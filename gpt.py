@@ -184,9 +184,14 @@ def rotate(x, cos, sin):
     return x * cos.to(x.dtype) + torch.cat([-right, left], -1) * sin.to(x.dtype)
 
 
+def slorb(x, S, X):
+    """(x X^T) S^T of x [..., in]: AST's low-rank boost. X sums k neighbouring inputs, each scaled; only its nonzeros are
+    kept, [in]; S [out, in/k]."""
+    return F.linear((x * X).unflatten(-1, (S.shape[1], -1)).sum(-1), S)
+
+
 class SlorbLinear(nn.Linear):
-    """y = x W^T + (x X^T) S^T + b: a sparse W and AST's low-rank boost. X sums k neighbouring inputs, each scaled; only
-    its nonzeros are kept, slorb_X [in]; slorb_S [out, in/k]."""
+    """y = x W^T + b + slorb(x, S, X) with a sparse W."""
 
     def __init__(self, in_features, out_features, bias, k):
         super().__init__(in_features, out_features, bias)
@@ -194,8 +199,7 @@ class SlorbLinear(nn.Linear):
         self.slorb_X = nn.Parameter(torch.ones(in_features))
 
     def forward(self, x):
-        sums = (x * self.slorb_X).unflatten(-1, (self.slorb_S.shape[1], -1)).sum(-1)  # [..., in/k]
-        return super().forward(x) + F.linear(sums, self.slorb_S)
+        return super().forward(x) + slorb(x, self.slorb_S, self.slorb_X)
 
 
 def linear(c, in_features, out_features, bias):
@@ -276,6 +280,11 @@ class Block(nn.Module):
         if self.post_norm:
             return self.post_attention_layernorm(x + self.mlp(x))
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def prunable(block):
+    """{name: nn.Linear} of a block: the layers that are pruned."""
+    return {name: layer for name, layer in block.named_modules() if isinstance(layer, nn.Linear)}
 
 
 def graphed(step, *inputs):
@@ -410,7 +419,7 @@ class GPT(nn.Module):
         with torch.device("meta"):
             model = cls(checkpoint.config)
         checkpoint.expect(model)
-        model.source, model.streams = checkpoint, stream
+        model.source, model.streams, model.sparse = checkpoint, stream, sparse
         model.place = dict(device=device, dtype=dtype)
         for name, part in model.model.items():
             if name != "layers":
@@ -421,13 +430,17 @@ class GPT(nn.Module):
             checkpoint.load(model.lm_head, "lm_head", **model.place)
         if not stream:
             for i, block in enumerate(model.model.layers):
-                checkpoint.load(block, f"model.layers.{i}", **model.place)
-                if sparse:
-                    from sparse_matmul import sparsify_model  # here: dense models don't need Triton
-                    sparsify_model(block)
-        if sparse and not any(hasattr(layer, "meta") for layer in model.modules()):
+                model.load_block(block, i)
+        if sparse and not stream and not any(hasattr(layer, "meta") for layer in model.modules()):
             raise InputError(f"{name_or_dir}: no linear layer of the blocks is 2:4; prune it with a 2:4 pattern first")
         return model.eval()
+
+    def load_block(self, block, i):
+        """Fill block i, which is on the meta device, from the checkpoint."""
+        self.source.load(block, f"model.layers.{i}", **self.place)
+        if self.sparse:
+            from sparse_matmul import sparsify  # here: dense models don't need Triton
+            sparsify(block)
 
     def blocks(self):
         """The blocks in order; a streamed model reads each from disk when its turn comes and forgets it afterwards."""
@@ -436,7 +449,7 @@ class GPT(nn.Module):
                 with torch.device("meta"):
                     block = Block(self.config, i)
                 self.source.expect(block, f"model.layers.{i}.")
-                self.source.load(block.eval(), f"model.layers.{i}", **self.place)
+                self.load_block(block.eval(), i)
             yield block
 
     def save_pretrained(self, dir, tokenizer_from=None):
@@ -451,7 +464,7 @@ class GPT(nn.Module):
                               tokenizer_from or (self.source and self.source.folder)) as out:
             out.write("model.safetensors", tensors)
 
-    source, streams = None, False  # the checkpoint that from_pretrained read
+    source, streams, sparse = None, False, False  # the checkpoint that from_pretrained read, and how
 
 
 # -------------------------------------------------------------------------------------------------- the relatives
@@ -489,7 +502,7 @@ class Family:
         return (value.chunk(3, -1)[which(name)] if "c_attn" in self.name(name) else value).t()
 
 
-PROJECTION = re.compile(r"\.(self_attn|mlp)\.\w+\.(weight|bias|slorb_S|slorb_X)$")
+PROJECTION = re.compile(r"\.(self_attn|mlp)\.\w+\.(weight|bias|slorb_S|slorb_X|values|meta|scale)$")
 
 
 def which(name):
@@ -576,7 +589,7 @@ class Checkpoint:
             for name, value in read_tensors(path).items():
                 if not BUFFERS.search(name) and not (name == "lm_head.weight" and self.config.tie_word_embeddings):
                     found[bare(name)] = (path, name, value)
-        self._stored = {key: tuple(value.shape) for key, (_, _, value) in found.items()}
+        self._stored = {key: value.dtype for key, (_, _, value) in found.items()}
         with torch.device("meta"):
             model = GPT(self.config)
         self.expect(model)

@@ -1,4 +1,4 @@
-"""2:4 weights that are small and fast: a storage format, one Triton kernel that multiplies with it, its benchmark.
+"""2:4 weights that are small and fast: a storage format, and a Triton kernel that multiplies with it.
 
 Of every four consecutive weights of a row (a group) two are kept. Their values are stored side by side, their places
 i0 < i1 in four bits:
@@ -15,37 +15,28 @@ A group with fewer than two non-zeros is filled up with zeros, each at a place o
     meta    [N, K/16]  int16        group g is nibble g % 4 (bits 4 * (g % 4) and up) of word g // 4
     scale   [N, K/128, rounded up]  dtype of W, quantized values only: column j serves columns 128j .. 128j + 127 of W
 
-Quantization is symmetric, to nearest, -127..127 or -7..7. A compressed model is a Hugging Face folder whose safetensors
-hold `X.values`, `X.meta` (and `X.scale`) in place of `X.weight` for each 2:4 layer X; all else is as it was.
+Quantization is symmetric, to nearest, -127..127 or -7..7. A compressed model is a checkpoint folder that holds
+`X.values`, `X.meta` (and `X.scale`) in place of `X.weight` for each 2:4 layer X; `transformers` can't read it.
 
-Why it is faster. A token at a time, a matmul waits for its weights: 16 bits per weight dense, here 8 + 1, so at most
-16/9 = 1.78 times as fast; int8 and int4 values read 5.125 and 3.125 bits (3.1 and 5.1 times). The kernel
-  - reads two values as one integer, so that a group is one word in every dtype and no layout changes on the way;
-  - for one row of x builds no W at all: per group it selects two of four x, W x = sum v0 x[i0] + v1 x[i1], in float32;
-  - for more rows puts W together in registers and feeds the tensor cores, W as the left operand (64 wide even where x
-    has 16 rows), K split among programs where N alone can't fill the GPU; parts are summed in float32, in fixed order;
-  - where many rows make arithmetic the limit, W is decompressed and handed to the dense matmul.
-Which tile, or the dense way, is timed at the first call for each shape (so call once before capturing a CUDA graph).
+A token at a time, a matmul waits for its weights: 16 bits each dense, here 8 + 1, so at most 1.78 times as fast; int8
+and int4 values read 5.125 and 3.125 bits (3.1 and 5.1 times). For one row of x no W is built: W x = sum v0 x[i0] +
+v1 x[i1]. For more rows W is put together in registers as the left operand of the tensor cores; K is split where N alone
+can't fill the GPU. Where many rows make arithmetic the limit, W is decompressed for the dense matmul. Which tile, or
+the dense way, is timed at the first call for each shape (so call once before capturing a CUDA graph). No GPU has run
+this yet: the kernel is checked in Triton's interpreter and compiled for sm_80 and sm_90, no more.
 
-What is known. The kernel is checked in Triton's interpreter (fp16, fp32) and compiles for sm_90; no GPU has run it
-yet, so no speed is confirmed. Decoding by nested interleaves was taken because it compiles to the fewest sm_90
-instructions, 42 per group, against 72 for a comparison with arange(4) and 80 for loading each group's word four times
-(32 x 128 tile of W, 16 rows of x). At one row of x the count is 20 for bf16 values, 22 to 30 for int8 and 24 to 27 for
-int4: instructions rather than bytes may limit the last two.
-
-    python sparse_matmul.py                   # check, then time (speeds need a GPU; no network)
-    python sparse_matmul.py --device cuda:1
-
-    model = GPT.from_pretrained("out/a-2:4-model", device="cuda")     # then, for a folder of about 0.57 of the size:
-    save_compressed(model, "out/small")
+    python sparse_matmul.py                                            # check the kernel and, on a GPU, measure it
+    python sparse_matmul.py --model out/llama2-7b-wanda-dsnot-2of4 --bits 8 --out out/small
 
 Letters: M rows of x, N rows of W (outputs), K columns (inputs), G = K/4 groups; BM, BN, BG the sizes of a tile.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
-import time
+import random
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,10 +44,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data.command import InputError, parser, record, run, start, write_atomically
+from data.command import InputError, parser, record, run, start
+from data.hub import model_folder
+from gpt import Block, Checkpoint, CheckpointWriter, prunable, slorb
 
-INTERPRET = __name__ == "__main__" and not torch.cuda.is_available()
-if INTERPRET:
+if __name__ == "__main__" and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
 try:
     import triton
@@ -89,9 +81,9 @@ class Sparse24:
 KEEP = torch.tensor([sorted(sorted(range(4), key=lambda p: not code >> p & 1)[:2]) for code in range(16)])
 
 
-def is_24(W):
-    """Whether no group of W [N, K] has more than two non-zeros."""
-    return W.shape[1] % 4 == 0 and bool(((W.reshape(W.shape[0], -1, 4) != 0).sum(-1) <= 2).all())
+def crowded(W):
+    """Which groups of W [N, K] hold more than two non-zeros: bool [N, K/4]."""
+    return (W.reshape(len(W), -1, 4) != 0).sum(-1) > 2
 
 
 def compress(W: torch.Tensor, bits: int | None = None) -> Sparse24:
@@ -102,14 +94,11 @@ def compress(W: torch.Tensor, bits: int | None = None) -> Sparse24:
         raise InputError(f"a {W.dtype} weight with {K} columns can't be stored as 2:4: the columns must be a multiple "
                          "of 16, the dtype float16, bfloat16 or float32")
     groups = W.detach().reshape(N, K // 4, 4)
-    kept = groups != 0
-    crowded = kept.sum(-1) > 2
-    if crowded.any():
-        row, g = crowded.nonzero()[0].tolist()
-        raise InputError(f"the weight is not 2:4: row {row}, columns {4 * g} to {4 * g + 3} hold "
-                         f"{groups[row, g].tolist()}")
-    code = (kept * torch.tensor([1, 2, 4, 8], device=W.device)).sum(-1)  # [N, K/4]
-    place = KEEP.to(W.device)[code]  # [N, K/4, 2]
+    if (wrong := crowded(W)).any():
+        row, g = wrong.nonzero()[0].tolist()
+        held = groups[row, g].tolist()
+        raise InputError(f"the weight is not 2:4: row {row}, columns {4 * g} to {4 * g + 3} hold {held}")
+    place = KEEP.to(W.device)[((groups != 0) * torch.tensor([1, 2, 4, 8], device=W.device)).sum(-1)]  # [N, K/4, 2]
     nibble = (place[..., 0] | place[..., 1] << 2).view(N, K // 16, 4)
     meta = (nibble << torch.arange(0, 16, 4, device=W.device)).sum(-1).to(torch.int16)  # from 32768 on it wraps
     values = groups.gather(-1, place).view(N, K // 2)
@@ -142,26 +131,19 @@ def decompress(w: Sparse24) -> torch.Tensor:
 # ----------------------------------------------------------------------------------------------------------- the kernel
 
 @jit
-def load(pairs, meta, rows, groups, G):
-    """A tile [rows, groups] of the weight: each group's two values as one integer, its nibble in the low four bits."""
+def load(pairs, meta, rows, groups, G, BITS: tl.constexpr, dtype: tl.constexpr, out: tl.constexpr):
+    """A tile [rows, groups] of a weight of `dtype`: v0 and v1 as dtype `out`, and the nibbles in the low four bits."""
     inside = (groups < G)[None, :]
     pair = tl.load(pairs + rows[:, None] * G + groups[None, :], mask=inside, other=0)
     word = tl.load(meta + rows[:, None] * (G // 4) + (groups // 4)[None, :], mask=inside, other=0)
-    return pair, word.to(tl.int32) >> (groups % 4 * 4)[None, :]
-
-
-@jit
-def value(pair, WHICH: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr, out: tl.constexpr):
-    """v0 (WHICH = 0) or v1 (WHICH = 1) of each pair, as dtype `out`; `dtype` is that of the weight."""
-    if BITS < 16:
-        v = ((pair.to(tl.int32) << (32 - BITS - BITS * WHICH)) >> (32 - BITS)).to(out)  # sign-extended
-    elif BITS == 32:
-        v = (pair >> (32 * WHICH)).to(tl.int32).to(dtype, bitcast=True).to(out)
-    elif dtype == tl.bfloat16 and out == tl.float32:  # a bfloat16 is the upper half of a float32
-        v = ((pair >> (16 * WHICH)) << 16).to(tl.float32, bitcast=True)
+    if BITS < 16:  # sign-extended
+        v0 = (pair.to(tl.int32) << (32 - BITS)) >> (32 - BITS)
+        v1 = (pair.to(tl.int32) << (32 - 2 * BITS)) >> (32 - BITS)
     else:
-        v = (pair >> (16 * WHICH)).to(tl.int16).to(dtype, bitcast=True).to(out)
-    return v
+        half: tl.constexpr = tl.int16 if BITS == 16 else tl.int32
+        v0 = pair.to(half).to(dtype, bitcast=True)
+        v1 = (pair >> BITS).to(half).to(dtype, bitcast=True)
+    return v0.to(out), v1.to(out), word.to(tl.int32) >> (groups % 4 * 4)[None, :]
 
 
 @jit
@@ -185,24 +167,24 @@ def matmul_kernel(x, pairs, meta, scale, y, M, N, G, stride_m, stride_k, BITS: t
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     acc = tl.zeros([BN, BG // 4 if BM == 1 else BM], tl.float32)
     for first in tl.range(tl.program_id(2) * BG, G, SPLIT * BG, num_stages=STAGES):
-        pair, nibble = load(pairs, meta, rows, first + tl.arange(0, BG), G)
         k = first * 4 + tl.arange(0, BG * 4)
         if BM == 1:
+            v0, v1, nibble = load(pairs, meta, rows, first + tl.arange(0, BG), G, BITS, dtype, tl.float32)
             columns = tl.load(x + k * stride_k, mask=k < 4 * G, other=0).to(tl.float32)
             even, odd = tl.split(tl.reshape(columns, [BG, 2, 2]))
             x0, x2 = tl.split(even)
             x1, x3 = tl.split(odd)
             at_i0 = tl.where((nibble & 2) != 0, x2[None, :], tl.where((nibble & 1) != 0, x1[None, :], x0[None, :]))
             at_i1 = tl.where((nibble & 8) != 0, tl.where((nibble & 4) != 0, x3[None, :], x2[None, :]), x1[None, :])
-            part = value(pair, 0, BITS, dtype, tl.float32) * at_i0 + value(pair, 1, BITS, dtype, tl.float32) * at_i1
-            part = tl.sum(tl.reshape(part, [BN, BG // 4, 4]), 2)
+            part = tl.sum(tl.reshape(v0 * at_i0 + v1 * at_i1, [BN, BG // 4, 4]), 2)
             if BITS < 16:  # 32 groups, 8 words of meta, share a scale
                 word = first // 4 + tl.arange(0, BG // 4)
                 part *= tl.load(scale + rows[:, None] * tl.cdiv(G, 32) + (word // 8)[None, :],
                                 mask=(word < G // 4)[None, :], other=0).to(tl.float32)
             acc += part
         else:
-            W = spread(value(pair, 0, BITS, dtype, dtype), value(pair, 1, BITS, dtype, dtype), nibble)  # [BN, 4 BG]
+            v0, v1, nibble = load(pairs, meta, rows, first + tl.arange(0, BG), G, BITS, dtype, dtype)
+            W = spread(v0, v1, nibble)  # [BN, 4 BG]
             xT = tl.load(x + m[None, :] * stride_m + k[:, None] * stride_k,
                          mask=(m < M)[None, :] & (k < 4 * G)[:, None], other=0)  # [4 BG, BM]
             if BITS < 16:  # integers are exact in every dtype; the scale comes after the sum
@@ -224,40 +206,38 @@ def dense_kernel(pairs, meta, scale, W, N, G, BITS: tl.constexpr, BN: tl.constex
     dtype: tl.constexpr = W.dtype.element_ty
     n, first = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1) * BG
     rows = tl.minimum(n, N - 1).to(tl.int64)
-    pair, nibble = load(pairs, meta, rows, first + tl.arange(0, BG), G)
+    v0, v1, nibble = load(pairs, meta, rows, first + tl.arange(0, BG), G, BITS, dtype, tl.float32)
     if BITS < 16:
         s = tl.load(scale + rows * tl.cdiv(G, 32) + first // 32).to(tl.float32)[:, None]
-        v0 = (value(pair, 0, BITS, dtype, tl.float32) * s).to(dtype)
-        v1 = (value(pair, 1, BITS, dtype, tl.float32) * s).to(dtype)
-    else:
-        v0, v1 = value(pair, 0, BITS, dtype, dtype), value(pair, 1, BITS, dtype, dtype)
+        v0, v1 = v0 * s, v1 * s
     k = first * 4 + tl.arange(0, BG * 4)
-    mask = (n < N)[:, None] & (k < 4 * G)[None, :]
-    tl.store(W + rows[:, None] * (4 * G) + k[None, :], spread(v0, v1, nibble), mask=mask)
+    tl.store(W + rows[:, None] * (4 * G) + k[None, :], spread(v0.to(dtype), v1.to(dtype), nibble),
+             mask=(n < N)[:, None] & (k < 4 * G)[None, :])
 
 
 # ---------------------------------------------------------------------------------------------------------- the wrapper
 
 PAIR = {4: torch.int8, 8: torch.int16, 16: torch.int32, 32: torch.int64}  # two values of so many bits as one integer
 # tiles to try: BN, BG, parts of K, warps, stages
-ONE_ROW = [(16, 128, 1, 4, 1), (16, 128, 4, 4, 1), (32, 128, 1, 4, 1), (8, 256, 1, 4, 1), (16, 128, 1, 4, 3),
-           (16, 128, 4, 4, 3)]
-MORE_ROWS = [(64, 32, 1, 4, 3), (64, 32, 4, 4, 3), (32, 32, 1, 2, 4), (32, 32, 4, 2, 4), (128, 32, 1, 8, 3),
-             (128, 32, 2, 8, 3)]
+ONE_ROW = [(16, 128, 1, 4, 1), (16, 128, 4, 4, 1), (32, 128, 1, 4, 1), (16, 128, 4, 4, 3)]
+MORE_ROWS = [(64, 32, 1, 4, 3), (64, 32, 4, 4, 3), (32, 32, 4, 2, 3), (128, 32, 1, 8, 3)]
 MOST_ROWS = 1024  # of x that are tried with the kernel; the dense way should win from about 200 on
-fastest = {}  # what to measure once: (shape, bits, dtype, device, rows of x rounded up) -> tile, or None for dense
+fastest = {}  # (shape, bits, dtype, device, rows of x rounded up) -> tile, or None for the dense way; measured once
+
+
+def parts(w):
+    """What the kernels read of w: pairs, meta, scale (any pointer where there is none)."""
+    return w.values.view(PAIR[w.bits]), w.meta, w.meta if w.scale is None else w.scale
 
 
 def matmul(x, w, tile):
     """x [M, K] @ W.T -> [M, N] with the kernel and tile (BN, BG, parts of K, warps, stages)."""
     BN, BG, split, warps, stages = tile
     (M, K), N = x.shape, w.shape[0]
-    BM = 1 if M == 1 else min(128, max(16, triton.next_power_of_2(M)))
-    scale = w.meta if w.scale is None else w.scale  # not read without quantization
+    BM = 1 if M == 1 else min(64, max(16, triton.next_power_of_2(M)))  # at 128 registers spill
     y = torch.empty(split, M, N, device=x.device, dtype=x.dtype if split == 1 else torch.float32)
     matmul_kernel[triton.cdiv(N, BN), triton.cdiv(M, BM), split](
-        x, w.values.view(PAIR[w.bits]), w.meta, scale, y, M, N, K // 4, *x.stride(),
-        BITS=w.bits, BM=BM, BN=BN, BG=BG, SPLIT=split, STAGES=stages, num_warps=warps)
+        x, *parts(w), y, M, N, K // 4, *x.stride(), w.bits, BM, BN, BG, split, stages, num_warps=warps)
     return y[0] if split == 1 else y.sum(0).to(x.dtype)
 
 
@@ -265,9 +245,7 @@ def dense(w):
     """`decompress` by the kernel: one pass over the bytes."""
     N, K = w.shape
     W = torch.empty(N, K, device=w.meta.device, dtype=w.dtype)
-    scale = w.meta if w.scale is None else w.scale  # not read without quantization
-    dense_kernel[triton.cdiv(N, 32), triton.cdiv(K, 128)](
-        w.values.view(PAIR[w.bits]), w.meta, scale, W, N, K // 4, BITS=w.bits, BN=32, BG=32)
+    dense_kernel[triton.cdiv(N, 32), triton.cdiv(K, 128)](*parts(w), W, N, K // 4, BITS=w.bits, BN=32, BG=32)
     return W
 
 
@@ -287,8 +265,7 @@ def fastest_tile(x, w):
 
 
 def sparse_linear(x: torch.Tensor, w: Sparse24, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [..., K] @ W.T (+ bias) -> [..., N], in the dtype of both; without gradient. By the kernel on a GPU that has
-    Triton, else by decompressing."""
+    """x [..., K] @ W.T (+ bias) -> [..., N], without gradient; by the kernel on a GPU with Triton, else dense."""
     assert x.shape[-1] == w.shape[1] and x.dtype == w.dtype, (x.shape, x.dtype, w.shape, w.dtype)
     if triton is None or not x.is_cuda:
         return F.linear(x, decompress(w), bias)
@@ -296,214 +273,127 @@ def sparse_linear(x: torch.Tensor, w: Sparse24, bias: torch.Tensor | None = None
         flat = x.reshape(-1, x.shape[-1])
         tile = fastest_tile(flat, w)
         y = F.linear(flat, dense(w)) if tile is None else matmul(flat, w, tile)
-    y = y.view(*x.shape[:-1], w.shape[0])
-    return y if bias is None else y + bias
+    return (y if bias is None else y + bias).view(*x.shape[:-1], w.shape[0])
 
 
 # -------------------------------------------------------------------------------------------------------- a model on it
 
 class SparseLinear24(nn.Module):
-    """nn.Linear with a compressed weight. Its buffers values, meta and scale are what a compressed folder stores."""
+    """An nn.Linear or SlorbLinear with a compressed weight; what it holds is what a compressed folder stores."""
 
-    def __init__(self, w: Sparse24, bias=None):
+    def __init__(self, w, linear):
         super().__init__()
         self.shape = w.shape
         for name in ("values", "meta", "scale"):
             self.register_buffer(name, getattr(w, name))
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-
-    @classmethod
-    def from_linear(cls, linear, bits=None):
-        return cls(compress(linear.weight, bits), None if linear.bias is None else linear.bias.detach())
+        for name in ("bias", "slorb_S", "slorb_X"):
+            self.register_parameter(name, getattr(linear, name, None))
 
     def forward(self, x):
-        return sparse_linear(x, Sparse24(self.values, self.meta, self.shape, self.scale), self.bias)
+        y = sparse_linear(x, Sparse24(self.values, self.meta, self.shape, self.scale), self.bias)
+        return y if self.slorb_S is None else y + slorb(x, self.slorb_S, self.slorb_X)
 
 
-def prunable(module):
-    """The linear layers of a model or a block, {name: layer}, without the output head."""
-    return {name: layer for name, layer in module.named_modules() if type(layer) is nn.Linear and name != "lm_head"}
-
-
-def sparsify_model(module: nn.Module, bits: int | None = None) -> int:
-    """Replace, in a model or a block, every linear layer that is 2:4 (K a multiple of 16) by its compressed form.
-    Returns how many they were; what is not 2:4 stays dense."""
-    found = 0
-    for name, layer in prunable(module).items():
-        if layer.in_features % 16 == 0 and is_24(layer.weight):
-            module.set_submodule(name, SparseLinear24.from_linear(layer, bits))
-            found += 1
-    return found
+def sparsify(block: nn.Module, bits: int | None = None) -> int:
+    """Replace each prunable layer of a block that is 2:4, K a multiple of 16, by its compressed form; count them."""
+    found = {name: layer for name, layer in prunable(block).items()
+             if layer.in_features % 16 == 0 and not crowded(layer.weight).any()}
+    for name, layer in found.items():
+        block.set_submodule(name, SparseLinear24(compress(layer.weight, bits), layer))
+    return len(found)
 
 
 def expect_compressed(module: nn.Module, stored, prefix: str = ""):
-    """Prepare a module on the meta device for a checkpoint; stored(name) is the shape of that tensor, or None.
-    Where `prefix` + X.values is stored, layer X becomes an empty SparseLinear24 of that kind."""
+    """Prepare a module on the meta device for a checkpoint; stored(name) is the dtype of that tensor, or None. Where
+    `prefix` + X.values is stored, layer X becomes an empty SparseLinear24 of that kind."""
     for name, layer in prunable(module).items():
-        N, K = layer.weight.shape
-        shape = stored(f"{prefix}{name}.values")
-        if shape is None or K % 16:
-            continue
-        quantized = stored(f"{prefix}{name}.scale") is not None
-        four = quantized and tuple(shape) == (N, K // 4)
-        dtype = torch.uint8 if four else torch.int8 if quantized else layer.weight.dtype
-        w = Sparse24(torch.empty(N, K // 4 if four else K // 2, dtype=dtype, device="meta"),
-                     torch.empty(N, K // 16, dtype=torch.int16, device="meta"), (N, K),
-                     torch.empty(N, -(-K // 128), device="meta") if quantized else None)
-        module.set_submodule(name, SparseLinear24(w, layer.bias))
+        if (dtype := stored(f"{prefix}{name}.values")) is not None:
+            N, K = layer.weight.shape
+            scaled = dtype in (torch.int8, torch.uint8)
+            w = Sparse24(torch.empty(N, K // (4 if dtype == torch.uint8 else 2), dtype=dtype, device="meta"),
+                         torch.empty(N, K // 16, dtype=torch.int16, device="meta"), (N, K),
+                         torch.empty(N, -(-K // 128), device="meta") if scaled else None)
+            module.set_submodule(name, SparseLinear24(w, layer))
 
 
-def save_compressed(model, dir, bits: int | None = None):
-    """Compress the 2:4 layers of a `gpt.GPT` in place and write it as a folder, which `GPT.from_pretrained` reads.
-    Raises InputError if no layer is 2:4."""
-    sparsify_model(model, bits)
-    if not any(isinstance(layer, SparseLinear24) for layer in model.modules()):
-        raise InputError("no linear layer of the model is 2:4, nothing to compress; prune it with a 2:4 pattern first")
-    model.save_pretrained(dir)
+def save_compressed(model: str, folder, bits: int | None = None) -> dict:
+    """Write a checkpoint (a preset, a Hub id or a folder) again as `folder` with its 2:4 layers compressed, a block at
+    a time. Returns {layers: how many, before, after: bytes on disk}. Raises InputError if no layer is 2:4."""
+    source, found = Checkpoint(model_folder(model)), 0
+    if any(name.endswith(".values") for name in source.files):
+        raise InputError(f"{model} is compressed already")
+    count = source.config.num_hidden_layers
+    with CheckpointWriter(folder, source.config.raw, source.folder) as out:
+        for i in range(count):
+            with torch.device("meta"):
+                block = Block(source.config, i)
+            tensors = {name: source.tensor(f"model.layers.{i}.{name}").contiguous() for name in block.state_dict()}
+            block.load_state_dict(tensors, assign=True)  # in the dtypes that they have on disk
+            found += sparsify(block, bits)
+            if source.family.conv1d and len({type(getattr(block.self_attn, f"{x}_proj")) for x in "qkv"}) > 1:
+                raise InputError(f"{model}: q, k and v of block {i} share a tensor, but not all of them are 2:4")
+            out.write(f"model-{i + 1:05d}-of-{count + 1:05d}.safetensors",
+                      {f"model.layers.{i}.{name}": value for name, value in block.state_dict().items()})
+        if not found:
+            raise InputError(f"{model}: no linear layer of the blocks is 2:4; prune it with a 2:4 pattern first")
+        rest = {name: source.tensor(name) for name in source.files if not name.startswith("model.layers.")}
+        out.write(f"model-{count + 1:05d}-of-{count + 1:05d}.safetensors", rest)
+    before, after = (sum(file.stat().st_size for file in set(c.files.values())) for c in (source, Checkpoint(folder)))
+    return {"layers": found, "before": before, "after": after}
 
 
-# -------------------------------------------------------------------------------------------------- check and benchmark
+# ---------------------------------------------------------------------------------------------- check and the command
 
-SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008), (8192, 8192), (28672, 8192), (8192, 28672)]  # LLaMA2's
-ROWS = [2 ** i for i in range(13)]
-KINDS = {"2:4": None, "2:4 int8": 8, "2:4 int4": 4}
+KINDS = {"2:4": None, "2:4 int8": 8, "2:4 int4": 4}  # values of so many bits
 
 
-def random_24(N, K, dtype, device):
-    """Normal weights of which every group loses the two smallest."""
-    W = torch.randn(N, K, device=device).view(N, -1, 4)
-    return W.scatter(-1, W.abs().topk(2, dim=-1, largest=False).indices, 0.0).view(N, K).to(dtype)
+def prune_24(W):
+    """W [N, K] without the two smallest weights of every group."""
+    groups = W.view(len(W), -1, 4)
+    return groups.scatter(-1, groups.abs().topk(2, dim=-1, largest=False).indices, 0.0).view_as(W)
 
 
-def check(device, dtypes, N, K, rows):
-    """Every tile, dtype and kind of values against float64, within one rounding to the dtype and a float32 sum."""
-    cases = [(dtype, kind, M) for dtype in dtypes for kind in KINDS for M in rows]
-    for dtype, kind, M in cases:
-        W = random_24(N, K, dtype, device)
-        w = compress(W, KINDS[kind])
-        assert KINDS[kind] or torch.equal(decompress(w), W), (dtype, N, K)
-        assert torch.equal(dense(w), decompress(w)), (kind, dtype, N, K)
-        x = torch.randn(M, K + 8, device=device).to(dtype)[:, :K]  # its rows are not contiguous
-        exact = Sparse24(w.values, w.meta, w.shape, None if w.scale is None else w.scale.double())
-        W = decompress(exact).double()  # quantized values times scale, not rounded
-        y, size = x.double() @ W.T, x.double().abs() @ W.abs().T
+def check(device, dtypes, largest, rows):
+    """Every tile, dtype, kind of values; random shapes and strides; against float64: one rounding, a float32 sum."""
+    for dtype, bits, M in itertools.product(dtypes, KINDS.values(), rows):
+        N, K, step = random.randint(1, largest[0]), 16 * random.randint(1, largest[1] // 16), random.randint(1, 2)
+        w = compress(prune_24(torch.randn(N, K, device=device)).to(dtype), bits)
+        assert torch.equal(dense(w), decompress(w)), (dtype, bits, N, K)
+        x = torch.randn(M, step * K + 8, device=device).to(dtype)[:, :step * K:step]
+        W = decompress(Sparse24(w.values, w.meta, w.shape, w.scale if bits is None else w.scale.double())).double()
+        y, size = x.double() @ W.T, x.double().abs() @ W.abs().T  # of value times scale, not rounded
         for tile in ONE_ROW if M == 1 else MORE_ROWS:
-            error = (matmul(x, w, tile).double() - y).abs() / (torch.finfo(dtype).eps * y.abs() + 2e-6 * size)
-            assert error.max() <= 1, f"{kind} {dtype} M={M} {N}x{K} tile {tile}: {error.max():.2f} times the rounding"
-    return len(cases)
-
-
-def capture(call, weights):
-    """A CUDA graph of calls that go round the weights, and the number of calls."""
-    for w in weights:
-        call(w)  # compiles, tunes, allocates
-    torch.cuda.synchronize()
-    graph, calls = torch.cuda.CUDAGraph(), 2 * max(4, len(weights))
-    with torch.cuda.graph(graph):
-        for i in range(calls):
-            call(weights[i % len(weights)])
-    return graph, calls
-
-
-def microseconds(contestants, repeats=7):
-    """{name: (graph, calls)} -> {name: median time of a call}; the contestants take turns."""
-    times = {name: [] for name in contestants}
-    for name, (graph, calls) in repeats * list(contestants.items()):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times[name].append(begin.elapsed_time(end) * 1000 / calls)
-    return {name: sorted(t)[len(t) // 2] for name, t in times.items()}
-
-
-def benchmark(device, dtype=torch.bfloat16):
-    """Time every shape and number of rows against the fastest dense matmul that torch has. Weights go round so many
-    copies that no cache holds them."""
-    big = torch.empty(2 ** 30, dtype=torch.uint8, device=device)
-    us = microseconds({"copy": capture(big.clone().copy_, [big])})
-    bandwidth = 2 * big.numel() / us["copy"]  # bytes per microsecond
-    print(f"{torch.cuda.get_device_name()}, {dtype}, a copy moves {bandwidth / 1e6:.2f} TB/s\n"
-          "microseconds, times as fast as dense, share of that bandwidth\n"
-          f"{'N x K':>13} {'M':>4} {'dense':>9}" + "".join(f"{kind:>22}" for kind in KINDS) + "  torch's 2:4")
-    table = []
-    for N, K in SHAPES:
-        W = random_24(N, K, dtype, device)
-        weights = {"dense": [W.clone() for _ in range(1 + 300_000_000 // W.nbytes)]}
-        size = {}
-        for kind, bits in KINDS.items():
-            w = compress(W, bits)
-            size[kind] = sum(t.nbytes for t in (w.values, w.meta, w.scale) if t is not None)
-            weights[kind] = [Sparse24(w.values.clone(), w.meta.clone(), w.shape, w.scale)
-                             for _ in range(1 + 300_000_000 // size[kind])]
-        for M in ROWS:
-            x = torch.randn(M, K, device=device, dtype=dtype)
-            graphs, refused = {kind: capture(lambda w: sparse_linear(x, w), weights[kind]) for kind in KINDS}, None
-            for library in ("cublaslt", "cublas", "default"):
-                torch.backends.cuda.preferred_blas_library(library)
-                graphs[library] = capture(lambda W: F.linear(x, W), weights["dense"])
-            try:
-                graphs["torch"] = capture(lambda W: F.linear(x, W), [torch.sparse.to_sparse_semi_structured(W)])
-            except (RuntimeError, AttributeError) as e:  # not for this GPU, shape or torch: a dash in the table
-                refused = str(e)
-            us = microseconds(graphs)
-            us["dense"] = min(us.pop(library) for library in ("cublaslt", "cublas", "default"))
-            line = {"N": N, "K": K, "M": M, "us": us, "torch_refused": refused,
-                    "speedup": {name: us["dense"] / us[name] for name in us},
-                    "of_bandwidth": {kind: size[kind] / bandwidth / us[kind] for kind in KINDS}}
-            table.append(line)
-            cells = [f"{us[kind]:>9.1f} {us['dense'] / us[kind]:>5.2f}x {line['of_bandwidth'][kind]:>4.0%} "
-                     for kind in KINDS]
-            cells.append(f"{us['dense'] / us['torch']:>7.2f}x" if "torch" in us else f"{'-':>8}")
-            print(f"{N:>6} x{K:>5} {M:>4} {us['dense']:>9.1f}", *cells, sep="", flush=True)
-    return {"bandwidth_bytes_per_s": bandwidth * 1e6, "dtype": str(dtype), "table": table}
-
-
-def draw(table, path):
-    """Speed-up over M, a panel per kind of values, a line per shape, dashed the ceiling."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    grey = "#808080"  # readable on white and on black
-    inks = ["text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"]
-    plt.rcParams.update(dict.fromkeys(inks, grey))
-    figure, axes = plt.subplots(1, len(KINDS), figsize=(12, 3.6), layout="constrained")
-    for axis, (kind, bits) in zip(axes, KINDS.items()):
-        for N, K in SHAPES:
-            lines = [line for line in table if (line["N"], line["K"]) == (N, K)]
-            axis.plot([line["M"] for line in lines], [line["speedup"][kind] for line in lines], label=f"{N} x {K}")
-        axis.axhline(16 / (bits / 2 + 1.125 if bits else 9), color=grey, linestyle="--")  # by the bits of a weight
-        axis.axhline(1, color=grey, linewidth=0.5)
-        axis.set(title=kind, xlabel="rows of x", ylabel="times as fast as dense", ylim=(0, None))
-        axis.set_xscale("log", base=2)
-    axes[-1].legend(frameon=False, fontsize=7)
-    write_atomically(path, lambda file: figure.savefig(file, format="svg", transparent=True))
+            error = (matmul(x, w, tile).double() - y).abs()
+            assert (error <= torch.finfo(dtype).eps * y.abs() + 2e-6 * size).all(), (dtype, bits, M, N, K, tile)
 
 
 def main():
-    args = parser(__doc__).parse_args()
+    p = parser(__doc__)
+    p.add_argument("--model", help="write this 2:4 model (a preset, a Hub id or a folder) again, compressed")
+    p.add_argument("--out", help="the compressed folder (default: out/MODEL-small)")
+    p.add_argument("--bits", type=int, choices=[8, 4], help="quantize the values (default: they stay as they are)")
+    args = p.parse_args()
     start(args)
-    gpu = torch.device(args.device).type == "cuda"
-    if triton is None or not (gpu or INTERPRET):
+    if args.model:
+        out = args.out or f"out/{Path(args.model).name}-small"
+        saved = save_compressed(args.model, out, args.bits)
+        print("saved {}: {layers} layers compressed, {before:,} -> {after:,} bytes on disk".format(out, **saved))
+        return record(args, saved)
+    if args.out or args.bits:
+        raise InputError("--out and --bits tell how to compress a model: they need --model")
+    gpu = args.device.startswith("cuda")
+    if triton is None or not (gpu or os.environ.get("TRITON_INTERPRET")):
         raise InputError(f"--device {args.device}: the kernel needs Triton, and runs on a CPU only without a GPU")
-    begin = time.perf_counter()
-    if gpu:
-        torch.cuda.set_device(args.device)
-        cases = check(args.device, [torch.float16, torch.bfloat16], 200, 4112, [1, 2, 33, 130])
-    else:
-        cases = check("cpu", [torch.float16, torch.float32], 24, 144, [1, 17])
-    print(f"{cases} cases agree with float64, with every tile ({time.perf_counter() - begin:.0f} s)", flush=True)
     if not gpu:
-        print("This was Triton's interpreter: speeds need a GPU.")
-        return record(args, {"cases": cases})
-    here = Path(__file__).parent
-    args.json = args.json or str(here / "results" / "sparse_matmul.json")
-    results = {"cases": cases} | benchmark(args.device)
-    record(args, results)
-    (here / "assets").mkdir(exist_ok=True)
-    draw(results["table"], here / "assets" / "sparse_matmul.svg")
-    print(f"{args.json} and assets/sparse_matmul.svg are written; {time.perf_counter() - begin:.0f} s in all")
+        check("cpu", [torch.float16, torch.float32], (40, 600), [1, 17, 130])
+        print("The kernel agrees with float64 in Triton's interpreter; speeds need a GPU.")
+        return record(args, {"agrees": True})
+    with torch.cuda.device(args.device):
+        check(args.device, [torch.float16, torch.bfloat16], (600, 4800), [1, 5, 40, 4096])
+        print("The kernel agrees with float64.", flush=True)
+        sys.path.append(str(Path(__file__).parent / "tests"))
+        from bench_sparse_matmul import measure  # a file of its own, so that this one stays short
+        record(args, measure(args.device))
 
 
 if __name__ == "__main__":

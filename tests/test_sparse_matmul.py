@@ -5,22 +5,17 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
+from conftest import ROOT
+from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import sparse_matmul  # noqa: E402
-from data.command import InputError  # noqa: E402
-from gpt import GPT, Config  # noqa: E402
-from sparse_matmul import (Sparse24, SparseLinear24, compress, decompress, expect_compressed, random_24,  # noqa: E402
-                           save_compressed, sparse_linear, sparsify_model)
+import sparse_matmul
+from data.command import InputError
+from gpt import GPT, Config, prunable
+from sparse_matmul import compress, decompress, prune_24, save_compressed, sparse_linear
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 BYTES = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
@@ -30,7 +25,7 @@ BYTES = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32:
 def test_decompression_is_exact(dtype):
     """Catches a lost, moved or rounded value: groups with two, one, no non-zero; all places; rows that are views."""
     torch.manual_seed(0)
-    W = random_24(33, 144, dtype, "cpu")
+    W = prune_24(torch.randn(33, 144)).to(dtype)
     W[torch.rand(W.shape) < 0.3] = 0
     w = compress(W)
     assert w.values.shape == (33, 72) and w.meta.shape == (33, 9) and w.meta.dtype == torch.int16
@@ -58,7 +53,7 @@ def test_bytes_are_as_documented():
 def test_quantization_rounds_to_nearest(bits, top):
     """Catches a scale shared by the wrong 128 columns, lopsided rounding, and zeros that stop being zero."""
     torch.manual_seed(0)
-    W = random_24(9, 272, torch.float32, "cpu") * torch.logspace(-3, 3, 272)  # each stretch has a size of its own
+    W = prune_24(torch.randn(9, 272)) * torch.logspace(-3, 3, 272)  # each stretch has a size of its own
     got = decompress(compress(W, bits))
     for first in range(0, 272, 128):
         part, error = W[:, first:first + 128], (got - W)[:, first:first + 128].abs()
@@ -80,117 +75,172 @@ def test_what_cannot_be_stored_is_named(W, message):
 def test_reference_is_linear(dtype):
     """Catches a transposed weight, lost leading dimensions, a forgotten bias, in the path that CPUs take."""
     torch.manual_seed(0)
-    W, x, bias = random_24(40, 64, dtype, "cpu"), torch.randn(2, 3, 64).to(dtype), torch.randn(40).to(dtype)
+    W, x, bias = prune_24(torch.randn(40, 64)).to(dtype), torch.randn(2, 3, 64).to(dtype), torch.randn(40).to(dtype)
     assert torch.equal(sparse_linear(x, compress(W), bias), F.linear(x, W, bias))
 
 
 def run(*arguments, **environment):
     """Run Python in the repository's folder."""
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300,
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=900,
                           env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
-
-
-def interpret(*arguments):
-    """Run Python with Triton's interpreter; skip where it can't work at all."""
-    pytest.importorskip("triton")
-    done = run(*arguments, TRITON_INTERPRET="1")
-    if "only 0-dimensional arrays" in done.stderr:
-        pytest.skip("the interpreter of this Triton (3.6, say) needs a NumPy before 2.4")
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def kernel_against_float64():
-    """Odd N, M and strides, K below one tile, with and without split, by a loop over groups in float64."""
-    torch.manual_seed(1)
-    for N, K, M, dtype, bits, tile in [
-            (33, 16, 1, torch.float16, None, (16, 128, 1, 4, 1)), (33, 400, 1, torch.float32, 8, (16, 32, 2, 4, 1)),
-            (7, 272, 1, torch.float16, 4, (8, 32, 1, 4, 3)), (33, 16, 3, torch.float32, None, (32, 32, 2, 4, 1)),
-            (65, 400, 18, torch.float16, None, (64, 32, 2, 4, 3)), (20, 272, 130, torch.float16, 4, (32, 32, 1, 4, 3)),
-            (20, 272, 5, torch.float32, 8, (32, 32, 2, 4, 3))]:
-        w = compress(random_24(N, K, dtype, "cpu"), bits)
-        assert torch.equal(sparse_matmul.dense(w), decompress(w)), (N, K, dtype, bits)
-        x = torch.randn(2 * K, M + 3).to(dtype)[::2, :M].T  # no stride is 1
-        W = decompress(Sparse24(w.values, w.meta, w.shape, None if bits is None else w.scale.double())).double()
-        exact = torch.stack([(x[:, 4 * g:4 * g + 4].double() @ W[:, 4 * g:4 * g + 4].T) for g in range(K // 4)]).sum(0)
-        y = sparse_matmul.matmul(x, w, tile)
-        assert y.dtype == dtype and y.shape == (M, N)
-        limit = torch.finfo(dtype).eps * exact.abs() + 2e-6 * (x.double().abs() @ W.abs().T)
-        assert ((y.double() - exact).abs() <= limit).all(), (N, K, M, dtype, bits, tile)
-
-
-def test_kernel_against_float64():
-    """Catches wrong decoding, masks, strides, split-K parts, scales, accumulation in less than float32."""
-    interpret(__file__)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the command measures for minutes")
 def test_the_command_checks_every_tile(tmp_path):
-    """Catches a tile that is wrong, and a command that can't do without a GPU or claims a speed there."""
-    assert "speeds need a GPU" in interpret("sparse_matmul.py", "--json", str(tmp_path / "check.json"))
-    assert set(json.loads((tmp_path / "check.json").read_text())["results"]) == {"cases"}
+    """Catches wrong decoding, masks, strides, parts of K, scales, accumulation in less than float32, in any tile; and a
+    command that claims a speed without a GPU."""
+    pytest.importorskip("triton")
+    done = run("sparse_matmul.py", "--json", str(tmp_path / "check.json"))
+    if "only 0-dimensional arrays" in done.stderr:
+        pytest.skip("the interpreter of this Triton (3.6, say) needs a NumPy before 2.4")
+    assert done.returncode == 0, done.stderr
+    assert "speeds need a GPU" in done.stdout
+    assert json.loads((tmp_path / "check.json").read_text())["results"] == {"agrees": True}
+
+
+def compiled(kernel, arch, dtype, bits, tile, BM):
+    """A kernel compiled for a GPU that need not be there, for rows whose length is a multiple of 64."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    BN, BG, split, warps, stages = tile
+    values = dict(BITS=bits, BM=BM, BN=BN, BG=BG, SPLIT=split, STAGES=stages, stride_k=1)
+    types = dict(x=f"*{dtype}", W=f"*{dtype}", y="*fp32", pairs={16: "*i32", 8: "*i16", 4: "*i8"}[bits], meta="*i16",
+                 scale=f"*{dtype}", M="i32", N="i32", G="i32", stride_m="i32")
+    names = kernel.arg_names
+    source = triton.compiler.ASTSource(
+        kernel, {name: types.get(name, "constexpr") for name in names}, {n: values[n] for n in names if n in values},
+        {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in types})
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+
+
+@pytest.mark.parametrize("arch,dtype,bits", [(90, "fp16", 16), (90, "bf16", 16), (90, "bf16", 8), (90, "bf16", 4),
+                                             (80, "bf16", 16), (80, "bf16", 4)])
+def test_kernels_compile(tmp_path, arch, dtype, bits):
+    """Catches what the interpreter does not see: types and layouts that Triton's compiler refuses, matmuls that miss
+    the tensor cores, registers that spill to the stack, more shared memory than a small GPU has."""
+    knobs = pytest.importorskip("triton").knobs
+    for kernel, tile, BM in [(sparse_matmul.matmul_kernel, sparse_matmul.ONE_ROW[1], 1),
+                             (sparse_matmul.matmul_kernel, sparse_matmul.MORE_ROWS[1], 16),
+                             (sparse_matmul.dense_kernel, (32, 32, 1, 4, 1), None)]:
+        built = compiled(kernel, arch, dtype, bits, tile, BM)
+        (tmp_path / "cubin").write_bytes(built.asm["cubin"])
+        usage = subprocess.run([knobs.nvidia.cuobjdump.path, "-res-usage", tmp_path / "cubin"], capture_output=True,
+                               text=True).stdout
+        assert "STACK:0" in usage and built.metadata.shared <= 99 * 1024, (tile, BM, usage, built.metadata)
+        if BM == 16:
+            assert ("wgmma" if arch == 90 else "mma.sync") in built.asm["ptx"]
+
+
+def test_the_benchmark(tmp_path):
+    """Catches what would fail on a GPU after minutes of measuring: a whole model's speed, the picture."""
+    from bench_sparse_matmul import KINDS, ROWS, SHAPES, decode, draw
+    small = Config(65, 32, 48, 1, 4, 2, 8, 1e-5, 10000.0, False)
+    assert all(decode("cpu", kind, small) > 0 for kind in ("dense", "2:4 int4"))
+    us = {"dense": 2.0} | dict.fromkeys(KINDS, 1.0)
+    draw([{"N": N, "K": K, "M": M, "us": us} for N, K in SHAPES for M in ROWS], tmp_path / "picture.svg")
+    assert "</svg>" in (tmp_path / "picture.svg").read_text()
 
 
 def test_without_triton():
     """Catches an import that a Mac can't do."""
     done = run("-c", "import sys; sys.modules['triton'] = None\nimport torch, sparse_matmul as s\n"
-               "w = s.compress(s.random_24(8, 16, torch.float32, 'cpu'))\n"
-               "print(s.sparse_linear(torch.ones(2, 16), w).shape)")
+               "w = s.compress(s.prune_24(torch.randn(8, 16)))\nprint(s.sparse_linear(torch.ones(2, 16), w).shape)")
     assert "[2, 8]" in done.stdout, done.stderr
 
 
-def small_model(prune=True):
+FAMILIES = {
+    "llama": dict(model_type="llama", vocab_size=65, hidden_size=32, intermediate_size=40, num_hidden_layers=2,
+                  num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5),
+    "opt": dict(model_type="opt", vocab_size=65, hidden_size=32, ffn_dim=40, num_hidden_layers=2, num_attention_heads=4,
+                activation_function="relu", do_layer_norm_before=False, max_position_embeddings=20,
+                word_embed_proj_dim=16),
+    "gpt2": dict(model_type="gpt2", vocab_size=65, n_embd=32, n_inner=40, n_layer=2, n_head=4, n_positions=20,
+                 activation_function="gelu_new", layer_norm_epsilon=1e-5)}
+FAMILIES["slorb"] = FAMILIES["llama"] | {"slorb_k": 8}
+
+
+def checkpoint(folder, raw, dtype=torch.float32, dense=("mlp.up_proj",)):
+    """A random model whose linear layers are all 2:4 but those named `dense` in block 1. Of them mlp.down_proj, with 40
+    columns, does not fit the format."""
     torch.manual_seed(0)
-    model = GPT(Config(65, 32, 48, 2, 4, 2, 8, 1e-5, 10000.0, False, raw=dict(
-        model_type="llama", vocab_size=65, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5))).eval()
-    for name, layer in sparse_matmul.prunable(model).items():
-        if prune and name != "model.layers.1.mlp.up_proj":
-            layer.weight.data = random_24(*layer.weight.shape, torch.float32, "cpu")
-    return model
+    model = GPT(Config.from_dict(raw))
+    for i, block in enumerate(model.model.layers):
+        for name, layer in prunable(block).items():
+            if (i, name) not in [(1, name) for name in dense]:
+                layer.weight.data = prune_24(layer.weight.data)
+    for name, parameter in model.named_parameters():
+        if "slorb" in name or name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+        if "project_" in name:  # 2:4, but in no block
+            parameter.data = prune_24(parameter.data)
+    model.to(dtype).save_pretrained(folder)
+
+
+def compressed_layers(model):
+    return {name for name, layer in model.named_modules() if hasattr(layer, "meta")}
 
 
 @torch.no_grad()
-def test_a_model_runs_on_it():
-    """Catches a layer that is missed, the head or a dense layer that is not, and logits that differ."""
-    model, ids = small_model(), torch.randint(65, (2, 7))
-    expected = model(ids)
-    assert sparsify_model(model) == 13
-    assert type(model.model.layers[1].mlp.up_proj) is nn.Linear and type(model.lm_head) is nn.Linear
-    assert torch.equal(model(ids), expected)
-    linear = nn.Linear(16, 8)
-    linear.weight.data = random_24(8, 16, torch.float32, "cpu")
-    assert torch.equal(SparseLinear24.from_linear(linear)(torch.ones(16)), linear(torch.ones(16)))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_run_on_it(tmp_path, family):
+    """Catches a layer that is missed; the head, a projection outside of the blocks or a dense layer that is not; the
+    boost of SLoRB lost; tensors that a family's names or layout mix up; other logits, loaded whole or block by block,
+    from a dense folder or a compressed one."""
+    checkpoint(tmp_path / "dense", FAMILIES[family])
+    ids = torch.randint(65, (2, 7))
+    expected = GPT.from_pretrained(tmp_path / "dense")(ids)
+    saved = save_compressed(tmp_path / "dense", tmp_path / "small")
+    names = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj"}
+    names |= {"mlp.gate_proj"} if family in ("llama", "slorb") else set()
+    wanted = {f"model.layers.{i}.{name}" for i in (0, 1) for name in names} - {"model.layers.1.mlp.up_proj"}
+    assert saved["layers"] == len(wanted) and saved["after"] < saved["before"]
+    for folder, sparse in ("dense", True), ("small", False), ("small", True):
+        model = GPT.from_pretrained(tmp_path / folder, sparse=sparse)
+        assert compressed_layers(model) == wanted
+        assert torch.equal(model(ids), expected)
+        assert torch.equal(GPT.from_pretrained(tmp_path / folder, sparse=sparse, stream=True)(ids), expected)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("bits,share", [(None, 9 / 16), (8, 5 / 16), (4, 3 / 16)])
 def test_compressed_folder(tmp_path, bits, share):
-    """Catches a file that is larger than promised, names that do not fit, and a model that comes back different."""
-    model, ids = small_model(), torch.randint(65, (2, 7))
-    model.model.layers[1].mlp.up_proj.weight.data = random_24(48, 32, torch.float32, "cpu")
-    model = model.to(torch.bfloat16)
-    dense_bytes = sum(layer.weight.nbytes for layer in sparse_matmul.prunable(model).values())
-    save_compressed(model, tmp_path / "small", bits)
-    with safe_open(tmp_path / "small" / "model.safetensors", framework="pt") as f:
-        tensors = {name: f.get_tensor(name) for name in f.keys()}
-    linear = [name for name in tensors if name.endswith((".values", ".meta", ".scale"))]
-    assert len(linear) == 14 * (2 if bits is None else 3) and not any("proj.weight" in name for name in tensors)
-    size = sum(tensors[name].nbytes for name in linear if not name.endswith(".scale"))
-    assert size == dense_bytes * share
-    with torch.device("meta"):
-        again = GPT(model.config)
-    expect_compressed(again, lambda name: tensors[name].shape if name in tensors else None)
-    again.load_state_dict(tensors, strict=True, assign=True)
-    assert torch.equal(again(ids), model(ids))
+    """Catches a folder that is larger than promised, in another dtype, or that comes back as another model."""
+    checkpoint(tmp_path / "dense", FAMILIES["llama"] | {"intermediate_size": 48}, torch.bfloat16, dense=())
+    model, ids = GPT.from_pretrained(tmp_path / "dense", dtype=torch.bfloat16), torch.randint(65, (2, 7))
+    layers = [layer for block in model.model.layers for layer in prunable(block).values()]
+    save_compressed(tmp_path / "dense", tmp_path / "small", bits)
+    tensors = {k: v for file in (tmp_path / "small").glob("*.safetensors") for k, v in load_file(file).items()}
+    size = sum(v.nbytes for k, v in tensors.items() if k.endswith((".values", ".meta")))
+    assert size == share * sum(layer.weight.nbytes for layer in layers)
+    assert not any("proj.weight" in name for name in tensors)
+    for layer in layers:
+        layer.weight.data = decompress(compress(layer.weight.data, bits))
+    assert torch.equal(GPT.from_pretrained(tmp_path / "small", dtype=torch.bfloat16)(ids), model(ids))
 
 
-def test_nothing_to_compress(tmp_path):
-    """Catches a dense model passed off as a compressed one."""
+def test_what_cannot_be_compressed(tmp_path):
+    """Catches a dense model passed off as a compressed one, a tensor of GPT-2 torn apart, a half-written folder."""
+    GPT(Config.from_dict(FAMILIES["llama"])).save_pretrained(tmp_path / "plain")
+    checkpoint(tmp_path / "mixed", FAMILIES["gpt2"], dense=["self_attn.v_proj"])
+    checkpoint(tmp_path / "good", FAMILIES["llama"])
+    save_compressed(tmp_path / "good", tmp_path / "small")
+    for folder, message in [("plain", "no linear layer"), ("small", "compressed already"),
+                            ("mixed", "q, k and v of block 1 share a tensor")]:
+        with pytest.raises(InputError, match=message):
+            save_compressed(tmp_path / folder, tmp_path / "new")
+    assert {path.name for path in tmp_path.iterdir()} == {"plain", "mixed", "good", "small"}
     with pytest.raises(InputError, match="no linear layer"):
-        save_compressed(small_model(prune=False), tmp_path / "small")
-    assert not list(tmp_path.iterdir())
+        GPT.from_pretrained(tmp_path / "plain", sparse=True)
+    assert run("sparse_matmul.py", "--bits", "8").returncode == 2
 
 
-if __name__ == "__main__":
-    kernel_against_float64()
+def test_readme_shows_the_results():
+    """Catches numbers in README that no result file holds."""
+    def results(name):
+        return json.loads((ROOT / "results" / f"sparse-{name}.json").read_text())["results"]
+
+    sizes = {kind: results(f"bytes-{kind}")["after"] for kind in ("bf16", "int8", "int4")}
+    sizes["dense"] = results("bytes-bf16")["before"]
+    for kind, size in sizes.items():
+        perplexity = results(f"tiny-{kind}")["rows"][0]["perplexity"]
+        assert f"{kind} | {perplexity:.2f} | {size / 1e6:.2f} |\n" in (ROOT / "README.md").read_text()
