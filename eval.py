@@ -14,7 +14,7 @@ log-likelihoods are float32 also where the model computes in bfloat16.
     python eval.py --model tiny
     python eval.py --model llama2-7b --data wikitext2 --seqlen 2048
     python eval.py --model out/llama2-7b-wanda-dsnot-70 --tasks --json results/tasks.json
-    python eval.py --compare results/dsnot-*.json --plot assets/dsnot.png
+    python eval.py --compare results/tiny/*.json --plot assets/dsnot.png
 
 Shapes: B batch, T tokens, C hidden size.
 """

@@ -3,7 +3,7 @@
 #     bash results/study.sh tiny                                     (about half an hour on two CPU cores)
 #     bash results/study.sh stories260K FOLDER TEXT_FILE             (another model, calibrated and measured on a text of yours)
 #     bash results/study.sh settings                                 (DSnoT's own settings, on the validation text of tiny)
-# then `python eval.py --compare results/dsnot-*.json --by-method --plot assets/dsnot.png` prints the tables and draws the figure.
+# then `python eval.py --compare results/tiny/*.json results/stories260K/*.json --by-method --plot assets/dsnot.png` prints the tables and draws the figure.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 name=$1
