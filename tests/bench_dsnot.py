@@ -1,4 +1,5 @@
-"""What a 4096 x 4096 layer costs: score + mask + DSnoT as a multiple of one torch.sort of the matrix, in one run.
+"""What a 4096 x 4096 layer costs, in one run: score + mask + DSnoT as a multiple of one torch.sort of the matrix, and exact
+swaps as a multiple of SparseGPT, with the squared error that each leaves.
 
     python tests/bench_dsnot.py --json results/bench_dsnot.json
 """
@@ -12,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from data.command import parser, record, run, start
-from dsnot import InputStats, dsnot_refine, keep_mask, magnitude_score, wanda_score
+from dsnot import InputStats, dsnot_refine, keep_mask, magnitude_score, relative_error, sparsegpt, swap_refine, wanda_score
 
 
 def seconds(work, device, repeats):
@@ -34,10 +35,11 @@ def main():
     args = p.parse_args()
     start(args)
     n, device = args.size, args.device
-    W, stats = torch.randn(n, n, device=device), InputStats(n, device)
-    scale = torch.rand(n, device=device) * 2
-    for _ in range(4):
-        stats.add((torch.randn(64, n, device=device) + 0.1) * scale)
+    W, stats = torch.randn(n, n, device=device), InputStats(n, device, gram=True)
+    scale, mix = torch.rand(n, device=device) * 2, torch.randn(n // 4, n, device=device) / (n // 4) ** 0.5
+    for _ in range(8):  # inputs of which a part moves together, as in a model
+        x = torch.randn(n // 4, n // 4, device=device) @ mix + 0.3 * torch.randn(n // 4, n, device=device)
+        stats.add((x + 0.1) * scale)
 
     def work(score, amount):
         scores = magnitude_score(W) if score == "magnitude" else wanda_score(W, stats)
@@ -51,6 +53,22 @@ def main():
             ours = seconds(lambda: work(score, amount), device, args.repeats)
             results.append({"method": f"{score} + dsnot", "amount": label, "against": "torch.sort", "ratio": ours / sort})
             print(f"{score:<10} {label:>5}  50 cycles: {ours / sort:5.2f} x torch.sort", flush=True)
+    for label, amount in ("70 %", dict(sparsity=0.7)), ("2:4", dict(pattern=(2, 4))):
+        keep, found = keep_mask(wanda_score(W, stats), **amount), {}
+
+        def swaps(most):
+            found[most] = W * swap_refine(W, keep, stats.gram, pattern=amount.get("pattern"), max_swaps=most)
+
+        def corrected():
+            found["sparsegpt"] = sparsegpt(W, stats.gram, **amount)
+
+        theirs = seconds(corrected, device, 1)
+        for most in n // 64, None:
+            ours, error = seconds(lambda: swaps(most), device, 1), relative_error(W, found[most], stats.gram)
+            results.append({"method": "wanda + swap", "amount": label, "against": "sparsegpt", "max_swaps": most, "ratio": ours / theirs,
+                            "error": error, "error_of_sparsegpt": relative_error(W, found["sparsegpt"], stats.gram)})
+            print(f"swaps {label:>5}, {most or 'all'}: {ours / theirs:5.2f} x SparseGPT, error {error:.4f} "
+                  f"(SparseGPT {results[-1]['error_of_sparsegpt']:.4f})", flush=True)
     record(args, results)
 
 
