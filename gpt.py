@@ -596,13 +596,17 @@ class Checkpoint:
         parameters = model.state_dict()
         if self.config.tie_word_embeddings:
             del parameters["lm_head.weight"]
-        wanted = {bare(name): (name, value.shape) for name, value in self.family.theirs(parameters).items()}
-        for key, (name, shape) in wanted.items():
+        wanted = {bare(name): (name, value) for name, value in self.family.theirs(parameters).items()}
+        for key, (name, value) in wanted.items():
             if key not in found:
                 raise InputError(f"{self.folder}: the tensor {name} is missing; is the download complete?")
-            if found[key][2].shape != shape:
-                raise InputError(f"{self.folder}: {name} has shape {tuple(found[key][2].shape)}, "
-                                 f"config.json implies {tuple(shape)}")
+            there = found[key][2]
+            if there.shape != value.shape:
+                raise InputError(f"{self.folder}: {name} has shape {tuple(there.shape)}, "
+                                 f"config.json implies {tuple(value.shape)}")
+            if there.is_floating_point() != value.is_floating_point():
+                raise InputError(f"{self.folder}: {name} holds {there.dtype} values; "
+                                 f"quantized models of other programs can't be read")
         for key in found.keys() - wanted.keys():
             raise InputError(f"{self.folder}: the tensor {found[key][1]} has no place in this model; "
                              f"is config.json the right one?")

@@ -73,7 +73,7 @@ def damage_tensors(folder, rng):
     W = tensors[name]
     if kind in ("left out", "renamed"):
         del tensors[name]
-    changed = {"transposed": lambda: W.T.contiguous(), "longer": lambda: torch.cat([W, W]), "int": lambda: W.to(torch.int32),
+    changed = {"transposed": lambda: W.t().contiguous(), "longer": lambda: torch.cat([W, W]), "int": lambda: W.to(torch.int32),
                "nan": lambda: torch.full_like(W, math.nan), "inf": lambda: W * math.inf, "zero": lambda: torch.zeros_like(W),
                "half": lambda: W.half()}
     if kind in changed:

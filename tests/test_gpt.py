@@ -287,9 +287,10 @@ Q = "model.layers.1.self_attn.q_proj.weight"
     (lambda s: s.pop(Q), "missing"),
     (lambda s: s.update({Q.replace("q_proj", "z_proj"): s[Q].clone()}), "no place"),
     (lambda s: s.update({Q: s[Q][:-1].clone()}), "(47, 48)"),
+    (lambda s: s.update({Q: s[Q].to(torch.int8)}), "int8"),
     (lambda s: s[Q].__setitem__((3, 5), float("nan")), "NaN"),
     (lambda s: s[Q].__setitem__((3, 5), float("-inf")), "infinite"),
-], ids=["missing", "superfluous", "shape", "nan", "inf"])
+], ids=["missing", "superfluous", "shape", "integers", "nan", "inf"])
 def test_tensors_are_accounted_for(edit, words, folder, monkeypatch, capsys):
     """A tensor that is lost, ignored, cut or not finite and changes the model without a word."""
     change(folder, edit)
