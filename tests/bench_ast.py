@@ -1,9 +1,9 @@
-"""What AST costs: its training step against the same step with dense weights and the same teacher, on the model that ships.
+"""What AST costs: its training step against the same step with dense weights and the same teacher, by default on `tiny`.
 
     python tests/bench_ast.py --json results/bench_ast.json
 
-Steps of both kinds take turns, so other load on the machine slows both alike; every --mask-every-th step of AST chooses the
-mask anew, and the medians of the step and of the choice are added up in that proportion.
+Steps of both kinds take turns, so other load on the machine slows both alike. Every --mask-every-th step of AST chooses
+the mask anew: that share of the median choice is added to the median step. The options are those of ast_train.py.
 """
 
 import statistics
@@ -19,6 +19,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from ast_train import AnnealedAdamW, SparseLinear, backward, make_sparse, options, set_up
 from data.command import record, run, start
 from gpt import GPT
+
+
+STEPS, WARM = 30, 2  # of each kind; the first ones compile and don't count
 
 
 def seconds(work, device):
@@ -53,18 +56,17 @@ def main():
 
     pairs = {method: (set_up(student, args), AnnealedAdamW(student, 1e-6)) for method, student in students.items()}
     steps, choices = {method: [] for method in pairs}, []
-    for _ in range(args.steps):
+    for _ in range(STEPS):
         for method, pair in pairs.items():
             steps[method].append(seconds(lambda: step(*pair), args.device))
         choices.append(seconds(lambda: choose(students["ast"]), args.device))
     dist.destroy_process_group()
-    warm = 2  # steps that compile
-    middle = {method: statistics.median(taken[warm:]) for method, taken in steps.items()}
-    choice = statistics.median(choices[warm:]) / args.mask_every if args.mask_every else 0.0
+    middle = {method: statistics.median(taken[WARM:]) for method, taken in steps.items()}
+    choice = statistics.median(choices[WARM:]) / args.mask_every if args.mask_every else 0.0
     rows = {method: {"seconds": middle[method] + (method != "dense") * choice} for method in middle}
     for method, row in rows.items():
         row["ratio"] = row["seconds"] / rows["dense"]["seconds"]
-        print(f"{method:10} {row['seconds']:6.3f} s a step of {ids.shape[0]} x {args.seqlen} tokens, {row['ratio']:5.3f} x dense")
+        print(f"{method:10} {row['seconds']:6.3f} s a step of {len(ids)} x {args.seqlen} tokens, {row['ratio']:5.3f} x dense")
     record(args, rows)
 
 
