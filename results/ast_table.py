@@ -1,4 +1,4 @@
-"""README's AST tables and assets/ast.png from results/ast-*.json, which results/ast.sh makes: python results/ast_table.py
+"""README's AST tables and assets/ast.png from the files of results/ast.sh: python results/ast_table.py
 
 What is not measured yet is left out."""
 
@@ -27,7 +27,7 @@ def rows(tables):
     best = min(row["perplexity"] for name, row in first.items() if name.startswith("one-shot"))
     dense = first["dense"]["perplexity"]
     for name, row in first.items():
-        values = [table[name]["perplexity"] for table in tables if name in table]
+        values = [found[name]["perplexity"] for found in tables if name in found]
         closed = math.log(best / statistics.mean(values)) / math.log(best / dense)
         spread = f" ± {statistics.stdev(values):.3f}" if len(set(values)) > 1 else ""
         yield name, values, f"{statistics.mean(values):.3f}{spread}", f"{closed:.1%}", f"{row['tokens']:,}"
@@ -39,8 +39,11 @@ def table(head, lines):
 
 
 def main():
-    seeds = [read(f"seed{seed}") for seed in range(3)]
-    tables = [found["table"] for found in seeds if found]
+    runs, tables = read("seed0")["runs"], []
+    for seed in range(3):
+        if found := read(f"seed{seed}"):
+            control = (read(f"control{seed}") or {"table": {}})["table"]
+            tables.append(control | found["table"])
     best, dense = tables[0]["one-shot sparsegpt"]["perplexity"], tables[0]["dense"]["perplexity"]
     if long := read("long"):
         tables[0] |= {f"{name}, longer": row for name, row in long["table"].items() if name.startswith("AST")}
@@ -48,28 +51,22 @@ def main():
           [[name, *said] for name, _, *said in rows(tables)])
 
     closed = lambda row: math.log(best / row["perplexity"]) / math.log(best / dense)
-    ablation = {said: found["table"] for name, said in VARIANTS.items() if (found := read(name))}
+    ablation = {said: found["table"]["AST"] for name, said in VARIANTS.items() if (found := read(name))}
     print()
-    table(["at the default's tokens, seed 0", "AST", "gap closed", "AST + SLoRB", "gap closed"],
-          [[said, *(part for name in ("AST", "AST + SLoRB") if name in found
-                    for part in (f"{found[name]['perplexity']:.3f}", f"{closed(found[name]):.1%}"))]
-           for said, found in ablation.items()])
+    table(["AST at the default's tokens, seed 0", "test perplexity", "gap closed"],
+          [[said, f"{row['perplexity']:.3f}", f"{closed(row):.1%}"] for said, row in ablation.items()])
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.6))
     options = json.loads((ROOT / "results/ast-seed0.json").read_text())["options"]
-    for method, run in seeds[0]["runs"].items():
+    for method, run in runs.items():
         steps, values = zip(*run["validation"])
-        left.plot([step * options["batch"] * options["seqlen"] / 1000 for step in steps], values, marker=".", label=method)
+        tokens = [step * options["batch"] * options["seqlen"] / 1000 for step in steps]
+        left.plot(tokens, values, marker=".", label=method)
     left.set(xlabel="thousand training tokens", ylabel="validation perplexity")
     left.legend()
-    places = range(len(ablation))
-    for shift, name in (-0.2, "AST"), (0.2, "AST + SLoRB"):
-        held = [(i + shift, 100 * closed(found[name])) for i, found in zip(places, ablation.values()) if name in found]
-        right.barh(*zip(*held), height=0.4, label=name)
-    right.set_yticks(places, ablation)
+    right.barh(list(ablation), [100 * closed(row) for row in ablation.values()])
     right.invert_yaxis()
     right.set(xlabel="share of the perplexity gap closed, test text (%)")
-    right.legend()
     figure.tight_layout()
     figure.savefig(ROOT / "assets/ast.png", dpi=120)
 
