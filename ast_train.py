@@ -13,6 +13,7 @@ The loss is a * T^2 KL(teacher || student), both at temperature T, + (1 - a) * c
 SLoRB adds a few dense parameters, y = x W~^T + (x X^T) S^T: X [in/k, in] sums k neighbouring inputs, S [out, in/k]
 begins as the mean of the pruned weights of each group. X is trained where it isn't zero and kept as a vector [in], so
 x X^T stays a grouped sum. Merged into the weights it makes them dense: W~ + (S, each column repeated k times) * X.
+Not in the paper: with --start swap W begins as dsnot.py's exact swaps and refit leave it, pruned weights and S at 0.
 
 Where we differ from the authors' code, and why. Their GPT-2 code negates an integer mask with `~` (1 becomes -2, 0
 becomes -1), so its decay makes weights grow: our mask is a bool. It divides the decay, too, by 1 - b1^t, which is 1
@@ -65,15 +66,17 @@ from gpt import GPT, CheckpointWriter
 
 RECIPES = {  # the authors' for LLaMA2-7B and GPT-2, ours for the model that ships
     "tiny": dict(
-        model="tiny", methods=["ast", "ast-slorb"], data=["tiny"], eval_data="tiny", steps=200, batch=16, micro_batch=16,
-        seqlen=256, lr=1e-3, warmup=20, decay=3e-3, decay_steps=50, kl_weight=0.67, save_every=50),
+        model="tiny", methods=["ast", "ast-slorb"], data=["tiny"], eval_data="tiny", steps=300, batch=8, micro_batch=8,
+        seqlen=256, start="swap", lr=3e-4, warmup=15, decay=3e-3, decay_steps=75, kl_weight=1.0, temperature=4.0,
+        save_every=100),
     "llama2-7b": dict(
         model="llama2-7b", methods=["ast-slorb"], data=["c4"], eval_data="wikitext2", steps=15000, batch=128, micro_batch=1,
-        seqlen=4096, lr=2e-5, warmup=500, decay=6e-5, decay_steps=3000, kl_weight=0.5, save_every=500,
-        checkpoint_activations=True),
+        seqlen=4096, lr=2e-5, warmup=500, decay=6e-5, decay_steps=3000, kl_weight=0.5, temperature=2.0,
+        save_every=500, start="dense", checkpoint_activations=True),
     "gpt2": dict(
         model="openai-community/gpt2", methods=["ast-slorb"], data=["c4"], eval_data="wikitext2", steps=40000, batch=128,
-        micro_batch=8, seqlen=1024, lr=2e-4, warmup=2000, decay=1e-4, decay_steps=10000, kl_weight=0.67, save_every=1000),
+        micro_batch=8, seqlen=1024, lr=2e-4, warmup=2000, decay=1e-4, decay_steps=10000, kl_weight=0.67,
+        temperature=2.0, start="dense", save_every=1000),
 }
 BETAS = (0.9, 0.95)
 CHUNK = 512  # tokens whose logits are float32 at a time
@@ -227,12 +230,22 @@ def distillation_loss(student_logits, teacher_logits, temperature):
     return ByChunks.apply(lambda s, t: kl(s, t, temperature), student, teacher) / len(student)
 
 
-def training_loss(student_logits, teacher_logits, targets, kl_weight, temperature):
+def both_losses(student, target, teacher, kl_weight, temperature):
+    """a * distillation + (1 - a) * cross-entropy, summed over tokens; logits [N, V], targets [N]."""
+    loss = F.cross_entropy(student, target, reduction="sum")
+    return kl_weight * kl(student, teacher, temperature) + (1 - kl_weight) * loss
+
+
+compiled_losses = torch.compile(both_losses)  # which costs nothing before the first call
+
+
+def training_loss(student_logits, teacher_logits, targets, kl_weight, temperature, compiled=False):
     """a * distillation + (1 - a) * cross-entropy, averaged over tokens; logits [B, T, V], targets [B, T]. Without a
     teacher (None) the cross-entropy alone."""
     def both(student, target, teacher=None):
-        loss = F.cross_entropy(student, target, reduction="sum")
-        return loss if teacher is None else kl_weight * kl(student, teacher, temperature) + (1 - kl_weight) * loss
+        if teacher is None:
+            return F.cross_entropy(student, target, reduction="sum")
+        return (compiled_losses if compiled else both_losses)(student, target, teacher, kl_weight, temperature)
 
     inputs = [x.flatten(0, 1) for x in (student_logits, targets, teacher_logits) if x is not None]
     return ByChunks.apply(both, *inputs) / targets.numel()
@@ -282,6 +295,21 @@ def make_sparse(model, args, slorb_k, calibration):
                 raise InputError(f"--slorb-k {slorb_k} does not divide the {linear.in_features} inputs of {name}")
             score = functools.partial(wanda_score, stats=stats[linear]) if stats else magnitude_score
             block.set_submodule(name, SparseLinear(linear, score, slorb_k, **amount(args)))
+
+
+def first_weights(args, calibration):
+    """Where the student's first weights are. "swap": the folder of the model with the mask that exact swaps find and
+    the weights that suit it best. Its pruned weights are 0 and return when their gradients have moved them far enough."""
+    if args.start == "dense" or args.methods == ["dense"]:
+        return args.model
+    folder = Path(args.out) / "start"
+    if dist.get_rank() == 0:
+        model = GPT.from_pretrained(args.model, device=args.device, stream=True)
+        run = {name: str(getattr(args, name)) for name in ("model", "data", "seqlen", "seed", "pattern", "sparsity")}
+        prune(model, calibration, folder, run, score="wanda", refine="swap", refit=True, propagate=True,
+              batch=args.micro_batch, **amount(args))
+    dist.barrier()
+    return folder
 
 
 def set_up(model, args, checkpoint_activations=False):
@@ -373,11 +401,26 @@ def validation_perplexity(model, ids, args):
     return math.exp(average(loss))
 
 
-def train(args, method, mixture, held_out, calibration):
-    """Train one model and return its record; the best one by validation is the folder `args.out / method`."""
+def backward(student, teacher, ids, args):
+    """Add the gradients of the mean loss on windows [n, seqlen + 1], a micro-batch at a time; returns that loss."""
+    loss, parts = 0.0, ids.split(args.micro_batch)
+    for part in parts:
+        with arithmetic(args):
+            with torch.no_grad():
+                taught = teacher(part[:, :-1]) if teacher else None
+            logits = student(part[:, :-1])
+        mean = training_loss(logits, taught, part[:, 1:], args.kl_weight, args.temperature, args.compile) / len(parts)
+        mean.backward()
+        loss += mean.detach()
+    return loss
+
+
+def train(args, method, begin, mixture, held_out, calibration):
+    """Train one model, whose first weights are in the folder `begin`, and return its record; the best one by validation
+    is the folder `args.out / method`."""
     work = Path(args.out) / f"{method}.training"
     source = GPT.from_pretrained(args.model, stream=True).source
-    student = GPT.from_pretrained(args.model, args.device, torch.float32)
+    student = GPT.from_pretrained(args.model if method == "dense" else begin, args.device, torch.float32)
     options = {name: str(value) for name, value in vars(args).items() if name not in NEUTRAL}
     options["model"] = f"{source.config.raw} {sum(p.double().sum().item() for p in student.parameters()):.6g}"
     if method != "dense":
@@ -390,7 +433,7 @@ def train(args, method, mixture, held_out, calibration):
     optimizer = AnnealedAdamW(student, args.lr)
     state = load_state(work, student, optimizer, options)
     rank, world = dist.get_rank(), dist.get_world_size()
-    begin, first = time.perf_counter(), state["step"]
+    started, first = time.perf_counter(), state["step"]
 
     for step in range(first, args.steps):
         lr, decay = learning_rate(step, args.steps, args.lr, args.warmup), decay_at(step, args.decay, args.decay_steps)
@@ -399,17 +442,9 @@ def train(args, method, mixture, held_out, calibration):
         if layers and args.mask_every and step and step % args.mask_every == 0:
             state["flips"] = [sum(flips) / masked for flips in zip(*(layer.update_mask() for layer in layers))]
 
-        loss = 0.0
-        parts = mixture.batch(args.seed, step, args.batch)[rank::world].to(args.device).split(args.micro_batch)
-        for ids in parts:
-            with arithmetic(args):
-                with torch.no_grad():
-                    taught = teacher(ids[:, :-1]) if teacher else None
-                logits = student(ids[:, :-1])
-            part = training_loss(logits, taught, ids[:, 1:], args.kl_weight, args.temperature) / len(parts)
-            part.backward()
-            loss += part.detach()
-        loss, norm = average(loss), whole(nn.utils.clip_grad_norm_(student.parameters(), args.clip)).item()
+        ids = mixture.batch(args.seed, step, args.batch)[rank::world].to(args.device)
+        loss = average(backward(student, teacher, ids, args))
+        norm = whole(nn.utils.clip_grad_norm_(student.parameters(), args.clip)).item()
         if not math.isfinite(loss + norm):
             raise InputError(f"the loss is {loss}, its gradient's norm {norm} at step {step}: lower --lr ({args.lr}); "
                              f"the state of step {state['step']} is kept in {work}")
@@ -418,7 +453,7 @@ def train(args, method, mixture, held_out, calibration):
 
         done = step + 1
         if done % LOG_EVERY == 0 or done == args.steps:
-            seconds, (flips, flips_all) = (time.perf_counter() - begin) / (done - first), state["flips"]
+            seconds, (flips, flips_all) = (time.perf_counter() - started) / (done - first), state["flips"]
             state["history"].append(dict(step=done, loss=loss, lr=lr, decay=decay, flips=flips, flips_all=flips_all))
             say(f"{method} step {done:6d}/{args.steps}  loss {loss:7.4f}  lr {lr:.1e}  decay {decay:.1e}  "
                 f"flips {flips:6.2%} (since start {flips_all:6.2%})  {args.batch * args.seqlen / seconds:8,.0f} tokens/s  "
@@ -433,7 +468,7 @@ def train(args, method, mixture, held_out, calibration):
             save_state(work, student, optimizer, state)
 
     if first < args.steps:
-        state["tokens_per_second"] = args.batch * args.seqlen * (args.steps - first) / (time.perf_counter() - begin)
+        state["tokens_per_second"] = args.batch * args.seqlen * (args.steps - first) / (time.perf_counter() - started)
     if torch.cuda.is_available():
         state["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     return state
@@ -461,9 +496,9 @@ def plot(path, runs):
     pyplot.close(figure)
 
 
-def results(args, test_ids, calibration):
-    """Measure dense, one-shot and trained models on the test text and print a table; returns its rows by name.
-    gap_closed: how much of the log-perplexity between the best one-shot mask and the dense model has gone."""
+def results(args, test_ids, calibration, begin):
+    """Measure dense, one-shot, first (`begin`) and trained models on the test text and print a table; returns its rows
+    by name. gap_closed: how much of the log-perplexity between the best one-shot mask and the dense model has gone."""
     def measure(folder, used):
         model = GPT.from_pretrained(folder, device=args.device)
         return dict(parameters=sum(p.count_nonzero().item() for p in model.parameters()), tokens=used,
@@ -476,15 +511,17 @@ def results(args, test_ids, calibration):
             prune(model, calibration, pruned, {}, score=score, refine="none", batch=args.micro_batch, **amount(args))
             rows[f"one-shot {score}"] = measure(pruned, calibration.numel())
     worst = min((math.log(row["perplexity"]) for name, row in rows.items() if name != "dense"), default=math.nan)
+    if begin != args.model:
+        rows["swaps + refit (start)"] = measure(begin, calibration.numel())
     for method in args.methods:
         name = {"dense": "dense, trained on", "ast": "AST", "ast-slorb": "AST + SLoRB"}[method]
         rows[name] = measure(Path(args.out) / method, args.steps * args.batch * args.seqlen)
-    print(f"\n{args.eval_data}, seqlen {args.seqlen}    parameters kept  test perplexity  gap closed    tokens used")
+    print(f"\n{args.eval_data}, seqlen {args.seqlen}     parameters kept  test perplexity  gap closed    tokens used")
     gap = worst - math.log(rows["dense"]["perplexity"])
     for name, row in rows.items():
         row["gap_closed"] = (worst - math.log(row["perplexity"])) / gap if args.one_shot else None
         closed = f"{row['gap_closed']:.1%}" if args.one_shot else ""
-        print(f"{name:20}  {row['parameters']:15,}  {row['perplexity']:15.3f}  {closed:>10}  {row['tokens']:13,}")
+        print(f"{name:21}  {row['parameters']:15,}  {row['perplexity']:15.3f}  {closed:>10}  {row['tokens']:13,}")
     return rows
 
 
@@ -504,12 +541,14 @@ def options():
     g = p.add_argument_group("method")
     g.add_argument("--pattern", default="2:4", metavar="N:M", help="N kept of every M")
     g.add_argument("--sparsity", type=float, help="prune this share of every row instead")
+    g.add_argument("--start", choices=["dense", "swap"],
+                   help="the first weights: the model's, or what dsnot.py --refine swap --refit leaves of them")
     g.add_argument("--score", choices=["magnitude", "wanda"], default="magnitude", help="keep the highest |W| or |W| ||x||")
     g.add_argument("--mask-every", type=int, default=10, help="steps between choices of the mask; 0: it stays")
     g.add_argument("--decay", type=float, help="lambda; 0: none")
     g.add_argument("--decay-steps", type=int, help="T0, steps until the decay is lambda; 0: from the start")
     g.add_argument("--kl-weight", type=float, help="a, the share of distillation in the loss; 0: no teacher")
-    g.add_argument("--temperature", type=float, default=2.0, help="T of the distillation")
+    g.add_argument("--temperature", type=float, help="T of the distillation")
     g.add_argument("--slorb-k", type=int, default=16, help="inputs that SLoRB sums")
     g = p.add_argument_group("data")
     g.add_argument("--data", nargs="+", metavar="SOURCE[:WEIGHT]", help="tiny, c4, wikitext2, text or .bin file")
@@ -570,9 +609,9 @@ def main():
         if len(held_out) < args.micro_batch * dist.get_world_size():
             raise InputError(f"the validation text of {args.eval_data} has {len(held_out)} windows, fewer than "
                              f"--micro-batch {args.micro_batch} in each process: give a longer text or a smaller --micro-batch")
-        runs = {}
+        begin, runs = first_weights(args, calibration), {}
         for method in args.methods:
-            runs[method] = train(args, method, mixture, held_out, calibration)
+            runs[method] = train(args, method, begin, mixture, held_out, calibration)
             if dist.get_rank() == 0:
                 plot(Path(args.out) / "curve.png", runs)
         if dist.get_rank() > 0:
@@ -584,7 +623,7 @@ def main():
                          f"more GPUs; the last state is kept in {args.out}") from None
     finally:
         dist.destroy_process_group()
-    record(args, {"runs": runs, "table": results(args, test_ids, calibration)})
+    record(args, {"runs": runs, "table": results(args, test_ids, calibration, begin)})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Every number of README's section on AST, from scratch (hours on two CPU cores; what is measured already is skipped):
+#     bash results/ast.sh
+# Then `python results/ast_table.py` prints the tables and draws assets/ast.png.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+run() { [ -f "results/ast-$1.json" ] || python ast_train.py --out "out/ast-$1" --json "results/ast-$1.json" "${@:2}"; }
+ablate() { run "$@" --methods ast --no-one-shot; }
+for seed in 0 1 2; do
+    run seed$seed --seed $seed
+    run control$seed --seed $seed --methods dense --no-one-shot
+done
+ablate no-distillation --kl-weight 0
+ablate static-decay --decay-steps 0
+ablate no-decay --decay 0
+ablate fixed-mask --mask-every 0
+ablate wanda --score wanda
+ablate dense-start --start dense
+run long --steps 3000 --warmup 150 --decay-steps 750 --no-one-shot
+[ -f results/bench_ast.json ] || python tests/bench_ast.py --json results/bench_ast.json
