@@ -506,7 +506,8 @@ def prune(model, windows, out, run, *, batch=8, propagate=False, sparsity=None, 
     home = place_for(model.config, windows, 2 if propagate else 1, device, model.place["dtype"])
     writer = CheckpointWriter(out, model.config.raw, source.folder, keep=run)
     with writer if rank == 0 else nullcontext():
-        writer.make_room(source.size())
+        if rank == 0:
+            writer.make_room(source.size())
         if dist.is_initialized():
             dist.barrier()  # the folder is there
         hidden = [model.embed(ids.to(device)).to(home) for ids in windows.split(batch)]  # the input of the next block
