@@ -29,7 +29,7 @@ Precision, and bytes for LLaMA2-7B (6.74 G parameters) on one GPU; activations c
     teacher              bf16       13.5 GB     arithmetic is bf16; norms, logits in the loss and sums are float32
                                    127.9 GB     on N GPUs: 121.4 / N + 6.5 GB each; at the start each holds all of W
 
-    python ast_train.py                                                  (tiny, 2:4: below ten minutes on two CPU cores)
+    python ast_train.py                                                  (the model that ships, 2:4)
     torchrun --nproc-per-node 8 ast_train.py --recipe llama2-7b --data c4.bin:0.7 arxiv.bin:0.3
 
 A run that was stopped goes on when the same command is given again, on as many processes as you like, and ends with the
