@@ -638,7 +638,8 @@ def options():
     group.add_argument("--allocate", default="uniform", choices=["uniform", "owl", "sensitivity"],
                        help="the same sparsity everywhere, less in blocks with more outliers, or less where it hurts")
     group = p.add_argument_group("how to refine the mask")
-    group.add_argument("--refine", default="dsnot", choices=["none", "dsnot", "swap", "dsnot+swap"])
+    group.add_argument("--refine", default="dsnot", choices=["none", "dsnot", "swap", "dsnot+swap"],
+                       help="DSnoT's rule, swaps that lower the exact error, or both")
     group.add_argument("--refit", action=argparse.BooleanOptionalAction, default=False,
                        help="make the kept weights the best ones for the final mask (least squares)")
     group.add_argument("--propagate", action=argparse.BooleanOptionalAction, default=None,
@@ -647,7 +648,7 @@ def options():
     group.add_argument("--threshold", type=float, default=0.1, help="DSnoT: a row's expected error that is small enough")
     group.add_argument("--sign-check", action=argparse.BooleanOptionalAction, default=True,
                        help="DSnoT: stop a row before its expected error changes sign")
-    group.add_argument("--refine-layers", default="all", choices=["attn", "all"])
+    group.add_argument("--refine-layers", default="all", choices=["attn", "all"], help="which layers of a block")
     group = p.add_argument_group("calibration and evaluation")
     group.add_argument("--calib", help=f"text: {', '.join(SOURCES)} or a file (default: tiny for tiny, else c4)")
     group.add_argument("--nsamples", type=int, default=128, help="calibration sequences")

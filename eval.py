@@ -1,4 +1,4 @@
-"""Measure models: perplexity, zero-shot accuracy, speed; tables and plots of it are drawn by results/compare.py.
+"""Measure models: perplexity, zero-shot accuracy, speed; draw tables and plots of it (by results/compare.py).
 
 Perplexity is that of the pruning papers: the text is tokenized once (with BOS where the model's tokenizer adds it), cut
 into windows of `seqlen` tokens that do not overlap, the tail is dropped, and the negative log-likelihood is averaged

@@ -17,10 +17,16 @@ class InputError(ValueError):
     """Bad input from the user: one sentence that names the offending value and the way out."""
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults in --help, but for those that a command works out."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def parser(description):
     """An argument parser with the options that all commands have."""
-    p = argparse.ArgumentParser(description=description.strip().split("\n\n")[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description=description.strip().split("\n\n")[0], formatter_class=HelpFormatter)
     group = p.add_argument_group("run")
     group.add_argument("--seed", type=int, default=0, help="seed of everything random")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")

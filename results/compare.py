@@ -82,7 +82,8 @@ def merge(rows):
             pairs = [(a, b) for a, b in pairs if a.get("seed") == b.get("seed")]
             differ = sorted({k for a, b in pairs for k in a.keys() & b.keys() - IGNORED if a[k] != b[k]})
             for row in group:
-                said = [said_of(k, row["options"].get(k)) for k in differ if row["options"].get(k) is not None]
+                said = [said_of(k, row["options"][k]) for k in differ
+                        if row["options"].get(k) not in (None, "uniform")]
                 row["method"] += f" ({', '.join(said)})" if said else ""
         same = {}  # {what is shown: {seed: row}}; rows of one seed that differ for no known reason stay apart
         for row in group:

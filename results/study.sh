@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every number of README's pruning tables, from scratch; what has its file already is not measured again.
-#     bash results/study.sh tiny                                     (about half an hour on two CPU cores)
+#     bash results/study.sh tiny                                     (about an hour on two CPU cores)
 #     bash results/study.sh stories260K FOLDER TEXT_FILE             (another model, calibrated and measured on a text of yours)
 #     bash results/study.sh settings                                 (DSnoT's own settings, on the validation text of tiny)
 # then `python eval.py --compare results/tiny/*.json results/stories260K/*.json --by-method --plot assets/dsnot.png` prints the tables and draws the figure.

@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import math
+import os
 import random
 import shutil
 import sys
@@ -147,6 +148,7 @@ def main():
     counts, defects = {}, []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
+        os.chdir(folder)  # where odd values of --out and --json may write
         make_checkpoint(folder / "m")
         text = folder / "text.txt"
         text.write_text("the model reads words and the words are few so it can learn them by heart in no time\n" * 100)
