@@ -13,7 +13,7 @@ The loss is a * T^2 KL(teacher || student), both at temperature T, + (1 - a) * c
 SLoRB adds a few dense parameters, y = x W~^T + (x X^T) S^T: X [in/k, in] sums k neighbouring inputs, S [out, in/k]
 begins as the mean of the pruned weights of each group. X is trained where it isn't zero and kept as a vector [in], so
 x X^T stays a grouped sum. Merged into the weights it makes them dense: W~ + (S, each column repeated k times) * X.
-Not in the paper: with --start swap W begins as dsnot.py's exact swaps and refit leave it, pruned weights and S at 0.
+Not in the paper: with --start-from swap W begins as dsnot.py's exact swaps and refit leave it, pruned weights and S at 0.
 
 Where we differ from the authors' code, and why. Their GPT-2 code negates an integer mask with `~` (1 becomes -2, 0
 becomes -1), so its decay makes weights grow: our mask is a bool. It divides the decay, too, by 1 - b1^t, which is 1
@@ -67,16 +67,16 @@ from gpt import GPT, CheckpointWriter
 RECIPES = {  # the authors' for LLaMA2-7B and GPT-2, ours for the model that ships
     "tiny": dict(
         model="tiny", methods=["ast", "ast-slorb"], data=["tiny"], eval_data="tiny", steps=300, batch=8, micro_batch=8,
-        seqlen=256, start="swap", lr=3e-4, warmup=15, decay=3e-3, decay_steps=75, kl_weight=1.0, temperature=4.0,
+        seqlen=256, start_from="swap", lr=3e-4, warmup=15, decay=3e-3, decay_steps=75, kl_weight=1.0, temperature=4.0,
         save_every=100),
     "llama2-7b": dict(
         model="llama2-7b", methods=["ast-slorb"], data=["c4"], eval_data="wikitext2", steps=15000, batch=128, micro_batch=1,
         seqlen=4096, lr=2e-5, warmup=500, decay=6e-5, decay_steps=3000, kl_weight=0.5, temperature=2.0,
-        save_every=500, start="dense", checkpoint_activations=True),
+        save_every=500, start_from="dense", checkpoint_activations=True),
     "gpt2": dict(
         model="openai-community/gpt2", methods=["ast-slorb"], data=["c4"], eval_data="wikitext2", steps=40000, batch=128,
         micro_batch=8, seqlen=1024, lr=2e-4, warmup=2000, decay=1e-4, decay_steps=10000, kl_weight=0.67,
-        temperature=2.0, start="dense", save_every=1000),
+        temperature=2.0, start_from="dense", save_every=1000),
 }
 BETAS = (0.9, 0.95)
 CHUNK = 512  # tokens whose logits are float32 at a time
@@ -300,15 +300,13 @@ def make_sparse(model, args, slorb_k, calibration):
 def first_weights(args, calibration):
     """Where the student's first weights are. "swap": the folder of the model with the mask that exact swaps find and
     the weights that suit it best. Its pruned weights are 0 and return when their gradients have moved them far enough."""
-    if args.start == "dense" or args.methods == ["dense"]:
+    if args.start_from == "dense" or args.methods == ["dense"]:
         return args.model
     folder = Path(args.out) / "start"
-    if dist.get_rank() == 0:
-        model = GPT.from_pretrained(args.model, device=args.device, stream=True)
-        run = {name: str(getattr(args, name)) for name in ("model", "data", "seqlen", "seed", "pattern", "sparsity")}
-        prune(model, calibration, folder, run, score="wanda", refine="swap", refit=True, propagate=True,
-              batch=args.micro_batch, **amount(args))
-    dist.barrier()
+    model = GPT.from_pretrained(args.model, device=args.device, stream=True)
+    run = {name: str(getattr(args, name)) for name in ("model", "data", "seqlen", "seed", "pattern", "sparsity")}
+    prune(model, calibration, folder, run, score="wanda", refine="swap", refit=True, propagate=True,
+          batch=args.micro_batch, **amount(args))  # all processes together
     return folder
 
 
@@ -541,7 +539,7 @@ def options():
     g = p.add_argument_group("method")
     g.add_argument("--pattern", default="2:4", metavar="N:M", help="N kept of every M")
     g.add_argument("--sparsity", type=float, help="prune this share of every row instead")
-    g.add_argument("--start", choices=["dense", "swap"],
+    g.add_argument("--start-from", choices=["dense", "swap"],
                    help="the first weights: the model's, or what dsnot.py --refine swap --refit leaves of them")
     g.add_argument("--score", choices=["magnitude", "wanda"], default="magnitude", help="keep the highest |W| or |W| ||x||")
     g.add_argument("--mask-every", type=int, default=10, help="steps between choices of the mask; 0: it stays")

@@ -49,8 +49,27 @@ from data import calibration_windows, load_tokenizer
 from data.command import InputError, parser, record, run, start, write_atomically
 from data.hub import model_folder
 from data.text import SOURCES, evaluation_ids
-from eval import default_seqlen, perplexity
+from eval import default_seqlen, free_memory, perplexity
 from gpt import GPT, Block, CheckpointWriter, Config, prunable, rotary
+
+# ------------------------------------------------------------------------------------------------- many processes
+
+def processes():
+    """(this process, how many there are): (0, 1) where torchrun has not started several."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def add_up(tensor):
+    """Replace a tensor in every process by the sum over all of them."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+
+
+def wait():
+    """Until all processes are here."""
+    if dist.is_initialized():
+        dist.barrier()
+
 
 # ---------------------------------------------------------------------------------------- statistics of the inputs
 
@@ -81,12 +100,11 @@ class InputStats:
 
     def all_reduce(self):
         """Add up what all processes have seen."""
-        if dist.is_initialized():
-            count = torch.tensor(self.sequences, device=self._sum.device)
-            for tensor in (count, self._sum, self._square, self._variance, self.gram, self.cross):
-                if tensor is not None:
-                    dist.all_reduce(tensor)
-            self.sequences = count.item()
+        count = torch.tensor(self.sequences, device=self._sum.device)
+        for tensor in (count, self._sum, self._square, self._variance, self.gram, self.cross):
+            if tensor is not None:
+                add_up(tensor)
+        self.sequences = count.item()
 
     sum = property(lambda self: self._sum / self.sequences)
     square = property(lambda self: self._square / self.sequences)
@@ -427,12 +445,13 @@ def prune_layer(W, stats, *, score, refine, sparsity=None, pattern=None, refit=F
 def prune_rows(W, stats, **options):
     """prune_layer, each process taking its share of the rows. Unstructured SparseGPT, whose threshold spans all rows, is
     done whole by each."""
-    if not dist.is_initialized() or (options["score"] == "sparsegpt" and not options.get("pattern")):
+    rank, world = processes()
+    if world == 1 or (options["score"] == "sparsegpt" and not options.get("pattern")):
         return prune_layer(W, stats, **options)
-    rows = torch.arange(len(W), device=W.device).tensor_split(dist.get_world_size())[dist.get_rank()]
+    rows = torch.arange(len(W), device=W.device).tensor_split(world)[rank]
     new = torch.zeros_like(W, dtype=torch.float32)
     new[rows] = prune_layer(W[rows], stats, **options)
-    dist.all_reduce(new)
+    add_up(new)
     return new
 
 
@@ -481,11 +500,10 @@ def move(step, hidden):
 
 
 def place_for(config, windows, copies, device, dtype):
-    """Where so many copies of all activations fit beside everything else: on the GPU if they take less than half of what
-    is free there, else in the computer's memory."""
+    """Where so many copies of all activations fit beside everything else: on the device if they take less than half of
+    what is free there, else in the computer's memory."""
     need = copies * windows.numel() * config.hidden_size * dtype.itemsize
-    cuda = torch.device(device).type == "cuda"
-    return "cpu" if cuda and need > torch.cuda.mem_get_info(device)[0] / 2 else device
+    return device if need < free_memory(device) / 2 else "cpu"
 
 
 @torch.inference_mode()
@@ -497,23 +515,22 @@ def prune(model, windows, out, run, *, batch=8, propagate=False, sparsity=None, 
     {layer, weights, sparsity, error where it is known}, which is also written to out/pruning.json. Raises InputError where
     activations are not finite or the disk is too small."""
     source, device, count = model.source, model.place["device"], len(model.model.layers)
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = processes()
     finished = Path(out) / "pruning.json"
     if finished.is_file() and (before := json.loads(finished.read_text()))["run"] == run:
         return before["layers"]
     positions = torch.arange(windows.shape[1], device=device)
     where, windows = (rotary(model.config, positions), positions), windows[rank::world]
-    home = place_for(model.config, windows, 2 if propagate else 1, device, model.place["dtype"])
+    home = place_for(model.config, windows, 2 if propagate else 1, torch.device(device), model.place["dtype"])
     writer = CheckpointWriter(out, model.config.raw, source.folder, keep=run)
     with writer if rank == 0 else nullcontext():
         if rank == 0:
             writer.make_room(source.size())
-        if dist.is_initialized():
-            dist.barrier()  # the folder is there
+        wait()  # the folder is there
         hidden = [model.embed(ids.to(device)).to(home) for ids in windows.split(batch)]  # the input of the next block
+        shares = allocation(model, where, list(hidden), sparsity, allocate)
         dense, records, log = list(hidden), [], writer.partial / "pruning.json"
         known = json.loads(log.read_text()) if log.is_file() else {"layers": []}
-        shares = allocation(model, windows, batch, where, home, sparsity, allocate)
         blocks = model.blocks()
         for i in tqdm(range(count), desc="pruning", unit="block", leave=False, disable=rank or None):
             block = next(blocks)
@@ -536,15 +553,14 @@ def prune(model, windows, out, run, *, batch=8, propagate=False, sparsity=None, 
         if rank == 0:
             rest = {name: source.tensor(name) for name in source.files if not name.startswith("model.layers.")}
             writer.write(f"model-{count + 1:05d}-of-{count + 1:05d}.safetensors", rest)
-        if dist.is_initialized():
-            dist.barrier()  # everybody has read what the next line moves
-    if dist.is_initialized():
-        dist.barrier()  # the checkpoint is in its place
+        wait()  # everybody has read what the next line moves
+    wait()  # the checkpoint is in its place
     return records
 
 
-def allocation(model, windows, batch, where, home, sparsity, kind):
-    """{layer's name: the share of it to prune}, over all weights `sparsity`, from one pass through the dense model. kind:
+def allocation(model, where, hidden, sparsity, kind):
+    """{layer's name: the share of it to prune}, over all weights `sparsity`, from one pass of `hidden`, a list of
+    [sequences, tokens, C], through the dense model. where: (rope, positions) for `steps`; kind:
     "owl"          linear in how many of a block's Wanda scores are outliers, above 5 times its mean, from sparsity + 0.08 to
                    - 0.08 before the mean is set right (Yin et al. 2024, arXiv 2310.05175)
     "sensitivity"  each layer alone is pruned by Wanda, and the damage is the KL divergence of the model's output on 2048
@@ -554,8 +570,7 @@ def allocation(model, windows, batch, where, home, sparsity, kind):
     if kind == "uniform":
         return dict.fromkeys(names, sparsity)
     grid = torch.arange(max(0.0, sparsity - 0.1), min(0.99, sparsity + 0.1), 0.01, dtype=torch.double)
-    hidden = [model.embed(ids.to(where[1].device)).to(home) for ids in windows.split(batch)]
-    probe, trials, outliers, growth, sizes = hidden[0][:max(1, 2048 // windows.shape[1])], [], [], [], []
+    probe, trials, outliers, growth, sizes = hidden[0][:max(1, 2048 // hidden[0].shape[1])], [], [], [], []
     blocks = model.blocks()
     for _ in tqdm(model.model.layers, desc="allocating", unit="block", leave=False, disable=None):
         block = next(blocks)
@@ -596,8 +611,7 @@ def damage(model, probe, trials):
     expected = model.head(probe.to(device)).float().log_softmax(-1)
     found = torch.stack([F.kl_div(model.head(x.to(device)).float().log_softmax(-1), expected, reduction="sum",
                                   log_target=True) for x in trials])
-    if dist.is_initialized():
-        dist.all_reduce(found)
+    add_up(found)
     return found.double().cpu()
 
 
@@ -668,7 +682,7 @@ def check(args, config):
     """Fill in the options that depend on others; raise InputError for those that can't be meant."""
     if not 0 <= args.sparsity < 1:
         raise InputError(f"--sparsity {args.sparsity} must be at least 0 and below 1 (0.7 prunes 70 %)")
-    for name, low in ("nsamples", int(os.environ.get("WORLD_SIZE", 1))), ("seqlen", 2), ("cycles", 0), ("threshold", 0):
+    for name, low in ("nsamples", processes()[1]), ("seqlen", 2), ("cycles", 0), ("threshold", 0):
         if (value := getattr(args, name)) is not None and value < low:
             raise InputError(f"--{name} {value} must be at least {low}")
     if args.pattern:
@@ -746,7 +760,8 @@ def main():
     method = {name: getattr(args, name) for name in METHOD} | dict(pattern=args.pattern and parse_pattern(args.pattern))
     if args.dry_run:
         return dry_run(args, config, amount, method)
-    out, talk = Path(args.out), print if int(os.environ.get("RANK", 0)) == 0 else lambda *_, **__: None
+    (rank, _), out = processes(), Path(args.out)
+    talk = print if rank == 0 else lambda *_, **__: None
 
     def load(folder):
         return GPT.from_pretrained(folder, device=args.device, stream=True)
@@ -776,7 +791,7 @@ def main():
         rows.append({"method": title, "sparsity": zeros, "perplexity": ppl, "seconds": seconds, "layers": layers})
         talk(f"{title:<24}{zeros:>10.2%}{ppl:>14.2f}{seconds:>10.1f}", flush=True)
     talk(f"\nsaved {out}")
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if rank == 0:
         record(args, {"data": args.data, "seqlen": args.seqlen, "rows": rows})
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -58,7 +58,7 @@ def command(files, out, *options):
     model, text = str(files / "model"), str(files / "text.txt")
     return ["ast_train.py", "--model", model, "--data", text, "--eval-data", text, "--out", str(out), "--methods", "ast",
             "--seqlen", "32", "--batch", "4", "--micro-batch", "2", "--steps", "12", "--warmup", "2", "--lr", "3e-3",
-            "--mask-every", "3", "--decay-steps", "6", "--save-every", "3", "--no-one-shot", "--no-compile", "--start", "dense",
+            "--mask-every", "3", "--decay-steps", "6", "--save-every", "3", "--no-one-shot", "--no-compile", "--start-from", "dense",
             "--dtype", "float32", "--device", "cpu", *map(str, options)]
 
 
@@ -274,7 +274,7 @@ def test_it_learns_and_transformers_loads_what_it_writes(files, tmp_path, train,
 
 def test_swaps_make_the_first_weights(files, tmp_path, train):
     """A run too slow to move a weight ends where it began: at a 2:4 model whose weights were fitted to their mask."""
-    found = train(tmp_path, "--start", "swap", "--steps", 1, "--lr", 1e-12)
+    found = train(tmp_path, "--start-from", "swap", "--steps", 1, "--lr", 1e-12)
     first, last = GPT.from_pretrained(tmp_path / "start").state_dict(), check_sparse(tmp_path / "ast", files / "model")
     assert all((first[name] - value).abs().max() < 1e-9 for name, value in last.items())
     dense = train(tmp_path / "dense", "--steps", 1, "--lr", 1e-12)
@@ -328,10 +328,12 @@ def stop(step, *rest):
     if step == 12:
         raise SystemExit
     return decay_at(step, *rest)
-runs = [({parts!r}, "0", False), ({copies!r}, "1", False), ({stopped!r}, "0", True)]
+runs = [({parts!r}, "0", False), ({copies!r}, "1", False), ({stopped!r}, "0", True), ({swapped!r}, "0", False)]
 for port, (out, shard, stops) in zip({ports}, runs):
     os.environ["MASTER_PORT"] = str(port)
     sys.argv = {command!r} + ["--out", out, "--json", out + ".json", "--shard", shard]
+    if out == {swapped!r}:
+        sys.argv += ["--start-from", "swap", "--steps", "2", "--save-every", "2"]
     ast_train.decay_at = stop if stops else decay_at
     try:
         ast_train.main()
@@ -341,9 +343,10 @@ for port, (out, shard, stops) in zip({ports}, runs):
 
 
 def test_two_processes_follow_one(files, tmp_path, train):
-    """Sharded (FSDP2) and data-parallel; then one process goes on where two were stopped."""
+    """Sharded (FSDP2) and data-parallel, from dense and from swapped weights; then one process goes on where two were
+    stopped."""
     options = ["--steps", "20", "--save-every", "10"]
-    names = {name: str(tmp_path / name) for name in ("parts", "copies", "stopped")}
+    names = {name: str(tmp_path / name) for name in ("parts", "copies", "stopped", "swapped")}
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in names]
         for free in sockets:
@@ -359,6 +362,9 @@ def test_two_processes_follow_one(files, tmp_path, train):
         assert all(abs(a["loss"] - b["loss"]) < 1e-4 for a, b in zip(one["history"], two["history"], strict=True)), name
         assert all(abs(a / b - 1) < 1e-3 for (_, a), (_, b) in zip(one["validation"], two["validation"], strict=True))
         check_sparse(tmp_path / name / "ast", files / "model")
+    alone = train(tmp_path / "alone", "--start-from", "swap", "--steps", 2, "--save-every", 2)["runs"]["ast"]
+    two = json.loads((tmp_path / "swapped.json").read_text())["results"]["runs"]["ast"]
+    assert two["history"][0]["loss"] == pytest.approx(alone["history"][0]["loss"], rel=1e-2)  # both prune: sums differ
     assert (tmp_path / "stopped" / "ast.training" / "step-0000010").is_dir()
     resumed = train(tmp_path / "stopped", *options)["runs"]["ast"]
     assert abs(one["history"][-1]["loss"] - resumed["history"][-1]["loss"]) < 1e-4

@@ -459,8 +459,9 @@ def test_allocation(monkeypatch, model, kind):
     monkeypatch.setattr(dsnot, "damage", lambda *args: found.append(real(*args)) or found[0])
     positions = torch.arange(32)
     with torch.inference_mode():
-        shares = dsnot.allocation(dsnot.GPT.from_pretrained(model / "m", stream=True), windows, 4,
-                                  (dsnot.rotary(dense.config, positions), positions), "cpu", 0.6, kind)
+        shares = dsnot.allocation(dsnot.GPT.from_pretrained(model / "m", stream=True),
+                                  (dsnot.rotary(dense.config, positions), positions),
+                                  [dense.embed(ids) for ids in windows.split(4)], 0.6, kind)
         inputs, layers = {}, {f"model.layers.{i}.{name}": layer for i, block in enumerate(dense.model.layers)
                               for name, layer in dsnot.prunable(block).items()}
         with dsnot.watch(layers, inputs.__setitem__):
