@@ -62,7 +62,7 @@ from data.command import InputError, parser, record, run, start, write_atomicall
 from data.stream import Mixture, tokens
 from dsnot import InputStats, keep_mask, magnitude_score, parse_pattern, prunable, prune, wanda_score, watch
 from eval import perplexity
-from gpt import GPT, CheckpointWriter
+from gpt import GPT, CheckpointWriter, slorb
 
 RECIPES = {  # the authors' for LLaMA2-7B and GPT-2, ours for the model that ships
     "tiny": dict(
@@ -139,10 +139,7 @@ class SparseLinear(nn.Linear):
 
     def forward(self, x):
         y = F.linear(x, StraightThrough.apply(self.weight, self.mask), self.bias)
-        if self.slorb_k:
-            sums = (x * self.slorb_X).unflatten(-1, (-1, self.slorb_k)).sum(-1)  # [..., in/k]
-            y = y + F.linear(sums, self.slorb_S)
-        return y
+        return y + slorb(x, self.slorb_S, self.slorb_X) if self.slorb_k else y
 
     @torch.no_grad()
     def update_mask(self):

@@ -45,12 +45,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import calibration_windows, load_tokenizer
-from data.command import InputError, parser, record, run, start, write_atomically
+from data import calibration_windows, load_tokenizer, windows
+from data.command import InputError, parser, record, run, start, timed, write_atomically
 from data.hub import model_folder
 from data.text import SOURCES, evaluation_ids
 from eval import default_seqlen, free_memory, perplexity
-from gpt import GPT, Block, CheckpointWriter, Config, prunable, rotary
+from gpt import GPT, Block, CheckpointWriter, Config, prunable, rotary, shard
 
 # ------------------------------------------------------------------------------------------------- many processes
 
@@ -534,7 +534,7 @@ def prune(model, windows, out, run, *, batch=8, propagate=False, sparsity=None, 
         blocks = model.blocks()
         for i in tqdm(range(count), desc="pruning", unit="block", leave=False, disable=rank or None):
             block = next(blocks)
-            prefix, file = f"model.layers.{i}", f"model-{i + 1:05d}-of-{count + 1:05d}.safetensors"
+            prefix, file = f"model.layers.{i}", shard(i, count)
             if writer.done(file):
                 if propagate:
                     move(steps(block, *where)[0], dense)
@@ -551,8 +551,7 @@ def prune(model, windows, out, run, *, batch=8, propagate=False, sparsity=None, 
                     writer.write(file, {names[k]: v.to(source.dtype(names[k])) for k, v in block.state_dict().items()})
             del block  # before the next one is read
         if rank == 0:
-            rest = {name: source.tensor(name) for name in source.files if not name.startswith("model.layers.")}
-            writer.write(f"model-{count + 1:05d}-of-{count + 1:05d}.safetensors", rest)
+            writer.write(shard(count, count), source.rest())
         wait()  # everybody has read what the next line moves
     wait()  # the checkpoint is in its place
     return records
@@ -704,13 +703,6 @@ def check(args, config):
 @torch.inference_mode()
 def dry_run(args, config, amount, method):
     """Print what a run would take: from the configuration, and from a random block on which its steps are timed."""
-    def seconds(work):
-        begin = time.perf_counter()
-        result = work()
-        if args.device != "cpu":
-            torch.cuda.synchronize(args.device)
-        return time.perf_counter() - begin, result
-
     with torch.device("meta"):
         whole = sum(p.numel() for p in GPT(config).parameters())
     stored = getattr(torch, config.raw.get("dtype") or config.raw.get("torch_dtype") or "float32")
@@ -729,12 +721,12 @@ def dry_run(args, config, amount, method):
     step, = steps(block, rotary(config, sample), sample)
     x = torch.randn(1, len(sample), config.hidden_size, device=args.device, dtype=dtype)
     groups = readers(step, x, layers)  # this warms up, too
-    watching, stats = seconds(lambda: input_stats(step, [x], layers, groups, gram))
-    running, _ = seconds(lambda: step(x))
+    watching, stats = timed(lambda: input_stats(step, [x], layers, groups, gram), args.device)
+    running, _ = timed(lambda: step(x), args.device)
     needed = (3 * running + 4 * watching if args.propagate else running + watching) * tokens / len(sample)
     for name, layer in layers.items():
         rows = len(layer.weight) if args.score == "sparsegpt" else 64  # only SparseGPT's time is not in proportion
-        spent, _ = seconds(lambda: prune_layer(layer.weight[:rows], stats[name], **{k: method[k] for k in LAYER}))
+        spent, _ = timed(lambda: prune_layer(layer.weight[:rows], stats[name], **{k: method[k] for k in LAYER}), args.device)
         needed += spent * len(layer.weight) / rows
 
     print(f"{args.model}, {amount} pruned: {blocks} blocks with {sum(sizes):,} weights to prune in each, {whole:,} parameters")
@@ -771,7 +763,7 @@ def main():
     ids = evaluation_ids(args.data, split, tokenizer, args.seqlen)
     calibration = calibration_windows(args.calib, tokenizer, args.nsamples, args.seqlen, args.seed)
     talk(f"{args.model}: {amount} pruned, calibration {args.nsamples} x {args.seqlen} tokens of {args.calib}, "
-         f"perplexity on {args.data} ({len(ids) // args.seqlen} windows of {args.seqlen} tokens)")
+         f"perplexity on {args.data} ({len(windows(ids, args.seqlen))} windows of {args.seqlen} tokens)")
     passes = [("dense", args.model, None), (title, out, method)]
     if args.compare:
         plain = method | dict(refine="none", refit=False, propagate=False)

@@ -642,6 +642,10 @@ class Checkpoint:
             raise InputError(f"{path}: {theirs} holds NaN or infinite values")
         return value
 
+    def rest(self):
+        """{our name: tensor} of everything outside the blocks."""
+        return {name: self.tensor(name) for name in self.files if not name.startswith("model.layers.")}
+
     def dtype(self, name):
         """The dtype that one tensor has on disk."""
         return self._dtypes[name]
@@ -655,6 +659,11 @@ class Checkpoint:
         state = {k: self.tensor(f"{prefix}.{k}") for k in module.state_dict()}
         state = {k: v.to(device=device, dtype=dtype if v.is_floating_point() else v.dtype) for k, v in state.items()}
         module.load_state_dict({k: v.contiguous() for k, v in state.items()}, assign=True)
+
+
+def shard(i, blocks):
+    """The file of block i of so many; shard(blocks, blocks) is that of everything else."""
+    return f"model-{i + 1:05d}-of-{blocks + 1:05d}.safetensors"
 
 
 class CheckpointWriter:

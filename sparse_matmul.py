@@ -46,7 +46,7 @@ import torch.nn.functional as F
 
 from data.command import InputError, parser, record, run, start
 from data.hub import model_folder
-from gpt import Block, Checkpoint, CheckpointWriter, prunable, slorb
+from gpt import Block, Checkpoint, CheckpointWriter, prunable, shard, slorb
 
 if __name__ == "__main__" and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
@@ -332,12 +332,10 @@ def save_compressed(model: str, folder, bits: int | None = None) -> dict:
             found += sparsify(block, bits)
             if source.family.conv1d and len({type(getattr(block.self_attn, f"{x}_proj")) for x in "qkv"}) > 1:
                 raise InputError(f"{model}: q, k and v of block {i} share a tensor, but not all of them are 2:4")
-            out.write(f"model-{i + 1:05d}-of-{count + 1:05d}.safetensors",
-                      {f"model.layers.{i}.{name}": value for name, value in block.state_dict().items()})
+            out.write(shard(i, count), {f"model.layers.{i}.{name}": value for name, value in block.state_dict().items()})
         if not found:
             raise InputError(f"{model}: no linear layer of the blocks is 2:4; prune it with a 2:4 pattern first")
-        rest = {name: source.tensor(name) for name in source.files if not name.startswith("model.layers.")}
-        out.write(f"model-{count + 1:05d}-of-{count + 1:05d}.safetensors", rest)
+        out.write(shard(count, count), source.rest())
     before, after = (sum(file.stat().st_size for file in set(c.files.values())) for c in (source, Checkpoint(folder)))
     return {"layers": found, "before": before, "after": after}
 

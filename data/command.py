@@ -6,6 +6,7 @@ import os
 import platform
 import random
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 
@@ -45,6 +46,15 @@ def start(args):
         raise InputError(f"--device {args.device} can't be used: {str(e).splitlines()[0]}") from None
     if args.json and not Path(args.json).absolute().parent.is_dir():
         raise InputError(f"--json {args.json}: the folder {Path(args.json).parent} does not exist")
+
+
+def timed(work, device):
+    """(seconds that work() takes, what it returns)."""
+    begin = time.perf_counter()
+    result = work()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin, result
 
 
 def write_atomically(path, write):

@@ -55,6 +55,26 @@ def validation_loss(model, ids):
     return torch.stack([F.cross_entropy(model(x[:, :-1]).float().flatten(0, 1), x[:, 1:].flatten()) for x in ids.split(32)]).mean()
 
 
+def new_model():
+    """The model with GPT-2's initialisation, residual projections scaled by depth."""
+    model = GPT(Config.from_dict(CONFIG))
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2:
+            scale = (2 * CONFIG["num_hidden_layers"]) ** -0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
+            torch.nn.init.normal_(weight, std=0.02 * scale)
+    return model
+
+
+def draw(streams, seed, step, batch, seqlen):
+    """The windows [batch, seqlen + 1] of a step, which alone decides them, so that resuming is exact."""
+    rng, ids = torch.Generator().manual_seed(seed * 1_000_003 + step), []
+    for _ in range(batch):
+        stream = streams[int(torch.rand(1, generator=rng) >= 0.3)]
+        at = torch.randint(len(stream) - seqlen, (1,), generator=rng).item()
+        ids.append(stream[at:at + seqlen + 1])
+    return torch.stack(ids)
+
+
 def main():
     p = parser(__doc__)
     p.add_argument("--out", default="data/tiny", help="the folder that is filled")
@@ -81,11 +101,7 @@ def main():
     held_out = windows(tokenizer.encode(stdlib_text("validation")), args.seqlen + 1).to(args.device)
     print(f"{len(streams[0]):,} tokens of documentation, {len(streams[1]):,} of source, {held_out.numel():,} for validation")
 
-    model = GPT(Config.from_dict(CONFIG)).to(args.device)
-    for name, weight in model.named_parameters():  # GPT-2's initialisation, residual projections scaled by depth
-        if weight.dim() == 2:
-            scale = (2 * CONFIG["num_hidden_layers"]) ** -0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
-            torch.nn.init.normal_(weight, std=0.02 * scale)
+    model = new_model().to(args.device)
     matrices = [w for w in model.parameters() if w.dim() == 2]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1},
                                    {"params": [w for w in model.parameters() if w.dim() < 2], "weight_decay": 0.0}],
@@ -103,13 +119,7 @@ def main():
     forward = torch.compile(model) if args.compile else model
     begin = time.perf_counter()
     for step in range(first, args.steps):
-        rng = torch.Generator().manual_seed(args.seed * 1_000_003 + step)  # the step alone decides the batch: resuming is exact
-        batch = []
-        for _ in range(args.batch):
-            stream = streams[int(torch.rand(1, generator=rng) >= 0.3)]
-            at = torch.randint(len(stream) - args.seqlen, (1,), generator=rng).item()
-            batch.append(stream[at:at + args.seqlen + 1])
-        ids = torch.stack(batch).to(args.device)
+        ids = draw(streams, args.seed, step, args.batch, args.seqlen).to(args.device)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.lr, warmup=100)
         with torch.autocast(torch.device(args.device).type, torch.bfloat16):

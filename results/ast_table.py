@@ -5,6 +5,7 @@ What is not measured yet is left out."""
 import json
 import math
 import statistics
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -12,6 +13,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from results.compare import markdown
+
 VARIANTS = {"seed0": "AST", "no-distillation": "no distillation", "static-decay": "static decay", "no-decay": "no decay",
             "fixed-mask": "fixed mask", "wanda": "mask by Wanda score", "dense-start": "dense start"}
 
@@ -21,21 +25,18 @@ def read(name):
     return json.loads(path.read_text())["results"] if path.is_file() else None
 
 
+def gap_closed(table, perplexity):
+    """The share of the log-perplexity between a table's best one-shot mask and its dense model that is gone."""
+    best = min(row["perplexity"] for name, row in table.items() if name.startswith("one-shot"))
+    return math.log(best / perplexity) / math.log(best / table["dense"]["perplexity"])
+
+
 def rows(tables):
     """Rows of several seeds as markdown: perplexity, its deviation over seeds, share of the gap, tokens."""
-    first, *_ = tables
-    best = min(row["perplexity"] for name, row in first.items() if name.startswith("one-shot"))
-    dense = first["dense"]["perplexity"]
-    for name, row in first.items():
+    for name, row in tables[0].items():
         values = [found[name]["perplexity"] for found in tables if name in found]
-        closed = math.log(best / statistics.mean(values)) / math.log(best / dense)
-        spread = f" ± {statistics.stdev(values):.3f}" if len(set(values)) > 1 else ""
-        yield name, values, f"{statistics.mean(values):.3f}{spread}", f"{closed:.1%}", f"{row['tokens']:,}"
-
-
-def table(head, lines):
-    for line in [head, [":--"] + ["--:"] * (len(head) - 1), *lines]:
-        print("| " + " | ".join(line) + " |")
+        mean, spread = statistics.mean(values), f" ± {statistics.stdev(values):.3f}" if len(set(values)) > 1 else ""
+        yield name, f"{mean:.3f}{spread}", f"{gap_closed(tables[0], mean):.1%}", f"{row['tokens']:,}"
 
 
 def main():
@@ -44,17 +45,14 @@ def main():
         if found := read(f"seed{seed}"):
             control = (read(f"control{seed}") or {"table": {}})["table"]
             tables.append(control | found["table"])
-    best, dense = tables[0]["one-shot sparsegpt"]["perplexity"], tables[0]["dense"]["perplexity"]
     if long := read("long"):
         tables[0] |= {f"{name}, longer": row for name, row in long["table"].items() if name.startswith("AST")}
-    table(["tiny, 2:4", "test perplexity", "gap closed", "training tokens"],
-          [[name, *said] for name, _, *said in rows(tables)])
+    print(markdown(["tiny, 2:4", "test perplexity", "gap closed", "training tokens"], list(rows(tables))), end="\n\n")
 
-    closed = lambda row: math.log(best / row["perplexity"]) / math.log(best / dense)
     ablation = {said: found["table"]["AST"] for name, said in VARIANTS.items() if (found := read(name))}
-    print()
-    table(["AST at the default's tokens, seed 0", "test perplexity", "gap closed"],
-          [[said, f"{row['perplexity']:.3f}", f"{closed(row):.1%}"] for said, row in ablation.items()])
+    closed = {said: gap_closed(tables[0], row["perplexity"]) for said, row in ablation.items()}
+    print(markdown(["AST at the default's tokens, seed 0", "test perplexity", "gap closed"],
+                   [[said, f"{row['perplexity']:.3f}", f"{closed[said]:.1%}"] for said, row in ablation.items()]))
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.6))
     options = json.loads((ROOT / "results/ast-seed0.json").read_text())["options"]
@@ -64,7 +62,7 @@ def main():
         left.plot(tokens, values, marker=".", label=method)
     left.set(xlabel="thousand training tokens", ylabel="validation perplexity")
     left.legend()
-    right.barh(list(ablation), [100 * closed(row) for row in ablation.values()])
+    right.barh(list(closed), [100 * share for share in closed.values()])
     right.invert_yaxis()
     right.set(xlabel="share of the perplexity gap closed, test text (%)")
     figure.tight_layout()

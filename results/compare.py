@@ -105,12 +105,18 @@ def said_of(name, value):
     return f"{'' if value else 'no '}{name}" if isinstance(value, bool) else f"{name} {value}"
 
 
+def markdown(head, lines, texts=1):
+    """A markdown table; its first columns are texts, the others numbers."""
+    rule = [":--"] * texts + ["--:"] * (len(head) - texts)
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *lines])
+
+
 def table(rows):
     """The rows as a markdown table. Change: of the perplexity, relative to the same mask before its refinement."""
     tasks = list(dict.fromkeys(task for row in rows for task in row.get("tasks") or {}))
     timed = ["decode (tokens/s)", "weights (GB)"] if any("speed" in row for row in rows) else []
     head = ["model", "data (seqlen)", "method", "sparsity", "perplexity", "change", "seconds", *tasks, *timed]
-    lines = [head, [":--"] * 3 + ["--:"] * (len(head) - 3)]
+    lines = []
     before = {(r["model"], r["data"], r["seqlen"], r["amount"], r["method"]): r.get("perplexity") for r in rows}
     for row in rows:
         ppl, (start, refined, _) = row.get("perplexity"), row["method"].partition(" + ")
@@ -125,7 +131,7 @@ def table(rows):
             of = row.get("speed")
             lines[-1] += [f"{of['decode_tokens_per_second']:,.1f}" if of else "",
                           f"{of['weight_bytes'] / 1e9:,.3f}" if of else ""]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(head, lines, texts=3)
 
 
 def table_by_method(rows):
@@ -139,11 +145,10 @@ def table_by_method(rows):
     for (model, data, seqlen), methods in tables.items():
         amounts = [a for a in dict.fromkeys(a for found in methods.values() for a in found) if a != "0%"]
         dense = next((found["0%"]["perplexity"] for found in methods.values() if "0%" in found), math.nan)
-        lines = [[f"{model} on {data} ({seqlen}), dense {dense:.2f}", *amounts], [":--", *["--:"] * len(amounts)]]
-        lines += [[method, *(f"{found[a]['perplexity']:.2f}" if a in found else "" for a in amounts)]
+        lines = [[method, *(f"{found[a]['perplexity']:.2f}" if a in found else "" for a in amounts)]
                   for method, found in sorted(methods.items(), key=lambda m: -list(m[1].values())[-1]["perplexity"])
                   if "0%" not in found]
-        texts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
+        texts.append(markdown([f"{model} on {data} ({seqlen}), dense {dense:.2f}", *amounts], lines))
     return "\n\n".join(texts)
 
 

@@ -8,7 +8,6 @@ the mask anew: that share of the median choice is added to the median step. The 
 
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -17,19 +16,10 @@ import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from ast_train import AnnealedAdamW, SparseLinear, backward, make_sparse, options, set_up
-from data.command import record, run, start
+from data.command import record, run, start, timed
 from gpt import GPT
 
-
 STEPS, WARM = 30, 2  # of each kind; the first ones compile and don't count
-
-
-def seconds(work, device):
-    begin = time.perf_counter()
-    work()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
 
 
 def main():
@@ -58,8 +48,8 @@ def main():
     steps, choices = {method: [] for method in pairs}, []
     for _ in range(STEPS):
         for method, pair in pairs.items():
-            steps[method].append(seconds(lambda: step(*pair), args.device))
-        choices.append(seconds(lambda: choose(students["ast"]), args.device))
+            steps[method].append(timed(lambda: step(*pair), args.device)[0])
+        choices.append(timed(lambda: choose(students["ast"]), args.device)[0])
     dist.destroy_process_group()
     middle = {method: statistics.median(taken[WARM:]) for method, taken in steps.items()}
     choice = statistics.median(choices[WARM:]) / args.mask_every if args.mask_every else 0.0

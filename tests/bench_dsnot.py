@@ -6,22 +6,13 @@ swaps as a multiple of SparseGPT, with the squared error that each leaves.
 
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from data.command import parser, record, run, start
+from data.command import parser, record, run, start, timed
 from dsnot import InputStats, dsnot_refine, keep_mask, magnitude_score, relative_error, sparsegpt, swap_refine, wanda_score
-
-
-def seconds(work, device):
-    begin = time.perf_counter()
-    work()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
 
 
 def main():
@@ -45,29 +36,26 @@ def main():
     results = []
     for score in "wanda", "magnitude":
         for label, amount in ("50 %", dict(sparsity=0.5)), ("70 %", dict(sparsity=0.7)), ("2:4", dict(pattern=(2, 4))), ("4:8", dict(pattern=(4, 8))):
-            taken = [[seconds(job, device) for job in (lambda: torch.sort(W), lambda: work(score, amount))]
+            taken = [[timed(job, device)[0] for job in (lambda: torch.sort(W), lambda: work(score, amount))]
                      for _ in range(args.repeats)]  # in turns, so that other load on the machine meets both
             sort, ours = map(statistics.median, zip(*taken))
             results.append({"method": f"{score} + dsnot", "amount": label, "against": "torch.sort", "ratio": ours / sort})
             print(f"{score:<10} {label:>5}  50 cycles: {ours / sort:5.2f} x torch.sort", flush=True)
     for label, amount in ("70 %", dict(sparsity=0.7)), ("2:4", dict(pattern=(2, 4))):
-        keep, found = keep_mask(wanda_score(W, stats), **amount), {}
+        keep = keep_mask(wanda_score(W, stats), **amount)
 
-        def swaps(most):
-            found[most] = W * swap_refine(W, keep, stats.gram, pattern=amount.get("pattern"), max_swaps=most)
+        def best_of(work):  # a GPU's kernels are loaded by the first
+            return min((timed(work, device) for _ in range(1 + (device != "cpu"))), key=lambda found: found[0])
 
-        def corrected():
-            found["sparsegpt"] = sparsegpt(W, stats.gram, **amount)
-
-        runs = 1 + (device != "cpu")  # a GPU's kernels are loaded by the first
-        theirs = [seconds(corrected, device) for _ in range(runs)][-1]
+        theirs, corrected = best_of(lambda: sparsegpt(W, stats.gram, **amount))
+        goal = relative_error(W, corrected, stats.gram)
         for most in n // 64, None:
-            ours = [seconds(lambda: swaps(most), device) for _ in range(runs)][-1]
-            error = relative_error(W, found[most], stats.gram)
-            results.append({"method": "wanda + swap", "amount": label, "against": "sparsegpt", "max_swaps": most, "ratio": ours / theirs,
-                            "error": error, "error_of_sparsegpt": relative_error(W, found["sparsegpt"], stats.gram)})
+            ours, new = best_of(lambda: swap_refine(W, keep, stats.gram, pattern=amount.get("pattern"), max_swaps=most))
+            error = relative_error(W, W * new, stats.gram)
+            results.append({"method": "wanda + swap", "amount": label, "against": "sparsegpt", "max_swaps": most,
+                            "ratio": ours / theirs, "error": error, "error_of_sparsegpt": goal})
             print(f"swaps {label:>5}, {most or 'all'}: {ours / theirs:5.2f} x SparseGPT, error {error:.4f} "
-                  f"(SparseGPT {results[-1]['error_of_sparsegpt']:.4f})", flush=True)
+                  f"(SparseGPT {goal:.4f})", flush=True)
     record(args, results)
 
 

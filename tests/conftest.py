@@ -2,13 +2,33 @@
 
 import os
 import sys
+import weakref
 from pathlib import Path
+
+import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the Hub: a slip should fail at once, not wait for a network
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"  # models, texts and golden outputs that are no part of the repository
 sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture
+def blocks_read(monkeypatch):
+    """The names of the blocks that have been read from checkpoints; fails where one is read while another is in memory."""
+    from gpt import Block, Checkpoint
+    load, alive, read = Checkpoint.load, [], []
+
+    def watched(source, module, prefix, **place):
+        if isinstance(module, Block):
+            assert not any(block() for block in alive), f"another block is in memory while {prefix} is read"
+            alive.append(weakref.ref(module))
+            read.append(prefix)
+        load(source, module, prefix, **place)
+
+    monkeypatch.setattr(Checkpoint, "load", watched)
+    return read
 
 
 def make_checkpoint(folder, **changes):
