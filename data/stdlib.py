@@ -31,10 +31,15 @@ def split_of(module):
 @functools.cache
 def modules():
     """{module name: source} of the standard library, sorted by path."""
-    root, found = Path(sysconfig.get_paths()["stdlib"]), {}
+    return sources(Path(sysconfig.get_paths()["stdlib"]), NOT_TEXT)
+
+
+def sources(root, left_out):
+    """{module name: source} of the Python files below a folder, sorted by path, without some folders."""
+    found = {}
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
-        if not NOT_TEXT & set(parts) and not parts[0].startswith(("config-", "_sysconfigdata")):
+        if not left_out & set(parts) and not parts[0].startswith(("config-", "_sysconfigdata")):
             try:
                 with tokenize.open(path) as f:
                     found[".".join(p for p in parts if p != "__init__")] = f.read()
@@ -107,3 +112,8 @@ def stdlib_text(split):
 def stdlib_source():
     """The source code of all modules that are not held out."""
     return "\n\n".join(code for name, code in modules().items() if split_of(name) == "train")
+
+
+def package_source():
+    """The source code of all packages that are installed: more text for a larger model."""
+    return "\n\n".join(sources(Path(sysconfig.get_paths()["purelib"]), set()).values())

@@ -1,6 +1,7 @@
 """Rebuild the model that ships: a tokenizer and a LLaMA trained on the standard library of the Python that runs this.
 
     python -m data.train_tiny --compile           (about an hour on two CPU cores; after a stop, run it again: it goes on)
+    python -m data.train_tiny --compile --out out/small --hidden-size 640 --layers 12 --packages     (larger, for a GPU)
 
 Windows of text are drawn at random, three in ten from the documentation and the others from source code. AdamW, warm-up
 and cosine to zero, bf16 arithmetic on float32 weights; the weights that end up in the folder are bf16. The validation
@@ -18,16 +19,15 @@ import torch
 import torch.nn.functional as F
 
 from data.command import InputError, parser, record, run, start, write_atomically
-from data.stdlib import stdlib_source, stdlib_text
+from data.stdlib import package_source, stdlib_source, stdlib_text
 from data.text import windows
 from data.tokenizer import SentencePiece
 from gpt import GPT, Config
 
-CONFIG = dict(
-    architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=4096, hidden_size=256, intermediate_size=688,
-    num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, head_dim=64, hidden_act="silu", rms_norm_eps=1e-5,
-    rope_theta=10000.0, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
-    attention_bias=False, mlp_bias=False, torch_dtype="bfloat16")
+CONFIG = dict(  # what does not depend on the size
+    architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=4096, head_dim=64, hidden_act="silu",
+    rms_norm_eps=1e-5, rope_theta=10000.0, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=1,
+    eos_token_id=2, attention_bias=False, mlp_bias=False, torch_dtype="bfloat16")
 TOKENIZER = dict(  # tokenizer_config.json, without which transformers adds neither BOS nor the first word's space
     tokenizer_class="LlamaTokenizer", add_bos_token=True, add_eos_token=False, bos_token="<s>", eos_token="</s>",
     unk_token="<unk>")
@@ -55,12 +55,15 @@ def validation_loss(model, ids):
     return torch.stack([F.cross_entropy(model(x[:, :-1]).float().flatten(0, 1), x[:, 1:].flatten()) for x in ids.split(32)]).mean()
 
 
-def new_model():
-    """The model with GPT-2's initialisation, residual projections scaled by depth."""
-    model = GPT(Config.from_dict(CONFIG))
+def new_model(hidden_size, layers):
+    """A model of some width and depth with GPT-2's initialisation, residual projections scaled by depth."""
+    heads = hidden_size // CONFIG["head_dim"]
+    model = GPT(Config.from_dict(CONFIG | dict(
+        hidden_size=hidden_size, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads // 2,
+        intermediate_size=round(hidden_size / 6) * 16)))  # 8/3 as wide, and 2:4 can be stored
     for name, weight in model.named_parameters():
         if weight.dim() == 2:
-            scale = (2 * CONFIG["num_hidden_layers"]) ** -0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
+            scale = (2 * layers) ** -0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
             torch.nn.init.normal_(weight, std=0.02 * scale)
     return model
 
@@ -78,6 +81,9 @@ def draw(streams, seed, step, batch, seqlen):
 def main():
     p = parser(__doc__)
     p.add_argument("--out", default="data/tiny", help="the folder that is filled")
+    p.add_argument("--hidden-size", type=int, default=256)
+    p.add_argument("--layers", type=int, default=6)
+    p.add_argument("--packages", action="store_true", help="also train on the source of the packages that are installed")
     p.add_argument("--steps", type=int, default=2000)
     p.add_argument("--batch", type=int, default=32, help="windows a step")
     p.add_argument("--seqlen", type=int, default=256, help="tokens a window")
@@ -86,14 +92,17 @@ def main():
     p.add_argument("--save-every", type=int, default=100, help="steps between validations and checkpoints")
     args = p.parse_args()
     start(args)
+    if args.hidden_size < 128 or args.hidden_size % 128:
+        raise InputError(f"--hidden-size {args.hidden_size} must be a multiple of 128")
     work = Path(args.out + ".training")  # the tokenizer and the state of an unfinished run
     work.mkdir(parents=True, exist_ok=True)
     state_file = work / "state.pt"
+    options = [args.hidden_size, args.layers, args.packages, args.steps, args.batch, args.seqlen, args.lr, args.seed]
 
-    docs, source = stdlib_text("train"), stdlib_source()
+    docs, source = stdlib_text("train"), stdlib_source() + (package_source() if args.packages else "")
     if not (work / "tokenizer.model").is_file():
         print("training the tokenizer ...", flush=True)
-        train_tokenizer(work / "tokenizer.model", docs + "\n" + source, CONFIG["vocab_size"])
+        train_tokenizer(work / "tokenizer.model", docs + "\n" + stdlib_source(), CONFIG["vocab_size"])
         text = json.dumps(TOKENIZER, indent=1) + "\n"
         write_atomically(work / "tokenizer_config.json", lambda beside: beside.write_text(text))
     tokenizer = SentencePiece(work / "tokenizer.model")
@@ -101,7 +110,7 @@ def main():
     held_out = windows(tokenizer.encode(stdlib_text("validation")), args.seqlen + 1).to(args.device)
     print(f"{len(streams[0]):,} tokens of documentation, {len(streams[1]):,} of source, {held_out.numel():,} for validation")
 
-    model = new_model().to(args.device)
+    model = new_model(args.hidden_size, args.layers).to(args.device)
     matrices = [w for w in model.parameters() if w.dim() == 2]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1},
                                    {"params": [w for w in model.parameters() if w.dim() < 2], "weight_decay": 0.0}],
@@ -109,7 +118,7 @@ def main():
     first, history = 0, []
     if state_file.is_file():
         state = torch.load(state_file, map_location=args.device, weights_only=True)
-        if state["options"] != [args.steps, args.batch, args.seqlen, args.lr, args.seed]:
+        if state["options"] != options:
             raise InputError(f"{state_file} belongs to a run with other options: delete it or choose another --out")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -137,7 +146,7 @@ def main():
                 history.append((step + 1, validation_loss(model, held_out).item()))
             print(f"step {step + 1:5d}  validation loss {history[-1][1]:.4f}  perplexity {math.exp(history[-1][1]):.2f}", flush=True)
             state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1, history=history,
-                         options=[args.steps, args.batch, args.seqlen, args.lr, args.seed])
+                         options=options)
             write_atomically(state_file, lambda beside: torch.save(state, beside))
     model.bfloat16().save_pretrained(args.out, tokenizer_from=work)
     shutil.rmtree(work)
