@@ -229,8 +229,8 @@ def distillation_loss(student_logits, teacher_logits, temperature):
 
 def both_losses(student, target, teacher, kl_weight, temperature):
     """a * distillation + (1 - a) * cross-entropy, summed over tokens; logits [N, V], targets [N]."""
-    loss = F.cross_entropy(student, target, reduction="sum")
-    return kl_weight * kl(student, teacher, temperature) + (1 - kl_weight) * loss
+    loss = kl_weight * kl(student, teacher, temperature)
+    return loss + (1 - kl_weight) * F.cross_entropy(student, target, reduction="sum") if kl_weight < 1 else loss
 
 
 compiled_losses = torch.compile(both_losses)  # which costs nothing before the first call

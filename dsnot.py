@@ -244,56 +244,65 @@ def swap_refine(W, keep, gram, *, cross=None, max_swaps=None, candidates=16, pat
     max_swaps: per row, None: until none helps. pattern: (n, m) of the mask, which stays intact."""
     new, W, G = keep.clone(), W.float(), gram
     for rows in torch.arange(len(W), device=W.device).split(1024):
-        g = W[rows] @ (G if cross is None else cross) - torch.where(keep[rows], W[rows], 0) @ G
-        left = torch.full_like(rows, W.shape[1] if max_swaps is None else max_swaps)
+        w, mask = W[rows], keep[rows]
+        g = w @ (G if cross is None else cross) - torch.where(mask, w, 0) @ G
+        slope, square = torch.where(mask, 2 * w, -2 * w), w.square() * G.diagonal()
+        left, least = torch.full_like(rows, w.shape[1] if max_swaps is None else max_swaps), 1e-6 * square.amax(1)
         while len(rows):
-            before = new[rows]
-            new[rows], used = _swap_round(W[rows], before, g, G, left, candidates, pattern)
-            change = W[rows] * (before.float() - new[rows].float())  # of r: two weights of a row for every swap
-            row, column = change.nonzero(as_tuple=True)
-            start = F.pad(row.bincount(minlength=len(rows)).cumsum(0), (1, 0))[:-1]
-            g += F.embedding_bag(column, G, start, mode="sum", per_sample_weights=change[row, column])  # change @ G
+            alone = torch.addcmul(square, slope, g)  # what it adds to flip one weight and no other
+            column, made = _swap_round(w, mask, alone, slope, G, left, least, candidates, pattern)
+            used = made.sum(1) // 2
+            g += F.embedding_bag(column, G, mode="sum", per_sample_weights=slope.gather(1, column) / 2 * made)
+            row, at = made.nonzero(as_tuple=True)
+            at = column[row, at]
+            mask[row, at], slope[row, at] = ~mask[row, at], -slope[row, at]
             go_on = (used > 0) & (used < left)
-            rows, g, left = rows[go_on], g[go_on], (left - used)[go_on]
+            if not go_on.all():
+                new[rows] = mask
+                rows, w, mask, g, slope, square, left, least, used = (
+                    x[go_on] for x in (rows, w, mask, g, slope, square, left, least, used))
+            left = left - used
     return new
 
 
-def _swap_round(W, keep, g, G, left, candidates, pattern):
-    """A few swaps in each of some rows, of which at most `left` [rows]: the new mask, and how many were made [rows]."""
-    new, used, row = keep.clone(), torch.zeros_like(left), torch.arange(len(W), device=W.device)
-    square = W.square() * G.diagonal()
-    j, i, apart = _candidates(torch.where(keep, 2, -2) * W * g + square, keep, candidates, pattern)  # [rows, k] indices
-    w_j, w_i, g_j, g_i = W.gather(1, j), W.gather(1, i), g.gather(1, j), g.gather(1, i)
-    G_jj, G_ji, G_ii = (G[a[:, :, None], b[:, None, :]] for a, b in ((j, j), (j, i), (i, i)))  # [rows, k, k]
-    both, square_j, square_i = 2 * w_j[:, :, None] * w_i[:, None, :] * G_ji, square.gather(1, j), square.gather(1, i)
-    can_prune, can_grow, rounding = keep.gather(1, j), ~keep.gather(1, i), 1e-6 * square.amax(1)
-    for _ in range(j.shape[1]):
-        prune = (2 * w_j * g_j + square_j).masked_fill(~can_prune, torch.inf)
-        grow = (-2 * w_i * g_i + square_i).masked_fill(~can_grow, torch.inf)
-        change = prune[:, :, None] + grow[:, None, :] - both
-        change, pair = (change if apart is None else change.masked_fill_(apart, torch.inf)).flatten(1).min(1)
-        better = (change < -rounding) & (used < left)
-        if not better.any():
+def _swap_round(w, mask, alone, slope, G, left, least, candidates, pattern):
+    """A few swaps in each of some rows, of which at most `left` [rows], that lower the error by more than `least` [rows]:
+    the columns that flip, pruned and grown by turns [rows, 2 swaps], and which of these flips are made (bool, the same)."""
+    prune, grow, apart = _candidates(alone, mask, candidates, pattern)
+    both, k, columns, made = torch.cat([prune, grow], 1), prune.shape[1], [], []
+    on_its_side = mask.gather(1, both) == (torch.arange(both.shape[1], device=w.device) < k)
+    cost, step = torch.where(on_its_side, alone.gather(1, both), torch.inf), slope.gather(1, both)
+    together = step[:, :k, None] * step[:, None, k:] / 2 * G[prune[:, :, None], grow[:, None, :]]
+    if apart is not None:
+        together = together.masked_fill_(apart, torch.inf)
+    for _ in range(k):
+        change, pair = (cost[:, :k, None] + cost[:, None, k:] + together).flatten(1).min(1)
+        better = (change < -least) & (left > len(made))
+        if not better.any() or (made and better.sum() < len(w) / 4):
             break
-        r, a, b = row[better], pair[better] // i.shape[1], pair[better] % i.shape[1]
-        g_j[r] += w_j[r, a, None] * G_jj[r, a] - w_i[r, b, None] * G_ji[r, :, b]
-        g_i[r] += w_j[r, a, None] * G_ji[r, a] - w_i[r, b, None] * G_ii[r, b]
-        can_prune[r, a], can_grow[r, b] = False, False
-        new[r, j[r, a]], new[r, i[r, b]] = False, True
-        used[r] += 1
-    return new, used
+        chosen = torch.stack([pair // (both.shape[1] - k), k + pair % (both.shape[1] - k)], 1)  # [rows, 2] of `both`
+        columns.append(both.gather(1, chosen))
+        made.append(better[:, None].expand(-1, 2))
+        row = better.nonzero()[:, 0]
+        flips, others = step.gather(1, chosen)[row, :, None], both[row, None, :]
+        cost[row] += step[row] * (flips / 2 * G[columns[-1][row, :, None], others]).sum(1)
+        cost[row[:, None], chosen[row]] = torch.inf
+    if not made:
+        return both[:, :1], torch.zeros_like(mask[:, :1])
+    return torch.cat(columns, 1), torch.cat(made, 1)
 
 
 def _candidates(alone, keep, candidates, pattern):
     """The weights of each row that may be pruned and grown [rows, k] each: those whose flip `alone` costs least, or all of the
     most promising groups; and which pairs are apart [k, k], in different groups (None: no groups)."""
     rows, width = alone.shape
+    sides = torch.where(keep, alone, torch.inf), torch.where(keep, torch.inf, alone)
     if pattern is None:  # a side that has fewer than k is filled up with others, which _swap_round leaves alone
         k = min(candidates, width)
-        prune, grow = (alone.masked_fill(other, torch.inf).topk(k, dim=1, largest=False)[1] for other in (~keep, keep))
+        prune, grow = (side.topk(k, dim=1, largest=False)[1] for side in sides)
         return prune, grow, None
     n, m = pattern
-    lowest = [alone.masked_fill(other, torch.inf).view(rows, -1, m).amin(-1) for other in (keep, ~keep)]
+    lowest = [side.view(rows, -1, m).amin(-1) for side in sides]
     group = sum(lowest).topk(min(max(1, candidates // n), width // m), dim=1, largest=False)[1]  # [rows, groups]
     member = group[:, :, None] * m + keep.view(rows, -1, m).gather(1, group[:, :, None].expand(-1, -1, m)).long().argsort(-1)
     prune, grow = member[:, :, m - n:].flatten(1), member[:, :, :m - n].flatten(1)
