@@ -1,14 +1,12 @@
 """Compare data/tasks.py and eval.py with EleutherAI's lm-evaluation-harness, example by example, on a few local rows.
 
-    pip install lm-eval==0.4.13            (by hand: nothing else here needs it)
-    python tests/compare_harness.py        (the model that ships; or --model FOLDER)
+    pip install "lm-eval[hf]==0.4.13"                                  (by hand: nothing else here needs it)
+    python tests/compare_harness.py --json results/harness.json        (the model that ships; or --model FOLDER)
 
-The harness runs its own task definitions on its own model class, which is transformers'; only the rows and the
-tokenizer are ours (tests/test_tokenizer.py compares tokenizers). Prompts, where they are cut, log-likelihoods,
-accuracies and standard errors have to be the same.
+The harness runs its own task definitions, on transformers' model and tokenizer; only the rows are ours. Prompts, tokens,
+where they are cut, log-likelihoods, accuracies and standard errors have to be the same.
 """
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 from test_eval import ROWS, write_tasks
 
 from data import load_tokenizer
+from data.command import parser, record, run, start
 from data.hub import model_folder
 from data.tasks import TASKS, encode_pair, load_task
 from eval import accuracy, context_length, log_likelihoods
@@ -50,17 +49,17 @@ def harness_task(manager, name, folder):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p = parser(__doc__)
     p.add_argument("--model", default="tiny", help="a preset, a Hub id or a folder")
-    name_or_dir = p.parse_args().model
+    args = p.parse_args()
+    start(args)
     if missing:
         return print(f"skipped: {missing}")
-    folder, manager = model_folder(name_or_dir), TaskManager()
+    folder, manager = model_folder(args.model), TaskManager()
     model, tokenizer = GPT.from_pretrained(folder), load_tokenizer(folder)
     theirs = HFLM(str(folder), device="cpu", dtype="float32", batch_size=4)
-    theirs.tok_encode = lambda text, **_: tokenizer.encode(text)
     assert context_length(model.config) == theirs.max_length
-    worst = 0.0
+    tasks = {}
     with tempfile.TemporaryDirectory() as temporary:
         data = write_tasks(Path(temporary) / "tasks")
         for name in ROWS:
@@ -85,9 +84,11 @@ def main():
             cut = sum(len(a) + len(b) > context_length(model.config) + 1 for a, b in pairs)
             print(f"{name:<14} {len(pairs):3} pairs, {cut:2} cut from the left: prompts and accuracies are equal, "
                   f"log-likelihoods differ by {difference:.1e} at most")
-            worst = max(worst, difference)
+            tasks[name] = {"pairs": len(pairs), "cut_from_the_left": cut, "largest_difference": difference}
+    record(args, {"tasks": tasks})
+    worst = max(task["largest_difference"] for task in tasks.values())
     sys.exit(f"log-likelihoods differ by {worst}" if worst > 1e-4 else 0)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
