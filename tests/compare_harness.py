@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from test_eval import ROWS, write_tasks
+from test_eval import ROWS, STORY, write_tasks
 
 from data import load_tokenizer
 from data.command import parser, record, run, start
@@ -60,6 +60,7 @@ def main():
     theirs = HFLM(str(folder), device="cpu", dtype="float32", batch_size=4)
     assert context_length(model.config) == theirs.max_length
     tasks = {}
+    ROWS["boolq"].append(dict(passage=STORY * 40, question="is this too long", label=0, idx=3))  # has to be cut
     with tempfile.TemporaryDirectory() as temporary:
         data = write_tasks(Path(temporary) / "tasks")
         for name in ROWS:
