@@ -30,7 +30,7 @@ Precision, and bytes for LLaMA2-7B (6.74 G parameters) on one GPU; activations c
                                    127.9 GB     on N GPUs: 121.4 / N + 6.5 GB each; at the start each holds all of W
 
     python ast_train.py                                                  (the model that ships, 2:4)
-    torchrun --nproc-per-node 8 ast_train.py --recipe llama2-7b --data c4.bin:0.7 arxiv.bin:0.3
+    torchrun --nproc-per-node 8 ast_train.py --recipe llama2-7b --data c4.bin:0.7 arxiv.bin:0.3     (made by data.stream)
 
 A run that was stopped goes on when the same command is given again, on as many processes as you like, and ends with the
 same weights: nothing is random but the windows that are read, and those depend on --seed and the step alone.
@@ -64,7 +64,7 @@ from dsnot import InputStats, keep_mask, magnitude_score, parse_pattern, prunabl
 from eval import perplexity
 from gpt import GPT, CheckpointWriter, slorb
 
-RECIPES = {  # the authors' for LLaMA2-7B and GPT-2, ours for the model that ships
+RECIPES = {  # the authors' for LLaMA2-7B and GPT-2 (`c4` is one file: give more as a .bin), ours for the model that ships
     "tiny": dict(
         model="tiny", methods=["ast", "ast-slorb"], data=["tiny"], eval_data="tiny", steps=300, batch=8, micro_batch=8,
         seqlen=256, start_from="swap", lr=3e-4, warmup=15, decay=3e-3, decay_steps=75, kl_weight=1.0, temperature=4.0,
@@ -301,7 +301,7 @@ def first_weights(args, calibration):
         return args.model
     folder = Path(args.out) / "start"
     model = GPT.from_pretrained(args.model, device=args.device, stream=True)
-    run = {name: str(getattr(args, name)) for name in ("model", "data", "seqlen", "seed", "pattern", "sparsity")}
+    run = {name: str(getattr(args, name)) for name in ("model", "data", "seqlen", "seed", "pattern", "sparsity", "steps")}
     prune(model, calibration, folder, run, score="wanda", refine="swap", refit=True, propagate=True,
           batch=args.micro_batch, **amount(args))  # all processes together
     return folder
@@ -429,6 +429,8 @@ def train(args, method, begin, mixture, held_out, calibration):
     state = load_state(work, student, optimizer, options)
     rank, world = dist.get_rank(), dist.get_world_size()
     started, first = time.perf_counter(), state["step"]
+    if args.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
 
     for step in range(first, args.steps):
         lr, decay = learning_rate(step, args.steps, args.lr, args.warmup), decay_at(step, args.decay, args.decay_steps)
@@ -464,7 +466,7 @@ def train(args, method, begin, mixture, held_out, calibration):
 
     if first < args.steps:
         state["tokens_per_second"] = args.batch * args.seqlen * (args.steps - first) / (time.perf_counter() - started)
-    if torch.cuda.is_available():
+    if args.device.startswith("cuda"):
         state["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     return state
 
@@ -501,20 +503,20 @@ def results(args, test_ids, calibration, begin):
 
     rows = {"dense": measure(args.model, 0)}
     for score in ["magnitude", "wanda", "sparsegpt"] if args.one_shot else []:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(dir=args.out) as folder:
             model, pruned = GPT.from_pretrained(args.model, device=args.device, stream=True), Path(folder) / "model"
             prune(model, calibration, pruned, {}, score=score, refine="none", batch=args.micro_batch, **amount(args))
             rows[f"one-shot {score}"] = measure(pruned, calibration.numel())
-    worst = min((math.log(row["perplexity"]) for name, row in rows.items() if name != "dense"), default=math.nan)
+    best_mask = min((math.log(row["perplexity"]) for name, row in rows.items() if name != "dense"), default=math.nan)
     if begin != args.model:
         rows["swaps + refit (start)"] = measure(begin, calibration.numel())
     for method in args.methods:
         name = {"dense": "dense, trained on", "ast": "AST", "ast-slorb": "AST + SLoRB"}[method]
         rows[name] = measure(Path(args.out) / method, args.steps * args.batch * args.seqlen)
     print(f"\n{args.eval_data}, seqlen {args.seqlen}     parameters kept  test perplexity  gap closed    tokens used")
-    gap = worst - math.log(rows["dense"]["perplexity"])
+    gap = best_mask - math.log(rows["dense"]["perplexity"])
     for name, row in rows.items():
-        row["gap_closed"] = (worst - math.log(row["perplexity"])) / gap if args.one_shot else None
+        row["gap_closed"] = (best_mask - math.log(row["perplexity"])) / gap if args.one_shot else None
         closed = f"{row['gap_closed']:.1%}" if args.one_shot else ""
         print(f"{name:21}  {row['parameters']:15,}  {row['perplexity']:15.3f}  {closed:>10}  {row['tokens']:13,}")
     return rows
@@ -525,7 +527,7 @@ def results(args, test_ids, calibration, begin):
 def options():
     fast_bf16 = torch.cuda.is_available() or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
     dtype, compiler = "bfloat16" if fast_bf16 else "float32", bool(shutil.which("g++") or shutil.which("clang++"))
-    early = ArgumentParser(add_help=False, allow_abbrev=False)
+    early = ArgumentParser(add_help=False)
     early.add_argument("--recipe", choices=RECIPES, default="tiny")
     p = parser(__doc__)
     p.add_argument("--recipe", choices=RECIPES, default="tiny", help="where the other options begin")
@@ -586,10 +588,10 @@ def check(args):
 
 
 def main():
-    args, torchrun, cuda = options(), "RANK" in os.environ, torch.cuda.is_available()
+    args, torchrun = options(), "RANK" in os.environ
+    cuda = args.device.startswith("cuda")
     if torchrun and cuda:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(args.device)
     alone = {} if torchrun else dict(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
     try:
@@ -604,6 +606,7 @@ def main():
         if len(held_out) < args.micro_batch * dist.get_world_size():
             raise InputError(f"the validation text of {args.eval_data} has {len(held_out)} windows, fewer than "
                              f"--micro-batch {args.micro_batch} in each process: give a longer text or a smaller --micro-batch")
+        say(f"{mixture.tokens:,} tokens of training text, {args.steps * args.batch * args.seqlen:,} will be read")
         begin, runs = first_weights(args, calibration), {}
         for method in args.methods:
             runs[method] = train(args, method, begin, mixture, held_out, calibration)

@@ -17,9 +17,9 @@ Starting masks: magnitude |W|; Wanda |W| sqrt(q) (Sun et al. 2023); SparseGPT (F
 corrects the weights that remain.
 
 Where this differs from the authors' code: every linear layer is refined unless you ask for `--refine-layers attn` (their
-default silently skips the MLP); the sign check can really be turned off; a row without candidates stops instead of running
-off its lists, so layers of any size work; no row is ever sorted, because fifty swaps need only the fifty best candidates of
-each kind; SparseGPT as the starting mask really uses its Hessian, and corrects the weights for the refined mask.
+default silently skips the MLP); the sign check is an option (theirs is on with a pattern, off without one, whatever its flag
+says); a row without candidates stops instead of running off its lists, so layers of any size work; fifty swaps need only the
+fifty best candidates of each kind, so a row is sorted only where candidates tie; SparseGPT as the starting mask really uses its Hessian, and corrects the weights for the refined mask.
 The threshold is in units of s, so its meaning depends on the sequence length, as in the paper.
 
 One block of the model is in memory at a time. A finished block on disk is the record of progress: start an interrupted
@@ -145,11 +145,12 @@ def keep_mask(score, sparsity=None, pattern=None):
         k = int(width * sparsity)
         if k == 0:
             return torch.ones_like(score, dtype=torch.bool)
-        keep = score > score.kthvalue(k, dim=1, keepdim=True)[0]
+        kth = score.kthvalue(k, dim=1, keepdim=True)[0]
+        keep = score > kth
         tied = keep.sum(1, dtype=torch.int32) < width - k  # more entries than needed are as low as the k-th
         if tied.any():
-            lowest = score[tied].argsort(dim=1, stable=True)[:, :k]
-            keep[tied] = torch.ones_like(keep[tied]).scatter(1, lowest, False)
+            equal, more = score[tied] == kth[tied], width - k - keep[tied].sum(1, keepdim=True)
+            keep[tied] |= equal & (equal.cumsum(1, dtype=torch.int32) > equal.sum(1, keepdim=True) - more)
         return keep
     n, m = pattern
     if width % m:
@@ -247,7 +248,7 @@ def swap_refine(W, keep, gram, *, cross=None, max_swaps=None, candidates=16, pat
         w, mask = W[rows], keep[rows]
         g = w @ (G if cross is None else cross) - torch.where(mask, w, 0) @ G
         slope, square = torch.where(mask, 2 * w, -2 * w), w.square() * G.diagonal()
-        left, least = torch.full_like(rows, w.shape[1] if max_swaps is None else max_swaps), 1e-6 * square.amax(1)
+        left, least = torch.full_like(rows, w.shape[1] if max_swaps is None else max_swaps), 1e-6 * square.amax(1)  # less is rounding
         while len(rows):
             alone = torch.addcmul(square, slope, g)  # what it adds to flip one weight and no other
             column, made = _swap_round(w, mask, alone, slope, G, left, least, candidates, pattern)
@@ -278,7 +279,7 @@ def _swap_round(w, mask, alone, slope, G, left, least, candidates, pattern):
     for _ in range(k):
         change, pair = (cost[:, :k, None] + cost[:, None, k:] + together).flatten(1).min(1)
         better = (change < -least) & (left > len(made))
-        if not better.any() or (made and better.sum() < len(w) / 4):
+        if not better.any() or (made and better.sum() < len(w) / 4):  # a pass for few rows costs as much as for all
             break
         chosen = torch.stack([pair // (both.shape[1] - k), k + pair % (both.shape[1] - k)], 1)  # [rows, 2] of `both`
         columns.append(both.gather(1, chosen))
@@ -437,10 +438,10 @@ def prune_layer(W, stats, *, score, refine, sparsity=None, pattern=None, refit=F
         keep = corrected != 0
     else:
         keep = keep_mask(scores, **amount)
-    # Half-way between the dense model's output and what the dense weights make of the inputs that are really there.
+    # The goal is half-way between the dense model's output and what dense weights make of the inputs that are really there.
     cross = None if stats.cross is None else (stats.cross + stats.gram) / 2
     if "dsnot" in refine:
-        cycles = round(W.shape[1] * 50 / 4096) if cycles is None else cycles
+        cycles = max(1, round(W.shape[1] * 50 / 4096)) if cycles is None else cycles
         keep = dsnot_refine(W, keep, stats, scores, pattern=pattern, cycles=cycles, **dsnot_options)
     if "swap" in refine:
         keep = swap_refine(W, keep, stats.gram, cross=cross, pattern=pattern)
@@ -540,9 +541,8 @@ def prune(model, windows, out, run, *, batch=8, propagate=False, sparsity=None, 
         shares = allocation(model, where, list(hidden), sparsity, allocate)
         dense, records, log = list(hidden), [], writer.partial / "pruning.json"
         known = json.loads(log.read_text()) if log.is_file() else {"layers": []}
-        blocks = model.blocks()
         for i in tqdm(range(count), desc="pruning", unit="block", leave=False, disable=rank or None):
-            block = next(blocks)
+            block = model.block(i)
             prefix, file = f"model.layers.{i}", shard(i, count)
             if writer.done(file):
                 if propagate:
@@ -579,9 +579,8 @@ def allocation(model, where, hidden, sparsity, kind):
         return dict.fromkeys(names, sparsity)
     grid = torch.arange(max(0.0, sparsity - 0.1), min(0.99, sparsity + 0.1), 0.01, dtype=torch.double)
     probe, trials, outliers, growth, sizes = hidden[0][:max(1, 2048 // hidden[0].shape[1])], [], [], [], []
-    blocks = model.blocks()
-    for _ in tqdm(model.model.layers, desc="allocating", unit="block", leave=False, disable=None):
-        block = next(blocks)
+    for i in tqdm(range(model.config.num_hidden_layers), desc="allocating", unit="block", leave=False, disable=None):
+        block = model.block(i)
         (step,), linears = steps(block, *where), prunable(block)
         stats = input_stats(step, hidden, linears, readers(step, hidden[0][:1], linears))
         scores = {name: wanda_score(layer.weight, stats[name]) for name, layer in linears.items()}
@@ -665,7 +664,7 @@ def options():
     group.add_argument("--refit", action=argparse.BooleanOptionalAction, default=False,
                        help="make the kept weights the best ones for the final mask (least squares)")
     group.add_argument("--propagate", action=argparse.BooleanOptionalAction, default=None,
-                       help="prune layer after layer towards the dense model's outputs (default: with swap or --refit)")
+                       help="prune layer after layer on what the pruned ones before it leave, and make up for it (default: with swap or --refit)")
     group.add_argument("--cycles", type=int, help="DSnoT: swaps per row at most (default: as many as 50 are to 4096 inputs)")
     group.add_argument("--threshold", type=float, default=0.1, help="DSnoT: a row's expected error that is small enough")
     group.add_argument("--sign-check", action=argparse.BooleanOptionalAction, default=True,
@@ -704,7 +703,8 @@ def check(args, config):
     args.compare = tiny and (args.refit or args.refine != "none") if args.compare is None else args.compare
     amount = args.pattern or f"{args.sparsity:.0%}"
     steps = [args.score, *filter(None, args.refine.replace("none", "").split("+")), *["refit"] * args.refit]
-    name = [Path(args.model).name, args.score, args.refine + "+refit" * args.refit, amount.replace(":", "of").rstrip("%")]
+    name = [Path(args.model).name, args.score, args.refine + "+refit" * args.refit, amount.replace(":", "of").rstrip("%"),
+            *[args.allocate] * (args.allocate != "uniform"), *[f"seed{args.seed}"] * (args.seed != 0)]
     args.out = args.out or str(Path("out") / "-".join(name))
     return amount, " + ".join(steps)
 
@@ -753,7 +753,6 @@ def main():
     if "RANK" in os.environ:  # started by torchrun
         if args.device.startswith("cuda"):
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(args.device)
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
     start(args)
     config = Config.read(model_folder(args.model, config_only=args.dry_run))
@@ -768,7 +767,8 @@ def main():
         return GPT.from_pretrained(folder, device=args.device, stream=True)
 
     tokenizer, batch, folder = load_tokenizer(args.model), max(1, 8192 // args.seqlen), load(args.model).source.folder
-    split = args.split if args.data in SOURCES or args.data == args.calib else None  # a file of its own is read whole
+    shared = Path(args.data).resolve() == Path(args.calib).resolve()
+    split = args.split if args.data in SOURCES or shared else None  # a file of its own is read whole
     ids = evaluation_ids(args.data, split, tokenizer, args.seqlen)
     calibration = calibration_windows(args.calib, tokenizer, args.nsamples, args.seqlen, args.seed)
     talk(f"{args.model}: {amount} pruned, calibration {args.nsamples} x {args.seqlen} tokens of {args.calib}, "
@@ -780,17 +780,17 @@ def main():
 
     talk(f"\n{'method':<24}{'sparsity':>10}{'perplexity':>14}{'seconds':>10}")
     rows = []
-    for title, place, method in passes:
+    for name, place, how in passes:
         begin, layers = time.perf_counter(), []
-        if method:
-            run = {name: getattr(args, name) for name in ("calib", "nsamples", "seqlen", "seed")} | method
-            run |= dict(model=str(folder.resolve()), pattern=args.pattern)
-            layers = prune(load(args.model), calibration, place, run, batch=batch, **method)
+        if how:
+            noted = {option: getattr(args, option) for option in ("calib", "nsamples", "seqlen", "seed")} | how
+            noted |= dict(model=str(folder.resolve()), pattern=args.pattern)
+            layers = prune(load(args.model), calibration, place, noted, batch=batch, **how)
         seconds, weights = time.perf_counter() - begin, max(1, sum(layer["weights"] for layer in layers))
         zeros = sum(layer["weights"] * layer["sparsity"] for layer in layers) / weights
         ppl = perplexity(load(place), ids, args.seqlen, batch, progress=True)
-        rows.append({"method": title, "sparsity": zeros, "perplexity": ppl, "seconds": seconds, "layers": layers})
-        talk(f"{title:<24}{zeros:>10.2%}{ppl:>14.2f}{seconds:>10.1f}", flush=True)
+        rows.append({"method": name, "sparsity": zeros, "perplexity": ppl, "seconds": seconds, "layers": layers})
+        talk(f"{name:<24}{zeros:>10.2%}{ppl:>14.2f}{seconds:>10.1f}", flush=True)
     talk(f"\nsaved {out}")
     if rank == 0:
         record(args, {"data": args.data, "seqlen": args.seqlen, "rows": rows})

@@ -178,6 +178,8 @@ def speed(model, ids, new_tokens=64, repeats=3):
     """Tokens per second of a prompt ids [1, T] (prefill) and of greedy decoding one sequence after it, medians; bytes
     of the weights; peak memory in bytes, on a GPU of what torch allocated, else of the whole process."""
     times = []
+    if ids.is_cuda:
+        torch.cuda.reset_peak_memory_stats(ids.device)
     for _ in range(1 + repeats):  # the first one warms up
         marks = [time.perf_counter()]
         for token in model.stream(ids, new_tokens + 1, temperature=0):
@@ -223,7 +225,7 @@ def options():
     p = parser(__doc__)
     p.add_argument("--model", default="tiny", help="a preset, a Hub id or a folder")
     p.add_argument("--batch", type=int, default=8, help="windows or choices at a time")
-    p.add_argument("--sparse", action="store_true", help="run layers that are 2:4 compressed (sparse_matmul.py)")
+    p.add_argument("--sparse", action="store_true", help="keep 2:4 layers compressed and compute with them (sparse_matmul.py)")
     group = p.add_argument_group("perplexity")
     group.add_argument("--data", help=f"{', '.join(SOURCES)} or a text file (default: tiny for tiny, else wikitext2; "
                                       f"with --tasks or --speed: none)")

@@ -117,8 +117,11 @@ class Config:
         """Raise InputError where config.json asks for something that this file does not compute."""
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                      "num_key_value_heads", "head_dim"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise InputError(f"config.json: {name} {getattr(self, name)!r} is not a positive whole number")
+            if type(value := getattr(self, name)) is not int or not 0 < value < 10**8:
+                raise InputError(f"config.json: {name} {value!r} is not a whole number from 1 to 10^8")
+        for name in "rms_norm_eps", "rope_theta":
+            if type(value := getattr(self, name)) not in (int, float) or not 0 < value < math.inf:
+                raise InputError(f"config.json: {name} {value!r} is not a positive number")
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(f"config.json: {self.num_attention_heads} attention heads can't share "
                              f"{self.num_key_value_heads} key/value heads evenly")
@@ -388,7 +391,7 @@ class GPT(nn.Module):
             return self.head(self.hidden(ids, positions, rope, caches)[:, -1]).float()
 
         for new in range(max_new_tokens):
-            if new == 1 and ids.is_cuda:
+            if new == 1 and ids.is_cuda and not self.streams:
                 step = graphed(step, ids, positions)
             logits = step(ids, positions)  # [B, vocab]
             if top_k is not None:
@@ -442,15 +445,19 @@ class GPT(nn.Module):
             from sparse_matmul import sparsify  # here: dense models don't need Triton
             sparsify(block)
 
+    def block(self, i):
+        """Block i; a streamed model reads it from disk and does not keep it."""
+        if not self.streams:
+            return self.model.layers[i]
+        with torch.device("meta"):
+            block = Block(self.config, i)
+        self.source.expect(block, f"model.layers.{i}.")
+        self.load_block(block.eval(), i)
+        return block
+
     def blocks(self):
-        """The blocks in order; a streamed model reads each from disk when its turn comes and forgets it afterwards."""
-        for i, block in enumerate(self.model.layers):
-            if self.streams:
-                with torch.device("meta"):
-                    block = Block(self.config, i)
-                self.source.expect(block, f"model.layers.{i}.")
-                self.load_block(block.eval(), i)
-            yield block
+        """The blocks in order, each read when its turn comes."""
+        return map(self.block, range(self.config.num_hidden_layers))
 
     def save_pretrained(self, dir, tokenizer_from=None):
         """Write a Hugging Face folder: config.json, model.safetensors, and the tokenizer files of another folder
@@ -687,6 +694,9 @@ class CheckpointWriter:
         marker = self.partial / "run.json"
         try:
             if self.keep is None or not marker.is_file() or json.loads(marker.read_text()) != self.keep:
+                if self.keep is not None and any(self.partial.glob("*.safetensors")):
+                    raise InputError(f"{self.partial} holds the finished blocks of another run: give the options that it had, "
+                                     f"choose another output folder, or delete it")
                 shutil.rmtree(self.partial, ignore_errors=True)
                 self.partial.mkdir(parents=True)
                 marker.write_text(json.dumps(self.keep))
@@ -726,11 +736,11 @@ class CheckpointWriter:
                 shutil.rmtree(self.partial, ignore_errors=True)
             return
         shards = sorted(self.partial.glob("*.safetensors"))
-        if [s.name for s in shards] != ["model.safetensors"]:
+        if [file.name for file in shards] != ["model.safetensors"]:
             weights, size = {}, 0
-            for shard in shards:
-                weights |= dict.fromkeys(read_tensors(shard), shard.name)
-                size += shard.stat().st_size
+            for file in shards:
+                weights |= dict.fromkeys(read_tensors(file), file.name)
+                size += file.stat().st_size
             index = json.dumps({"metadata": {"total_size": size}, "weight_map": weights}, indent=1)
             write_atomically(self.partial / "model.safetensors.index.json", lambda path: path.write_text(index))
         text = json.dumps(self.raw, indent=1) + "\n"

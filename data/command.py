@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import random
+import re
 import sys
 import time
 from importlib import metadata
@@ -41,7 +42,9 @@ def start(args):
     np.random.seed(args.seed % 2**32)
     torch.manual_seed(args.seed)
     try:
-        torch.empty(1, device=args.device)
+        device = torch.empty(1, device=args.device).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as e:
         raise InputError(f"--device {args.device} can't be used: {str(e).splitlines()[0]}") from None
     if args.json and not Path(args.json).absolute().parent.is_dir():
@@ -70,17 +73,25 @@ def write_atomically(path, write):
         beside.unlink(missing_ok=True)
 
 
+def processor():
+    """The CPU's name, where Linux tells it."""
+    try:
+        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):
+        return f"CPU {platform.machine()}"
+
+
 def record(args, results):
     """Write {options, versions, hardware, results} to the file of --json, if one was given."""
     if not args.json:
         return
-    cuda = torch.cuda.is_available() and str(args.device).startswith("cuda")
+    cuda = str(args.device).startswith("cuda")
     entry = {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "options": {k: v for k, v in vars(args).items() if k != "json"},
         "versions": {"python": platform.python_version(),
                      **{p: metadata.version(p) for p in ("torch", "numpy", "safetensors")}},
-        "hardware": torch.cuda.get_device_name() if cuda else f"CPU {platform.machine()}, {torch.get_num_threads()} threads",
+        "hardware": torch.cuda.get_device_name() if cuda else f"{processor()}, {torch.get_num_threads()} threads",
         "results": results,
     }
     write_atomically(args.json, lambda path: path.write_text(json.dumps(entry, indent=1) + "\n"))

@@ -32,7 +32,7 @@ PYTORCH = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
 def model_folder(name, weights=True, config_only=False):
     """The local folder of a model: a folder, a preset, or a Hub id (downloaded to the Hub's cache; weights=False: only
-    the configuration and the tokenizer; config_only: not even that). Raises InputError with the way out where there is none."""
+    the configuration and the tokenizer; config_only: config.json alone). Raises InputError with the way out where there is none."""
     target = PRESETS.get(str(name), str(name))
     if Path(target).is_dir():
         if not (Path(target) / "config.json").is_file():

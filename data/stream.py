@@ -2,7 +2,7 @@
 
 A text that is too long to tokenize at every start is tokenized once into a `.bin` file, which training memory-maps:
 
-    python -m data.stream --model llama2-7b --data c4 --out c4.bin
+    python -m data.stream --model llama2-7b --data c4 --shards 48 --out c4.bin
     python -m data.stream --model llama2-7b --data arxiv.jsonl --out arxiv.bin
 
 The file is a header of 32 bytes (a mark, then as 64-bit numbers the size of the vocabulary, the bytes of a token and
@@ -49,10 +49,10 @@ def encode(texts, tokenizer, label):
             bar.update(len(piece))
 
 
-def read_texts(source):
-    """The training texts of a source; those of a `.jsonl` file are the "text" of its lines."""
+def read_texts(source, shard=0):
+    """The training texts of a source; those of a `.jsonl` file are the "text" of its lines. shard: which file of C4."""
     if not source.endswith(".jsonl"):
-        return documents(source, "train" if source in SOURCES else None)
+        return documents(source, "train" if source in SOURCES else None, shard)
     try:
         with open(source, encoding="utf-8") as lines:
             return [json.loads(line)["text"] for line in lines]
@@ -60,17 +60,18 @@ def read_texts(source):
         raise InputError(f"{source} is not a file of JSON lines with a \"text\" each: {type(e).__name__} {e}") from None
 
 
-def write_bin(path, texts, tokenizer, label):
-    """Tokenize texts into a `.bin` file, whole or not at all; returns the number of tokens."""
+def write_bin(path, shards, tokenizer, label):
+    """Tokenize shards, each a list of texts, into a `.bin` file, whole or not at all; returns the number of tokens."""
     count = 0
 
     def write(beside):
         nonlocal count
         with open(beside, "wb") as f:
             f.write(bytes(HEADER.size))
-            for ids in encode(texts, tokenizer, label):
-                f.write(ids.tobytes())
-                count += len(ids)
+            for texts in shards:
+                for ids in encode(texts, tokenizer, label):
+                    f.write(ids.tobytes())
+                    count += len(ids)
             f.seek(0)
             f.write(HEADER.pack(MARK, tokenizer.vocab_size, 2 if tokenizer.vocab_size <= 1 << 16 else 4, count))
     write_atomically(path, write)
@@ -105,8 +106,6 @@ def tokens(source, tokenizer, split):
     if source in SOURCES:
         if split == "train":
             return np.concatenate(list(encode(read_texts(source), tokenizer, source)))
-        if source == "c4" and split == "validation":  # the first 1,100 documents are the papers' test text
-            return np.array(tokenizer.encode(" ".join(documents(source, split)[1100:2200])))
         return np.array(tokenizer.encode(load_text(source, split)))
     ids = file_tokens(source, tokenizer)
     first, last = (len(ids) * percent // 100 for percent in CUTS[split])
@@ -140,7 +139,7 @@ class Mixture:
                                      f"windows of {seqlen}: give a longer text, or a smaller --batch or --seqlen")
                 self.streams.append(ids)
                 weights.append(weight * share)
-        self.weights = np.array(weights) / sum(weights)
+        self.weights, self.tokens = np.array(weights) / sum(weights), sum(map(len, self.streams))
 
     def batch(self, seed, step, windows, stream=None):
         """ids [windows, seqlen + 1], of one stream or of all. Seed and step alone decide them, so a resumed run reads
@@ -157,12 +156,16 @@ def main():
     p = parser(__doc__)
     p.add_argument("--model", required=True, help="whose tokenizer: a preset, a Hub id or a folder")
     p.add_argument("--data", required=True, help="c4, wikitext2, a text file or a .jsonl file")
+    p.add_argument("--shards", type=int, default=1, help="files of C4 to take, of 1024 with about 0.17 billion tokens each")
     p.add_argument("--out", required=True, help="the .bin file")
     args = p.parse_args()
     start(args)
     if not args.out.endswith(".bin"):
         raise InputError(f"--out {args.out} must end in .bin")
-    count = write_bin(args.out, read_texts(args.data), load_tokenizer(args.model), args.data)
+    if not 1 <= args.shards <= (1024 if args.data == "c4" else 1):
+        raise InputError(f"--shards {args.shards}: C4 has 1024 of them, every other text 1")
+    shards = (read_texts(args.data, shard) for shard in range(args.shards))
+    count = write_bin(args.out, shards, load_tokenizer(args.model), args.data)
     print(f"{args.out}: {count:,} tokens, {Path(args.out).stat().st_size / 1e6:,.1f} MB")
 
 

@@ -28,8 +28,8 @@ def hub_rows(path, name, split, data_files=None, revision=None):
                          f"without a network, give the path of a text file instead") from None
 
 
-def documents(source, split):
-    """The documents of a source as a list of texts; a running text is a single one."""
+def documents(source, split, shard=0):
+    """The documents of a source as a list of texts; a running text is a single one. shard: which file of C4's 1024."""
     if source == "tiny":
         return [stdlib_text(split or "test")]
     if source == "wikitext2":  # rows as the Hub serves them joined by "\n\n": the protocol of the papers
@@ -41,7 +41,7 @@ def documents(source, split):
         return [" ".join(rows["sentence"])]
     if source == "c4":
         name, shards = ("train", 1024) if split == "train" else ("validation", 8)
-        return hub_rows("allenai/c4", None, name, {name: f"en/c4-{name}.00000-of-{shards:05d}.json.gz"})["text"]
+        return hub_rows("allenai/c4", None, name, {name: f"en/c4-{name}.{shard:05d}-of-{shards:05d}.json.gz"})["text"]
     path = Path(source)
     if not path.is_file():
         raise InputError(f"no text source {source!r}: give a text file or one of {', '.join(SOURCES)}")
@@ -56,7 +56,9 @@ def documents(source, split):
 def load_text(source, split=None):
     """A source's text as one string. Raises InputError if there is none."""
     found = documents(source, split)
-    text = " ".join(found[:1100]) if source == "c4" else found[0]  # C4: the first 1,100 documents, as the papers do
+    if source == "c4":  # the papers test on the first 1,100 documents of what C4 calls validation; ours are the next
+        found = [" ".join(found[1100:2200] if split == "validation" else found[:1100])]
+    text = found[0]
     if not text.strip():
         raise InputError(f"the text of {source} is empty")
     return text

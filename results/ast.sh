@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every number of README's section on AST, from scratch (hours on two CPU cores; what is measured already is skipped):
 #     bash results/ast.sh
-# Then `python results/ast_table.py` prints the tables and draws assets/ast.png.
+# Then `python results/readme.py` puts them into README.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run() { [ -f "results/ast-$1.json" ] || python ast_train.py --out "out/ast-$1" --json "results/ast-$1.json" "${@:2}"; }

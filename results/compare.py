@@ -10,6 +10,7 @@ import json
 import math
 import statistics
 import textwrap
+from collections import Counter
 from pathlib import Path
 
 from data.command import InputError, record, write_atomically
@@ -72,19 +73,20 @@ def merge(rows):
     def alike(row, other):
         return row["perplexity"] == other["perplexity"] and row.get("tasks") == other.get("tasks")
 
-    groups = {}
+    methods, groups, merged = {}, {}, []
+    for row in rows:
+        methods.setdefault((row["model"], row["data"], row["seqlen"], row["method"]), []).append(row)
+    for group in methods.values():  # of one method at several sparsities, named alike
+        pairs = [(a["options"], b["options"]) for a in group for b in group
+                 if a["amount"] == b["amount"] and a["perplexity"] != b["perplexity"]]
+        pairs = [(a, b) for a, b in pairs if a.get("seed") == b.get("seed")]
+        differ = sorted({k for a, b in pairs for k in a.keys() & b.keys() - IGNORED if a[k] != b[k]})
+        for row in group:
+            said = [said_of(k, row["options"][k]) for k in differ if row["options"].get(k) not in (None, "uniform")]
+            row["method"] += f" ({', '.join(said)})" if said else ""
     for row in rows:
         groups.setdefault(key(row), []).append(row)
-    merged = []
     for group in groups.values():
-        if len({row["perplexity"] for row in group}) > 1:
-            pairs = [(a["options"], b["options"]) for a in group for b in group if a["perplexity"] != b["perplexity"]]
-            pairs = [(a, b) for a, b in pairs if a.get("seed") == b.get("seed")]
-            differ = sorted({k for a, b in pairs for k in a.keys() & b.keys() - IGNORED if a[k] != b[k]})
-            for row in group:
-                said = [said_of(k, row["options"][k]) for k in differ
-                        if row["options"].get(k) not in (None, "uniform")]
-                row["method"] += f" ({', '.join(said)})" if said else ""
         same = {}  # {what is shown: {seed: row}}; rows of one seed that differ for no known reason stay apart
         for row in group:
             seed, again = row["options"].get("seed"), 0
@@ -134,6 +136,13 @@ def table(rows):
     return markdown(head, lines, texts=3)
 
 
+def from_the_worst(methods):
+    """The names of {method: {amount: row}} by perplexity at the last amount that most of them have, else their own last."""
+    counts = Counter(amount for found in methods.values() for amount in found)
+    last = max(reversed(counts), key=counts.get, default=None)
+    return sorted(methods, key=lambda method: -methods[method].get(last, list(methods[method].values())[-1])["perplexity"])
+
+
 def table_by_method(rows):
     """Perplexity alone as markdown, a table for each model and text: methods down, sparsities across."""
     tables = {}
@@ -145,9 +154,9 @@ def table_by_method(rows):
     for (model, data, seqlen), methods in tables.items():
         amounts = [a for a in dict.fromkeys(a for found in methods.values() for a in found) if a != "0%"]
         dense = next((found["0%"]["perplexity"] for found in methods.values() if "0%" in found), math.nan)
-        lines = [[method, *(f"{found[a]['perplexity']:.2f}" if a in found else "" for a in amounts)]
-                  for method, found in sorted(methods.items(), key=lambda m: -list(m[1].values())[-1]["perplexity"])
-                  if "0%" not in found]
+        pruned = {method: found for method, found in methods.items() if "0%" not in found}
+        lines = [[method, *(f"{pruned[method][a]['perplexity']:.2f}" if a in pruned[method] else "" for a in amounts)]
+                 for method in from_the_worst(pruned)]
         texts.append(markdown([f"{model} on {data} ({seqlen}), dense {dense:.2f}", *amounts], lines))
     return "\n\n".join(texts)
 
@@ -204,8 +213,10 @@ def perplexity_panel(axis, rows):
     each sparsity, and the spread over seeds."""
     from matplotlib.ticker import LogFormatter
     pruned = [r for r in rows if r["amount"] != "0%"]
-    last = {r["method"]: r["perplexity"] for r in pruned}
-    methods = sorted(last, key=last.get)
+    found = {}
+    for r in pruned:
+        found.setdefault(r["method"], {})[r["amount"]] = r
+    methods = from_the_worst(found)[::-1]
     for amount, colour in zip(dict.fromkeys(r["amount"] for r in pruned), COLOURS * len(pruned)):
         own = [r for r in pruned if r["amount"] == amount]
         axis.errorbar([r["perplexity"] for r in own], [methods.index(r["method"]) for r in own],

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole study once more on a model of 54 million parameters, for a machine with a GPU; what has its file is skipped:
+# The pruning tables, AST and compressed models once more at 57 million parameters, for a GPU; what has its file is skipped:
 #     bash results/gpu.sh
 # then `python eval.py --compare results/small/*.json --by-method` and `python eval.py --compare results/small/ast.json
 # results/small/speed-*.json` print its tables.
@@ -9,7 +9,7 @@ mkdir -p results/small
 [ -d out/small ] || python -m data.train_tiny --hidden-size 640 --layers 12 --packages --steps 4000 --batch 128 --lr 1e-3 \
     --compile --out out/small --json results/small/train.json
 bash results/study.sh small out/small tiny
-[ -f results/small/ast.json ] || python ast_train.py --model out/small --methods dense ast ast-slorb --out out/small-ast \
+[ -f results/small/ast.json ] || python ast_train.py --model out/small --methods dense ast ast-slorb --out out/ast-small \
     --steps 1000 --batch 64 --micro-batch 64 --warmup 50 --decay-steps 250 --json results/small/ast.json
 
 measure() { [ -f "results/small/speed-$1.json" ] || python eval.py --model "$2" --data tiny --speed --json "results/small/speed-$1.json"; }
@@ -17,7 +17,7 @@ measure dense out/small
 for method in ast ast-slorb; do
     for bits in "" "--bits 8" "--bits 4"; do  # as it is, int8, int4
         name=$method${bits/--bits /-int}
-        [ -d "out/small-$name" ] || python sparse_matmul.py --model out/small-ast/$method --out "out/small-$name" $bits
+        [ -d "out/small-$name" ] || python sparse_matmul.py --model out/ast-small/$method --out "out/small-$name" $bits
         measure "$name" "out/small-$name"
     done
 done

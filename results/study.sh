@@ -38,7 +38,8 @@ for amount in $amounts; do
         run $score --score $score --refine dsnot --compare
         run $score-swap --score $score --refine swap --no-compare
     done
-    run wanda-published --refine dsnot --refine-layers attn --cycles 50 --no-sign-check --no-compare
+    sign=$([ $option = --pattern ] && echo --sign-check || echo --no-sign-check)  # as the published code has it
+    run wanda-published --refine dsnot --refine-layers attn --cycles 50 $sign --no-compare
     run wanda-dsnot-swap --refine dsnot+swap --no-compare
     run wanda-swap-refit --refine swap --refit --no-compare
     if [ $option = --sparsity ]; then

@@ -148,6 +148,7 @@ def main():
     counts, defects = {}, []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
+        args.json = args.json and str(Path(args.json).absolute())
         os.chdir(folder)  # where odd values of --out and --json may write
         make_checkpoint(folder / "m")
         text = folder / "text.txt"

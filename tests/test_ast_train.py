@@ -26,7 +26,7 @@ from data import load_tokenizer
 from data import stream
 from data.command import InputError
 from data.train_tiny import train_tokenizer
-from dsnot import keep_mask, prunable
+from dsnot import prunable
 from gpt import GPT, Config
 
 CONFIG = dict(

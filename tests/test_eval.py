@@ -14,9 +14,10 @@ from data import load_text, load_tokenizer
 from data.command import InputError, run
 from data.tasks import SEVEN, TASKS, Example, encode_pair, load_task
 from data.text import evaluation_ids
-from eval import accuracy, context_length, log_likelihoods, perplexity, zero_shot
+from eval import accuracy, log_likelihoods, perplexity, zero_shot
 from gpt import GPT
 from results.compare import merge, plot, read_rows, table
+from results.readme import tables as readme_tables
 
 STORY = "One day the model had read all the words in the house and it could not find a new one anywhere. "
 ROWS = {  # a few rows in the schema of every task, with what makes prompts go wrong: spaces at ends, markup, odd labels
@@ -99,12 +100,13 @@ def test_sources_of_the_hub(monkeypatch):
     assert load_text("ptb") == load_text("ptb", "validation") == " ".join(rows)
     assert evaluation_ids("ptb", "test", Words, 4) == rows
     assert evaluation_ids("c4", "test", Words, 4) == rows[:1024]
-    assert evaluation_ids("c4", "validation", Words, 8) == rows[:1100]
+    assert evaluation_ids("c4", "test", Words, 8) == rows[:1100]
+    assert evaluation_ids("c4", "validation", Words, 4) == rows[1100:]  # no text of the test
     branch, c4 = "refs/convert/parquet", {"validation": "en/c4-validation.00000-of-00008.json.gz"}
     ptb = [("ptb-text-only/ptb_text_only", None, split, {split: f"penn_treebank/{split}/0000.parquet"}, branch)
            for split in ("test", "validation", "test")]
     assert asked == [("Salesforce/wikitext", "wikitext-2-raw-v1", "test", None, None), *ptb,
-                     *[("allenai/c4", None, "validation", c4, None)] * 2]
+                     *[("allenai/c4", None, "validation", c4, None)] * 3]
 
 
 # ------------------------------------------------------------------------------------------------------ perplexity
@@ -406,3 +408,11 @@ def test_bad_input_is_one_sentence(arguments, said, monkeypatch, capsys, tmp_pat
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and said in error, error
     assert not list(tmp_path.iterdir())
+
+
+def test_readme_shows_the_results():
+    """Would catch a number in README's tables that no result file holds, and one that was measured again."""
+    readme = (ROOT / "README.md").read_text()
+    for name, text in readme_tables().items():
+        assert f"<!-- {name} -->\n{text}\n<!-- end -->" in readme, f"run results/readme.py: {name} has changed"
+    assert readme.count("<!-- end -->") == len(readme_tables())

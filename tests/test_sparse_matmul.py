@@ -232,15 +232,3 @@ def test_what_cannot_be_compressed(tmp_path):
     with pytest.raises(InputError, match="no linear layer"):
         GPT.from_pretrained(tmp_path / "plain", sparse=True)
     assert run("sparse_matmul.py", "--bits", "8").returncode == 2
-
-
-def test_readme_shows_the_results():
-    """Catches numbers in README that no result file holds."""
-    def results(name):
-        return json.loads((ROOT / "results" / f"sparse-{name}.json").read_text())["results"]
-
-    sizes = {kind: results(f"bytes-{kind}")["after"] for kind in ("bf16", "int8", "int4")}
-    sizes["dense"] = results("bytes-bf16")["before"]
-    for kind, size in sizes.items():
-        perplexity = results(f"tiny-{kind}")["rows"][0]["perplexity"]
-        assert f"{kind} | {perplexity:.2f} | {size / 1e6:.2f} |\n" in (ROOT / "README.md").read_text()

@@ -1,0 +1,161 @@
+"""Everything in README.md that is measured: puts its tables between their markers and draws its pictures, from the files of
+results/. Of what a long study makes one by one, runs that have no file yet are left out.
+
+    python results/readme.py
+"""
+
+import json
+import math
+import re
+import statistics
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from results.compare import markdown, merge, plot, read_rows, table_by_method
+
+ABLATION = {"seed0": "AST", "no-distillation": "no distillation", "static-decay": "static decay", "no-decay": "no decay",
+            "fixed-mask": "fixed mask", "wanda": "mask by Wanda score", "dense-start": "dense start"}
+
+
+def results(name, key="results"):
+    """What results/NAME.json holds under a key, or None."""
+    path = ROOT / "results" / f"{name}.json"
+    return json.loads(path.read_text())[key] if path.is_file() else None
+
+
+def pruned(*folders):
+    """The rows of all files in some folders of results/."""
+    return merge([row for folder in folders for path in sorted((ROOT / "results" / folder).glob("*.json"))
+                  for row in read_rows(path)])
+
+
+def cost():
+    """DSnoT's time by score and amount."""
+    rows = [row for row in results("bench_dsnot") if row["against"] == "torch.sort"]
+    amounts = list(dict.fromkeys(row["amount"] for row in rows))
+    found = {(row["method"], row["amount"]): f"{row['ratio']:.2f}" for row in rows}
+    return markdown(["x torch.sort", *amounts], [[method, *(found[method, amount] for amount in amounts)]
+                                                 for method in dict.fromkeys(row["method"] for row in rows)])
+
+
+def cost_of_swaps():
+    rows = [row for row in results("bench_dsnot") if row["against"] == "sparsegpt"]
+    return markdown(["amount", "swaps in a row", "x SparseGPT", "error of the output", "SparseGPT's"], [
+        [row["amount"], f"at most {row['max_swaps']}" if row["max_swaps"] else "until none helps", f"{row['ratio']:.2f}",
+         f"{row['error']:.3f}", f"{row['error_of_sparsegpt']:.3f}"] for row in rows], texts=2)
+
+
+def gap_closed(table, perplexity):
+    """The share of the log-perplexity between a table's best one-shot mask and its dense model that is gone."""
+    best = min(row["perplexity"] for name, row in table.items() if name.startswith("one-shot"))
+    return math.log(best / perplexity) / math.log(best / table["dense"]["perplexity"])
+
+
+def ast_tables():
+    """The tables of ast_train.py for seeds 0, 1, 2 as far as they have been run, with the seed's control; the longer run beside
+    the first."""
+    tables = []
+    for seed in range(3):
+        if found := results(f"ast-seed{seed}"):
+            tables.append((results(f"ast-control{seed}") or {"table": {}})["table"] | found["table"])
+    if long := results("ast-long"):
+        tables[0] |= {f"{name}, longer": row for name, row in long["table"].items() if name.startswith("AST")}
+    return tables
+
+
+def retrained():
+    """Perplexity (mean and deviation over seeds), share of the gap and tokens of all rows of ast_train.py's table."""
+    lines, tables = [], ast_tables()
+    for name, row in tables[0].items():
+        values = [found[name]["perplexity"] for found in tables if name in found]
+        mean, spread = statistics.mean(values), f" ± {statistics.stdev(values):.3f}" if len(set(values)) > 1 else ""
+        lines.append([name, f"{mean:.3f}{spread}", f"{gap_closed(tables[0], mean):.1%}", f"{row['tokens']:,}"])
+    return markdown(["tiny, 2:4", "test perplexity", "gap closed", "training tokens"], lines)
+
+
+def ablation():
+    """{variant: its perplexity} of seed 0."""
+    return {said: found["table"]["AST"]["perplexity"] for name, said in ABLATION.items() if (found := results(f"ast-{name}"))}
+
+
+def tuning():
+    """The short runs on validation text that chose the defaults, the best first."""
+    runs = [run for run in results("ast-tuning", "runs") if run["tokens"] == 204800]
+    return markdown(["AST, 204,800 tokens", "validation perplexity"], [
+        [f"{run['start']} start, " + (f"distillation at T = {run['temperature']:g}" if run["kl_weight"] else "cross-entropy alone")
+         + f", lr {run['lr']:g}, {run['steps']} x {run['batch']} windows", f"{run['validation_perplexity']:.2f}"]
+        for run in sorted(runs, key=lambda run: run["validation_perplexity"])])
+
+
+def compressed():
+    """The dense and the compressed models: perplexity and size."""
+    names = {"dense": "dense", "bf16": "2:4 (Wanda, swaps, refit), compressed, bf16", "int8": "int8", "int4": "int4"}
+    sizes = {kind: results(f"sparse-bytes-{kind}")["after"] for kind in ("bf16", "int8", "int4")}
+    sizes["dense"] = results("sparse-bytes-bf16")["before"]
+    return markdown(["`tiny` on its test text (256 tokens)", "perplexity", "MB on disk"], [
+        [said, f"{results(f'sparse-tiny-{kind}')['rows'][0]['perplexity']:.2f}", f"{sizes[kind] / 1e6:.2f}"]
+        for kind, said in names.items()])
+
+
+def streamed():
+    """What pruning a checkpoint of LLaMA2-7B's shape took, phase by phase."""
+    lines, found = [], results("streaming-7b")
+    for run, phases in found.items():
+        for phase, now in phases.items() if isinstance(phases, dict) else ():
+            lines.append([run, phase, *(f"{now[key]:.1f}" for key in ("peak_rss", "peak_allocated", "read", "written")),
+                          f"{now['seconds'] / 60:.1f}"])
+    return markdown(["run", "phase", "resident, peak GB", "allocated, peak GB", "read GB", "written GB", "minutes"], lines, texts=2)
+
+
+def ablated():
+    return markdown(["AST at the default's tokens, seed 0", "test perplexity", "gap closed"], [
+        [said, f"{perplexity:.3f}", f"{gap_closed(ast_tables()[0], perplexity):.1%}"] for said, perplexity in ablation().items()])
+
+
+def tables():
+    """{name of its marker in README: text}."""
+    return {
+        "tables": table_by_method(pruned("tiny", "stories260K")), "settings": table_by_method(pruned("settings")),
+        "cost": cost(), "cost of swaps": cost_of_swaps(), "retrained": retrained(), "ablation": ablated(), "tuning": tuning(),
+        "compressed": compressed(), "streamed": streamed()}
+
+
+def draw_ast(path):
+    """Validation perplexity while training, and what each part of the method is worth."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.6))
+    options = results("ast-seed0", "options")
+    for method, run in results("ast-seed0")["runs"].items():
+        steps, values = zip(*run["validation"])
+        left.plot([step * options["batch"] * options["seqlen"] / 1000 for step in steps], values, marker=".", label=method)
+    left.set(xlabel="thousand training tokens", ylabel="validation perplexity")
+    left.legend()
+    closed = {said: 100 * gap_closed(ast_tables()[0], perplexity) for said, perplexity in ablation().items()}
+    right.barh(list(closed), list(closed.values()))
+    right.invert_yaxis()
+    right.set(xlabel="share of the perplexity gap closed, test text (%)")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    for name, table in tables().items():
+        marked = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+        if not marked.search(text):
+            sys.exit(f"README.md has no place for the table {name}")
+        text = marked.sub(lambda found: found[1] + table + found[2], text)
+    readme.write_text(text)
+    plot(pruned("tiny", "stories260K"), ROOT / "assets/dsnot.png")
+    plot(merge([row for path in sorted((ROOT / "results/tiny").glob("0.7-wanda-swap*.json")) for row in read_rows(path)]),
+         ROOT / "assets/layers.png")
+    draw_ast(ROOT / "assets/ast.png")
+
+
+if __name__ == "__main__":
+    main()
