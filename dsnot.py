@@ -19,7 +19,8 @@ corrects the weights that remain.
 Where this differs from the authors' code: every linear layer is refined unless you ask for `--refine-layers attn` (their
 default silently skips the MLP); the sign check is an option (theirs is on with a pattern, off without one, whatever its flag
 says); a row without candidates stops instead of running off its lists, so layers of any size work; fifty swaps need only the
-fifty best candidates of each kind, so a row is sorted only where candidates tie; SparseGPT as the starting mask really uses its Hessian, and corrects the weights for the refined mask.
+fifty best candidates of each kind, so a row is sorted only where candidates tie; SparseGPT as the starting mask really uses
+its Hessian, and corrects the weights for the refined mask.
 The threshold is in units of s, so its meaning depends on the sequence length, as in the paper.
 
 One block of the model is in memory at a time. A finished block on disk is the record of progress: start an interrupted
@@ -248,7 +249,8 @@ def swap_refine(W, keep, gram, *, cross=None, max_swaps=None, candidates=16, pat
         w, mask = W[rows], keep[rows]
         g = w @ (G if cross is None else cross) - torch.where(mask, w, 0) @ G
         slope, square = torch.where(mask, 2 * w, -2 * w), w.square() * G.diagonal()
-        left, least = torch.full_like(rows, w.shape[1] if max_swaps is None else max_swaps), 1e-6 * square.amax(1)  # less is rounding
+        left = torch.full_like(rows, w.shape[1] if max_swaps is None else max_swaps)
+        least = 1e-6 * square.amax(1)  # a smaller gain is rounding
         while len(rows):
             alone = torch.addcmul(square, slope, g)  # what it adds to flip one weight and no other
             column, made = _swap_round(w, mask, alone, slope, G, left, least, candidates, pattern)
@@ -279,7 +281,7 @@ def _swap_round(w, mask, alone, slope, G, left, least, candidates, pattern):
     for _ in range(k):
         change, pair = (cost[:, :k, None] + cost[:, None, k:] + together).flatten(1).min(1)
         better = (change < -least) & (left > len(made))
-        if not better.any() or (made and better.sum() < len(w) / 4):  # a pass for few rows costs as much as for all
+        if not better.any():
             break
         chosen = torch.stack([pair // (both.shape[1] - k), k + pair % (both.shape[1] - k)], 1)  # [rows, 2] of `both`
         columns.append(both.gather(1, chosen))
@@ -664,7 +666,8 @@ def options():
     group.add_argument("--refit", action=argparse.BooleanOptionalAction, default=False,
                        help="make the kept weights the best ones for the final mask (least squares)")
     group.add_argument("--propagate", action=argparse.BooleanOptionalAction, default=None,
-                       help="prune layer after layer on what the pruned ones before it leave, and make up for it (default: with swap or --refit)")
+                       help="prune layer after layer on what the pruned ones leave, and make up for it (default: with swap or "
+                            "--refit)")
     group.add_argument("--cycles", type=int, help="DSnoT: swaps per row at most (default: as many as 50 are to 4096 inputs)")
     group.add_argument("--threshold", type=float, default=0.1, help="DSnoT: a row's expected error that is small enough")
     group.add_argument("--sign-check", action=argparse.BooleanOptionalAction, default=True,
@@ -723,7 +726,8 @@ def dry_run(args, config, amount, method):
     gigabytes = {
         "the calibration text's activations": copies * tokens * config.hidden_size * dtype.itemsize / 1e9,
         "weights": held * dtype.itemsize / 1e9,
-        "a layer's scores and a batch's activations": (24 * max(sizes) + 32768 * config.intermediate_size * dtype.itemsize) / 1e9,
+        "a layer's scores and a batch's activations":
+            (24 * max(sizes) + 32768 * config.intermediate_size * dtype.itemsize) / 1e9,
         "Gram matrices": gram * 16 * max(layer.in_features for layer in layers.values()) ** 2 / 1e9}
 
     sample = torch.arange(min(args.seqlen, 256), device=args.device)

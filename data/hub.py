@@ -25,14 +25,16 @@ for preset, target, sizes in [  # {}: each of the sizes
 ]:
     PRESETS |= {preset.format(size): target.format(size) for size in sizes.split()}
 
-SMALL = ["config.json", "generation_config.json", "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json"]
+SMALL = ["config.json", "generation_config.json", "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json",
+         "added_tokens.json"]
 SAFETENSORS = ["model*.safetensors", "model.safetensors.index.json"]  # not consolidated.*, the same weights once more
 PYTORCH = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
 
 def model_folder(name, weights=True, config_only=False):
     """The local folder of a model: a folder, a preset, or a Hub id (downloaded to the Hub's cache; weights=False: only
-    the configuration and the tokenizer; config_only: config.json alone). Raises InputError with the way out where there is none."""
+    the configuration and the tokenizer; config_only: config.json alone). Raises InputError with the way out where there is
+    none."""
     target = PRESETS.get(str(name), str(name))
     if Path(target).is_dir():
         if not (Path(target) / "config.json").is_file():

@@ -52,7 +52,8 @@ def learning_rate(step, steps, peak, warmup):
 
 @torch.no_grad()
 def validation_loss(model, ids):
-    return torch.stack([F.cross_entropy(model(x[:, :-1]).float().flatten(0, 1), x[:, 1:].flatten()) for x in ids.split(32)]).mean()
+    return torch.stack([F.cross_entropy(model(x[:, :-1]).float().flatten(0, 1), x[:, 1:].flatten())
+                        for x in ids.split(32)]).mean()
 
 
 def new_model(hidden_size, layers):
@@ -140,11 +141,13 @@ def main():
         if (step + 1) % 10 == 0:
             seconds = (time.perf_counter() - begin) / (step + 1 - first)
             print(f"step {step + 1:5d}/{args.steps}  loss {loss.item():6.3f}  {seconds:5.2f} s/step  "
-                  f"{args.batch * args.seqlen / seconds:6.0f} tokens/s  {seconds * (args.steps - step - 1) / 60:5.1f} min left", flush=True)
+                  f"{args.batch * args.seqlen / seconds:6.0f} tokens/s  "
+                  f"{seconds * (args.steps - step - 1) / 60:5.1f} min left", flush=True)
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             with torch.autocast(torch.device(args.device).type, torch.bfloat16):
                 history.append((step + 1, validation_loss(model, held_out).item()))
-            print(f"step {step + 1:5d}  validation loss {history[-1][1]:.4f}  perplexity {math.exp(history[-1][1]):.2f}", flush=True)
+            loss = history[-1][1]
+            print(f"step {step + 1:5d}  validation loss {loss:.4f}  perplexity {math.exp(loss):.2f}", flush=True)
             state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1, history=history,
                          options=options)
             write_atomically(state_file, lambda beside: torch.save(state, beside))

@@ -84,19 +84,27 @@ def tuning():
     """The short runs on validation text that chose the defaults, the best first."""
     runs = [run for run in results("ast-tuning", "runs") if run["tokens"] == 204800]
     return markdown(["AST, 204,800 tokens", "validation perplexity"], [
-        [f"{run['start']} start, " + (f"distillation at T = {run['temperature']:g}" if run["kl_weight"] else "cross-entropy alone")
-         + f", lr {run['lr']:g}, {run['steps']} x {run['batch']} windows", f"{run['validation_perplexity']:.2f}"]
+        [f"{run['start']} start, "
+         + (f"distillation at T = {run['temperature']:g}" if run["kl_weight"] else "cross-entropy alone")
+         + f", lr {run['lr']:g}, {run['steps']} x {run['batch']} windows"
+         + (f", {run['also']}" if "also" in run else ""), f"{run['validation_perplexity']:.2f}"]
         for run in sorted(runs, key=lambda run: run["validation_perplexity"])])
 
 
 def compressed():
     """The dense and the compressed models: perplexity and size."""
-    names = {"dense": "dense", "bf16": "2:4 (Wanda, swaps, refit), compressed, bf16", "int8": "int8", "int4": "int4"}
+    names = {"dense": "dense", "2of4": "2:4 (Wanda, swaps, refit)", "bf16": "the same compressed, bf16", "int8": "int8", "int4": "int4"}
     sizes = {kind: results(f"sparse-bytes-{kind}")["after"] for kind in ("bf16", "int8", "int4")}
-    sizes["dense"] = results("sparse-bytes-bf16")["before"]
+    sizes |= dict.fromkeys(("dense", "2of4"), results("sparse-bytes-bf16")["before"])
     return markdown(["`tiny` on its test text (256 tokens)", "perplexity", "MB on disk"], [
         [said, f"{results(f'sparse-tiny-{kind}')['rows'][0]['perplexity']:.2f}", f"{sizes[kind] / 1e6:.2f}"]
         for kind, said in names.items()])
+
+
+def texts():
+    """What each model makes of one prompt, as it came."""
+    names = {"dense": "dense", "70": "70 %, Wanda + DSnoT", "2of4": "2:4, swaps + refit", "ast": "2:4, AST"}
+    return "```text\n" + "\n\n".join(f"[{said}]\n{results(f'text-{name}')['text'].rstrip()}" for name, said in names.items()) + "\n```"
 
 
 def streamed():
@@ -106,12 +114,13 @@ def streamed():
         for phase, now in phases.items() if isinstance(phases, dict) else ():
             lines.append([run, phase, *(f"{now[key]:.1f}" for key in ("peak_rss", "peak_allocated", "read", "written")),
                           f"{now['seconds'] / 60:.1f}"])
-    return markdown(["run", "phase", "resident, peak GB", "allocated, peak GB", "read GB", "written GB", "minutes"], lines, texts=2)
+    head = ["run", "phase", "resident, peak GB", "allocated, peak GB", "read GB", "written GB", "minutes"]
+    return markdown(head, lines, texts=2)
 
 
 def ablated():
     return markdown(["AST at the default's tokens, seed 0", "test perplexity", "gap closed"], [
-        [said, f"{perplexity:.3f}", f"{gap_closed(ast_tables()[0], perplexity):.1%}"] for said, perplexity in ablation().items()])
+        [said, f"{ppl:.3f}", f"{gap_closed(ast_tables()[0], ppl):.1%}"] for said, ppl in ablation().items()])
 
 
 def tables():
@@ -119,7 +128,7 @@ def tables():
     return {
         "tables": table_by_method(pruned("tiny", "stories260K")), "settings": table_by_method(pruned("settings")),
         "cost": cost(), "cost of swaps": cost_of_swaps(), "retrained": retrained(), "ablation": ablated(), "tuning": tuning(),
-        "compressed": compressed(), "streamed": streamed()}
+        "compressed": compressed(), "streamed": streamed(), "texts": texts()}
 
 
 def draw_ast(path):
