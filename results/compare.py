@@ -16,7 +16,7 @@ from pathlib import Path
 from data.command import InputError, record, write_atomically
 
 IGNORED = {"json", "out", "model", "data", "calib", "split", "device", "sparsity", "pattern", "score", "refine",
-           "compare", "seed", "plot", "batch", "methods", "tasks", "limit", "speed"}  # never name a method
+           "compare", "seed", "seqlen", "plot", "batch", "methods", "tasks", "limit", "speed"}  # never name a method
 
 
 def read_rows(path):
@@ -80,7 +80,8 @@ def merge(rows):
         pairs = [(a["options"], b["options"]) for a in group for b in group
                  if a["amount"] == b["amount"] and a["perplexity"] != b["perplexity"]]
         pairs = [(a, b) for a, b in pairs if a.get("seed") == b.get("seed")]
-        differ = sorted({k for a, b in pairs for k in a.keys() & b.keys() - IGNORED if a[k] != b[k]})
+        differ = sorted({k for a, b in pairs for k in a.keys() & b.keys() - IGNORED
+                         if (a[k] or None) != (b[k] or None)})  # what is not given is off
         for row in group:
             said = [said_of(k, row["options"][k]) for k in differ if row["options"].get(k) not in (None, "uniform")]
             row["method"] += f" ({', '.join(said)})" if said else ""
