@@ -71,14 +71,15 @@ def merge(rows):
         return tuple(row[k] for k in ("model", "data", "seqlen", "amount", "method"))
 
     def alike(row, other):
-        return row["perplexity"] == other["perplexity"] and row.get("tasks") == other.get("tasks")
+        a, b = row["perplexity"], other["perplexity"]
+        return (a == b or bool(a and b) and math.isclose(a, b, rel_tol=1e-5)) and row.get("tasks") == other.get("tasks")
 
     methods, groups, merged = {}, {}, []
     for row in rows:
         methods.setdefault((row["model"], row["data"], row["seqlen"], row["method"]), []).append(row)
     for group in methods.values():  # of one method at several sparsities, named alike
         pairs = [(a["options"], b["options"]) for a in group for b in group
-                 if a["amount"] == b["amount"] and a["perplexity"] != b["perplexity"]]
+                 if a["amount"] == b["amount"] and not alike(a, b)]
         pairs = [(a, b) for a, b in pairs if a.get("seed") == b.get("seed")]
         differ = sorted({k for a, b in pairs for k in a.keys() & b.keys() - IGNORED
                          if (a[k] or None) != (b[k] or None)})  # what is not given is off
