@@ -69,6 +69,25 @@ def new_model(hidden_size, layers):
     return model
 
 
+def read(work, packages):
+    """The tokenizer, trained if `work` has none, and the training ids of documentation and of source code."""
+    docs, source = stdlib_text("train"), stdlib_source() + (package_source() if packages else "")
+    if not (work / "tokenizer.model").is_file():
+        print("training the tokenizer ...", flush=True)
+        train_tokenizer(work / "tokenizer.model", docs + "\n" + stdlib_source(), CONFIG["vocab_size"])
+        text = json.dumps(TOKENIZER, indent=1) + "\n"
+        write_atomically(work / "tokenizer_config.json", lambda beside: beside.write_text(text))
+    tokenizer = SentencePiece(work / "tokenizer.model")
+    return tokenizer, [torch.tensor(tokenizer.encode(text)) for text in (docs, source)]
+
+
+def new_optimizer(model, lr):
+    """AdamW with weight decay on matrices alone."""
+    matrices, rest = ([w for w in model.parameters() if (w.dim() == 2) == wanted] for wanted in (True, False))
+    return torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+                             lr=lr, betas=(0.9, 0.95))
+
+
 def draw(streams, seed, step, batch, seqlen):
     """The windows [batch, seqlen + 1] of a step, which alone decides them, so that resuming is exact."""
     rng, ids = torch.Generator().manual_seed(seed * 1_000_003 + step), []
@@ -100,22 +119,12 @@ def main():
     state_file = work / "state.pt"
     options = [args.hidden_size, args.layers, args.packages, args.steps, args.batch, args.seqlen, args.lr, args.seed]
 
-    docs, source = stdlib_text("train"), stdlib_source() + (package_source() if args.packages else "")
-    if not (work / "tokenizer.model").is_file():
-        print("training the tokenizer ...", flush=True)
-        train_tokenizer(work / "tokenizer.model", docs + "\n" + stdlib_source(), CONFIG["vocab_size"])
-        text = json.dumps(TOKENIZER, indent=1) + "\n"
-        write_atomically(work / "tokenizer_config.json", lambda beside: beside.write_text(text))
-    tokenizer = SentencePiece(work / "tokenizer.model")
-    streams = [torch.tensor(tokenizer.encode(text)) for text in (docs, source)]
+    tokenizer, streams = read(work, args.packages)
     held_out = windows(tokenizer.encode(stdlib_text("validation")), args.seqlen + 1).to(args.device)
     print(f"{len(streams[0]):,} tokens of documentation, {len(streams[1]):,} of source, {held_out.numel():,} for validation")
 
     model = new_model(args.hidden_size, args.layers).to(args.device)
-    matrices = [w for w in model.parameters() if w.dim() == 2]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1},
-                                   {"params": [w for w in model.parameters() if w.dim() < 2], "weight_decay": 0.0}],
-                                  lr=args.lr, betas=(0.9, 0.95))
+    optimizer = new_optimizer(model, args.lr)
     first, history = 0, []
     if state_file.is_file():
         state = torch.load(state_file, map_location=args.device, weights_only=True)

@@ -78,9 +78,8 @@ def merge(rows):
     for row in rows:
         methods.setdefault((row["model"], row["data"], row["seqlen"], row["method"]), []).append(row)
     for group in methods.values():  # of one method at several sparsities, named alike
-        pairs = [(a["options"], b["options"]) for a in group for b in group
-                 if a["amount"] == b["amount"] and not alike(a, b)]
-        pairs = [(a, b) for a, b in pairs if a.get("seed") == b.get("seed")]
+        pairs = [(a["options"], b["options"]) for a in group for b in group if a["amount"] == b["amount"]
+                 and a["options"].get("seed") == b["options"].get("seed") and not alike(a, b)]
         differ = sorted({k for a, b in pairs for k in a.keys() & b.keys() - IGNORED
                          if (a[k] or None) != (b[k] or None)})  # what is not given is off
         for row in group:

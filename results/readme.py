@@ -25,9 +25,9 @@ def results(name, key="results"):
     return json.loads(path.read_text())[key] if path.is_file() else None
 
 
-def pruned(*folders):
-    """The rows of all files in some folders of results/."""
-    return merge([row for folder in folders for path in sorted((ROOT / "results" / folder).glob("*.json"))
+def pruned(*patterns):
+    """The rows of the files of results/ whose names fit some patterns."""
+    return merge([row for pattern in patterns for path in sorted((ROOT / "results").glob(f"{pattern}.json"))
                   for row in read_rows(path)])
 
 
@@ -126,7 +126,7 @@ def ablated():
 def tables():
     """{name of its marker in README: text}."""
     return {
-        "tables": table_by_method(pruned("tiny", "stories260K")), "settings": table_by_method(pruned("settings")),
+        "tables": table_by_method(pruned("tiny/*", "stories260K/*")), "settings": table_by_method(pruned("settings/*")),
         "cost": cost(), "cost of swaps": cost_of_swaps(), "retrained": retrained(), "ablation": ablated(), "tuning": tuning(),
         "compressed": compressed(), "streamed": streamed(), "texts": texts()}
 
@@ -160,9 +160,8 @@ def main():
             sys.exit(f"README.md has no place for the table {name}")
         text = marked.sub(lambda found: found[1] + table + found[2], text)
     readme.write_text(text)
-    plot(pruned("tiny", "stories260K"), ROOT / "assets/dsnot.png")
-    plot(merge([row for path in sorted((ROOT / "results/tiny").glob("0.7-wanda-swap*.json")) for row in read_rows(path)]),
-         ROOT / "assets/layers.png")
+    plot(pruned("tiny/*", "stories260K/*"), ROOT / "assets/dsnot.png")
+    plot(pruned("tiny/0.7-wanda-swap*"), ROOT / "assets/layers.png")
     draw_ast(ROOT / "assets/ast.png")
 
 
