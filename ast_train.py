@@ -13,7 +13,8 @@ The loss is a * T^2 KL(teacher || student), both at temperature T, + (1 - a) * c
 SLoRB adds a few dense parameters, y = x W~^T + (x X^T) S^T: X [in/k, in] sums k neighbouring inputs, S [out, in/k]
 begins as the mean of the pruned weights of each group. X is trained where it isn't zero and kept as a vector [in], so
 x X^T stays a grouped sum. Merged into the weights it makes them dense: W~ + (S, each column repeated k times) * X.
-Not in the paper: with --start-from swap W begins as dsnot.py's exact swaps and refit leave it, pruned weights and S at 0.
+Not in the paper: with --start-from swap W begins as dsnot.py's exact swaps and refit leave it, pruned weights and S at 0;
+with --average the result is the mean of W over the last steps, which evens out what single windows did to it.
 
 Where we differ from the authors' code, and why. Their GPT-2 code negates an integer mask with `~` (1 becomes -2, 0
 becomes -1), so its decay makes weights grow: our mask is a bool. It divides the decay, too, by 1 - b1^t, which is 1
@@ -45,6 +46,7 @@ import shutil
 import tempfile
 import time
 from argparse import ArgumentParser, BooleanOptionalAction
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -53,7 +55,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -67,15 +69,15 @@ from gpt import GPT, CheckpointWriter, slorb
 RECIPES = {  # the authors' for LLaMA2-7B and GPT-2 (`c4` is one file: give more as a .bin), ours for the model that ships
     "tiny": dict(
         model="tiny", methods=["ast", "ast-slorb"], data=["tiny"], eval_data="tiny", steps=300, batch=8, micro_batch=8,
-        seqlen=256, start_from="swap", lr=3e-4, warmup=15, decay=3e-3, decay_steps=75, kl_weight=1.0, temperature=4.0,
-        save_every=100),
+        seqlen=256, start_from="swap", lr=3e-4, lr_end=1.0, average=0.6, warmup=15, decay=3e-3, decay_steps=75, kl_weight=1.0,
+        temperature=4.0, save_every=100),
     "llama2-7b": dict(
         model="llama2-7b", methods=["ast-slorb"], data=["c4"], eval_data="wikitext2", steps=15000, batch=128, micro_batch=1,
-        seqlen=4096, lr=2e-5, warmup=500, decay=6e-5, decay_steps=3000, kl_weight=0.5, temperature=2.0,
+        seqlen=4096, lr=2e-5, lr_end=0.1, average=0.0, warmup=500, decay=6e-5, decay_steps=3000, kl_weight=0.5, temperature=2.0,
         save_every=500, start_from="dense", checkpoint_activations=True),
     "gpt2": dict(
         model="openai-community/gpt2", methods=["ast-slorb"], data=["c4"], eval_data="wikitext2", steps=40000, batch=128,
-        micro_batch=8, seqlen=1024, lr=2e-4, warmup=2000, decay=1e-4, decay_steps=10000, kl_weight=0.67,
+        micro_batch=8, seqlen=1024, lr=2e-4, lr_end=0.1, average=0.0, warmup=2000, decay=1e-4, decay_steps=10000, kl_weight=0.67,
         temperature=2.0, start_from="dense", save_every=1000),
 }
 BETAS = (0.9, 0.95)
@@ -87,11 +89,11 @@ NEUTRAL = {"recipe", "methods", "out", "json", "device", "micro_batch", "save_ev
 
 # ------------------------------------------------------------------------------------------------------ the method
 
-def learning_rate(step, steps, peak, warmup, floor=0.1):
-    """Linear warm-up to `peak`, then half a cosine down to `floor * peak`."""
+def learning_rate(step, steps, peak, warmup, end=0.1):
+    """Linear warm-up to `peak`, then half a cosine down to `end * peak`."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
+    return peak * (end + (1 - end) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
 
 
 def decay_at(step, decay, warmup_steps):
@@ -191,6 +193,37 @@ class AnnealedAdamW(torch.optim.AdamW):
                 u.add_(mine(W) * self.layer_of[W].pruned(), alpha=group["decay"])
                 exp_avgs[i] = grad
         return has_complex
+
+
+def add_to_mean(mean, model, count):
+    """mean {name: tensor} of a model's weights, of which this is the count-th."""
+    for name, W in model.named_parameters():
+        mean[name].lerp_(W.detach(), 1 / count)
+
+
+@contextmanager
+def averaged(model, mean, masks=True):
+    """Inside, `model` has the weights of `mean` (empty: its own), and where `masks` may change those that fit them."""
+    layers = [layer for layer in model.modules() if isinstance(layer, SparseLinear) and mean and masks]
+    before = [layer.mask.clone() for layer in layers]
+    exchange(model, mean)
+    for layer in layers:
+        layer.update_mask()
+    yield
+    exchange(model, mean)
+    for layer, mask in zip(layers, before):
+        layer.mask.copy_(mask)
+
+
+@torch.no_grad()
+def exchange(model, tensors):
+    """Exchange the values of a model's weights and of tensors {name: tensor}, in place, a weight at a time."""
+    if isinstance(model, FSDPModule):
+        model.reshard()  # a forward pass leaves the outermost weights whole
+    for name, W in model.named_parameters() if tensors else ():
+        old = W.clone()
+        W.copy_(tensors[name])
+        tensors[name].copy_(old)
 
 
 class ByChunks(torch.autograd.Function):
@@ -344,7 +377,7 @@ def save_model(folder, model, source):
             out.write("model.safetensors", tensors)
 
 
-def save_state(work, model, optimizer, state):
+def save_state(work, model, optimizer, mean, state):
     """Write what a stopped run needs to go on. It takes the place of the state before when it is complete."""
     final, partial = work / f"step-{state['step']:07d}", work / f"step-{state['step']:07d}.partial"
     if dist.get_rank() == 0:
@@ -352,7 +385,7 @@ def save_state(work, model, optimizer, state):
         partial.mkdir(parents=True)
     dist.barrier()
     weights, moments = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=partial)
+    dcp.save({"model": weights, "optimizer": moments, "mean": mean}, checkpoint_id=partial)
     if dist.get_rank() == 0:
         (partial / "run.json").write_text(json.dumps(state))
         partial.rename(final)
@@ -362,8 +395,8 @@ def save_state(work, model, optimizer, state):
     dist.barrier()
 
 
-def load_state(work, model, optimizer, options):
-    """The last state in `work`, loaded into model and optimizer; where there is none, that of step 0.
+def load_state(work, model, optimizer, mean, options):
+    """The last state in `work`, loaded into model, optimizer and mean; where there is none, that of step 0.
     Raises InputError if it belongs to a run with other options."""
     found = sorted(path for path in work.glob("step-*") if path.suffix != ".partial")
     if not found:
@@ -374,7 +407,7 @@ def load_state(work, model, optimizer, options):
             told = "of another model" if name == "model" else f"with --{name.replace('_', '-')} {old}, not {value}"
             raise InputError(f"{work} holds a run {told}: give the options it had, choose another --out, or delete it")
     weights, moments = get_state_dict(model, optimizer)
-    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=found[-1])
+    dcp.load({"model": weights, "optimizer": moments, "mean": mean}, checkpoint_id=found[-1])
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     say(f"going on at step {state['step']}")
     return state
@@ -426,14 +459,16 @@ def train(args, method, begin, mixture, held_out, calibration):
     if args.kl_weight:
         teacher = set_up(GPT.from_pretrained(args.model, args.device, getattr(torch, args.dtype)), args)
     optimizer = AnnealedAdamW(student, args.lr)
-    state = load_state(work, student, optimizer, options)
+    mean = {name: W.detach().clone() for name, W in student.named_parameters()} if args.average else {}
+    average_from = args.steps - round(args.average * args.steps)
+    state = load_state(work, student, optimizer, mean, options)
     rank, world = dist.get_rank(), dist.get_world_size()
     started, first = time.perf_counter(), state["step"]
     if args.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
 
     for step in range(first, args.steps):
-        lr, decay = learning_rate(step, args.steps, args.lr, args.warmup), decay_at(step, args.decay, args.decay_steps)
+        lr, decay = learning_rate(step, args.steps, args.lr, args.warmup, args.lr_end), decay_at(step, args.decay, args.decay_steps)
         for group in optimizer.param_groups:
             group["lr"], group["decay"] = lr, decay
         if layers and args.mask_every and step and step % args.mask_every == 0:
@@ -449,6 +484,8 @@ def train(args, method, begin, mixture, held_out, calibration):
         optimizer.zero_grad()
 
         done = step + 1
+        if done > average_from:
+            add_to_mean(mean, student, done - average_from)
         if done % LOG_EVERY == 0 or done == args.steps:
             seconds, (flips, flips_all) = (time.perf_counter() - started) / (done - first), state["flips"]
             state["history"].append(dict(step=done, loss=loss, lr=lr, decay=decay, flips=flips, flips_all=flips_all))
@@ -456,13 +493,14 @@ def train(args, method, begin, mixture, held_out, calibration):
                 f"flips {flips:6.2%} (since start {flips_all:6.2%})  {args.batch * args.seqlen / seconds:8,.0f} tokens/s  "
                 f"{seconds * (args.steps - done) / 60:6.1f} min left")
         if done % args.save_every == 0 or done == args.steps:
-            ppl = validation_perplexity(student, held_out, args)
-            best = ppl < min([p for _, p in state["validation"]], default=math.inf)
-            say(f"{method} step {done:6d}/{args.steps}  validation perplexity {ppl:.3f}{' (best so far)' if best else ''}")
-            state |= dict(step=done, validation=[*state["validation"], (done, ppl)])
-            if best:
-                save_model(Path(args.out) / method, student, source)
-            save_state(work, student, optimizer, state)
+            with averaged(student, mean if done > average_from else {}, args.mask_every):
+                ppl = validation_perplexity(student, held_out, args)
+                best = ppl < min([p for _, p in state["validation"]], default=math.inf)
+                say(f"{method} step {done:6d}/{args.steps}  validation perplexity {ppl:.3f}{' (best so far)' if best else ''}")
+                state |= dict(step=done, validation=[*state["validation"], (done, ppl)])
+                if best:
+                    save_model(Path(args.out) / method, student, source)
+            save_state(work, student, optimizer, mean, state)
 
     if first < args.steps:
         state["tokens_per_second"] = args.batch * args.seqlen * (args.steps - first) / (time.perf_counter() - started)
@@ -555,7 +593,10 @@ def options():
     g.add_argument("--steps", type=int)
     g.add_argument("--batch", type=int, help="windows a step, over all processes")
     g.add_argument("--micro-batch", type=int, help="windows that a process takes at a time")
-    g.add_argument("--lr", type=float, help="peak learning rate; it ends at a tenth")
+    g.add_argument("--lr", type=float, help="peak learning rate")
+    g.add_argument("--lr-end", type=float, help="the share of it that is left at the last step")
+    g.add_argument("--average", type=float, help="keep the mean of the weights over this share of the steps, the last ones; "
+                   "0: the last weights")
     g.add_argument("--warmup", type=int, help="steps until the peak")
     g.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
     g.add_argument("--save-every", type=int, help="steps between validations, each with a state to go on from")
@@ -577,7 +618,7 @@ def check(args):
     for names, right, rule in [
             ("steps batch micro_batch seqlen save_every slorb_k temperature clip lr", lambda v: v > 0, "must be above 0"),
             ("mask_every decay decay_steps warmup", lambda v: v >= 0, "can't be negative"),
-            ("kl_weight", lambda v: 0 <= v <= 1, "must lie between 0 and 1"),
+            ("kl_weight lr_end average", lambda v: 0 <= v <= 1, "must lie between 0 and 1"),
             ("sparsity", lambda v: v is None or 0 < v < 1, "must lie between 0 and 1"),
             ("batch", lambda v: v % (args.micro_batch * world) == 0,
              f"must be a multiple of --micro-batch ({args.micro_batch}) times the {world} process(es)"),

@@ -317,8 +317,7 @@ def refit_weights(W, keep, gram, *, cross=None, damp=1e-4, chunk=2**26):
     """The weights that give the least squared error for a mask [out, in]: on each row's kept weights k they solve
     G_kk u = (G w)_k, or (cross^T w)_k with `cross` as in swap_refine. damp: added to G's diagonal, times its mean.
     Batched Cholesky over rows with at most `chunk` numbers of G_kk at a time."""
-    W = W.float()
-    G = gram + damp * gram.diagonal().mean() * torch.eye(len(gram), device=W.device)
+    W, G = W.float(), damped(gram, damp)
     goal, new = W @ (G if cross is None else cross), torch.zeros_like(W)
     for count in keep.sum(1).unique().tolist():  # rows that keep equally many are solved together
         same = (keep.sum(1) == count).nonzero()[:, 0]
@@ -328,6 +327,18 @@ def refit_weights(W, keep, gram, *, cross=None, damp=1e-4, chunk=2**26):
             solved = torch.cholesky_solve(goal[rows[:, None], k][:, :, None], L)[:, :, 0]
             new[rows[:, None], k] = solved
     return new
+
+
+def dense_weights(W, gram, cross, damp=0.01):
+    """The dense weights [out, in] that come closest to the goal, `cross` as in swap_refine: W + W (cross - G) G^-1, with G
+    damped. SparseGPT, which prunes towards the weights it is given, is given these."""
+    change = W.float() @ (cross - gram)
+    return W.float() + torch.cholesky_solve(change.T, torch.linalg.cholesky(damped(gram, damp))).T
+
+
+def damped(gram, damp):
+    """A Gram matrix [in, in] with `damp` times its diagonal's mean added to the diagonal, so that it has an inverse."""
+    return gram + damp * gram.diagonal().mean().clamp(min=1e-20) * torch.eye(len(gram), device=gram.device)
 
 
 # ------------------------------------------------------------------------------------------------------ SparseGPT
@@ -432,16 +443,17 @@ def input_stats(step, hidden, linears, groups, gram=False, teacher=None):
 def prune_layer(W, stats, *, score, refine, sparsity=None, pattern=None, refit=False, cycles=None, **dsnot_options):
     """One layer's pruned weight [out, in] in float32, from its InputStats. refine: "none", "dsnot", "swap", "dsnot+swap"."""
     amount = dict(pattern=pattern) if pattern else dict(sparsity=sparsity)
+    # The goal is half-way between the dense model's output and what dense weights make of the inputs that are really there.
+    cross = None if stats.cross is None else (stats.cross + stats.gram) / 2
     scores = magnitude_score(W) if score == "magnitude" else wanda_score(W, stats)
     if score == "sparsegpt":
-        corrected = sparsegpt(W, stats.gram, **amount)
+        aim = W if cross is None else dense_weights(W, stats.gram, cross)
+        corrected = sparsegpt(aim, stats.gram, **amount)
         if refine == "none" and not refit:
             return corrected
         keep = corrected != 0
     else:
         keep = keep_mask(scores, **amount)
-    # The goal is half-way between the dense model's output and what dense weights make of the inputs that are really there.
-    cross = None if stats.cross is None else (stats.cross + stats.gram) / 2
     if "dsnot" in refine:
         cycles = max(1, round(W.shape[1] * 50 / 4096)) if cycles is None else cycles
         keep = dsnot_refine(W, keep, stats, scores, pattern=pattern, cycles=cycles, **dsnot_options)
@@ -450,7 +462,7 @@ def prune_layer(W, stats, *, score, refine, sparsity=None, pattern=None, refit=F
     if refit:
         return refit_weights(W, keep, stats.gram, cross=cross)
     if score == "sparsegpt":  # its correction belongs to a mask: make it for the refined one
-        return sparsegpt(W, stats.gram, keep=keep)
+        return sparsegpt(aim, stats.gram, keep=keep)
     return torch.where(keep, W.float(), 0)
 
 

@@ -42,6 +42,9 @@ for amount in $amounts; do
     run wanda-published --refine dsnot --refine-layers attn --cycles 50 $sign --no-compare
     run wanda-dsnot-swap --refine dsnot+swap --no-compare
     run wanda-swap-refit --refine swap --refit --no-compare
+    run sparsegpt-propagate --score sparsegpt --refine none --propagate --no-compare
+    run sparsegpt-refit --score sparsegpt --refine none --refit --no-compare
+    run sparsegpt-swap-refit --score sparsegpt --refine swap --refit --no-compare
     if [ $option = --sparsity ]; then
         for allocate in owl sensitivity; do
             run wanda-swap-refit-$allocate --refine swap --refit --no-compare --allocate $allocate

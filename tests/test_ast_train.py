@@ -26,7 +26,7 @@ from data import load_tokenizer
 from data import stream
 from data.command import InputError
 from data.train_tiny import train_tokenizer
-from dsnot import prunable
+from dsnot import keep_mask, prunable
 from gpt import GPT, Config
 
 CONFIG = dict(
@@ -138,6 +138,29 @@ def test_the_optimizer_is_the_formula(still, lr):
     assert (sparse.bias - bias).abs().max() < 1e-6
     if still:
         assert torch.equal(sparse.weight[mask], W[mask])
+
+
+def test_the_mean_of_the_weights_takes_their_place_and_gives_it_back():
+    """Would catch a wrong mean, masks that don't fit it, and training that goes on from it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(SparseLinear(nn.Linear(16, 8), pattern=(2, 4)), nn.Linear(8, 4))
+    mean, seen = {name: W.detach().clone() for name, W in model.named_parameters()}, []
+    for count in 1, 2, 3:
+        with torch.no_grad():
+            for W in model.parameters():
+                W.add_(torch.randn_like(W))
+        ast_train.add_to_mean(mean, model, count)
+        seen.append({name: W.detach().clone() for name, W in model.named_parameters()})
+    model[0].update_mask()
+    mask = model[0].mask.clone()
+    with ast_train.averaged(model, mean):
+        for name, W in model.named_parameters():
+            torch.testing.assert_close(W.detach(), sum(one[name] for one in seen) / 3)
+        assert torch.equal(model[0].mask, keep_mask(model[0].weight.detach().abs(), pattern=(2, 4)))
+        assert not torch.equal(model[0].mask, mask)
+    assert all(torch.equal(W, seen[-1][name]) for name, W in model.named_parameters()) and torch.equal(model[0].mask, mask)
+    with ast_train.averaged(model, mean, masks=False):
+        assert torch.equal(model[0].mask, mask)
 
 
 def test_schedules():

@@ -273,6 +273,16 @@ def test_refit_is_least_squares(with_cross):
         torch.testing.assert_close(new[r, k].double(), torch.linalg.lstsq(x[:, k], y[:, r:r + 1]).solution[:, 0], rtol=1e-3, atol=1e-3)
 
 
+def test_dense_weights_are_least_squares():
+    """Would catch a wrong goal for SparseGPT: they are the refit of a mask that keeps all, and W where its own output is
+    the goal."""
+    W, _, _, stats, keep = swap_case(3, dict(sparsity=0.6), True, rows=10, width=32, tokens=64)
+    expected = dsnot.refit_weights(W, torch.ones_like(keep), stats.gram, cross=stats.cross, damp=0.0)
+    torch.testing.assert_close(dsnot.dense_weights(W, stats.gram, stats.cross, damp=0.0), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(dsnot.dense_weights(W, stats.gram, stats.gram), W)
+    assert not (expected - W).abs().max() < 0.01
+
+
 def test_reported_error_is_the_error():
     """Would catch an error that is not ||(W - W_sparse) X||^2 / ||W X||^2."""
     W, inputs, _, stats, keep = swap_case(4, dict(sparsity=0.5), False)
