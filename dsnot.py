@@ -135,6 +135,14 @@ def extremes(key, k, largest=False):
     return index[:, :k], value[:, :k].isfinite().sum(1)
 
 
+def fits(pattern, width):
+    """The pattern (n, m), or InputError where m does not divide a row of `width` weights."""
+    n, m = pattern
+    if width % m:
+        raise InputError(f"the pattern {n}:{m} needs rows that {m} divides, but a layer has {width} inputs")
+    return pattern
+
+
 def keep_mask(score, sparsity=None, pattern=None):
     """The mask that keeps the highest scores [out, in].
 
@@ -153,9 +161,7 @@ def keep_mask(score, sparsity=None, pattern=None):
             equal, more = score[tied] == kth[tied], width - k - keep[tied].sum(1, keepdim=True)
             keep[tied] |= equal & (equal.cumsum(1, dtype=torch.int32) > equal.sum(1, keepdim=True) - more)
         return keep
-    n, m = pattern
-    if width % m:
-        raise InputError(f"the pattern {n}:{m} needs rows that {m} divides, but a layer has {width} inputs")
+    n, m = fits(pattern, width)
     group = score.reshape(-1, m).T.contiguous()  # [m, groups]
     rank = torch.zeros_like(group, dtype=torch.int16)  # how many of its group come before each entry
     for i in range(m):
@@ -352,9 +358,8 @@ def sparsegpt(W, gram, *, sparsity=None, pattern=None, keep=None, damp=0.01, blo
     keep [out, in]: for a given mask only correct. damp: added to H's diagonal, times its mean."""
     assert (sparsity is None) + (pattern is None) + (keep is None) == 2, "one of sparsity, pattern, keep"
     W, H, width = W.float().clone(), gram.float().clone(), W.shape[1]
-    if pattern and width % pattern[1]:
-        raise InputError(f"the pattern {pattern[0]}:{pattern[1]} needs rows that {pattern[1]} divides, "
-                         f"but a layer has {width} inputs")
+    if pattern:
+        fits(pattern, width)
     dead = H.diagonal() == 0
     H.diagonal()[dead] = 1
     W[:, dead] = 0

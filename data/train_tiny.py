@@ -98,7 +98,7 @@ def draw(streams, seed, step, batch, seqlen):
     return torch.stack(ids)
 
 
-def main():
+def options():
     p = parser(__doc__)
     p.add_argument("--out", default="data/tiny", help="the folder that is filled")
     p.add_argument("--hidden-size", type=int, default=256)
@@ -110,31 +110,27 @@ def main():
     p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     p.add_argument("--compile", action="store_true", help="torch.compile: half as fast again, needs a C++ compiler")
     p.add_argument("--save-every", type=int, default=100, help="steps between validations and checkpoints")
-    args = p.parse_args()
-    start(args)
-    if args.hidden_size < 128 or args.hidden_size % 128:
-        raise InputError(f"--hidden-size {args.hidden_size} must be a multiple of 128")
-    work = Path(args.out + ".training")  # the tokenizer and the state of an unfinished run
-    work.mkdir(parents=True, exist_ok=True)
-    state_file = work / "state.pt"
-    options = [args.hidden_size, args.layers, args.packages, args.steps, args.batch, args.seqlen, args.lr, args.seed]
+    return p.parse_args()
 
-    tokenizer, streams = read(work, args.packages)
-    held_out = windows(tokenizer.encode(stdlib_text("validation")), args.seqlen + 1).to(args.device)
-    print(f"{len(streams[0]):,} tokens of documentation, {len(streams[1]):,} of source, {held_out.numel():,} for validation")
 
-    model = new_model(args.hidden_size, args.layers).to(args.device)
+def load_state(file, model, optimizer, settings, device):
+    """(step, validation losses so far) of the state that a stopped run has left in `file`, loaded into model and optimizer."""
+    if not file.is_file():
+        return 0, []
+    state = torch.load(file, map_location=device, weights_only=True)
+    if state["options"] != settings:
+        raise InputError(f"{file} belongs to a run with other options: delete it or choose another --out")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    print(f"going on at step {state['step']}")
+    return state["step"], state["history"]
+
+
+def train(args, model, streams, held_out, state_file):
+    """Train the model, saving its state at intervals; returns [(step, validation loss)]."""
     optimizer = new_optimizer(model, args.lr)
-    first, history = 0, []
-    if state_file.is_file():
-        state = torch.load(state_file, map_location=args.device, weights_only=True)
-        if state["options"] != options:
-            raise InputError(f"{state_file} belongs to a run with other options: delete it or choose another --out")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first, history = state["step"], state["history"]
-        print(f"going on at step {first}")
-
+    settings = [args.hidden_size, args.layers, args.packages, args.steps, args.batch, args.seqlen, args.lr, args.seed]
+    first, history = load_state(state_file, model, optimizer, settings, args.device)
     forward = torch.compile(model) if args.compile else model
     begin = time.perf_counter()
     for step in range(first, args.steps):
@@ -147,19 +143,36 @@ def main():
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % 10 == 0:
-            seconds = (time.perf_counter() - begin) / (step + 1 - first)
-            print(f"step {step + 1:5d}/{args.steps}  loss {loss.item():6.3f}  {seconds:5.2f} s/step  "
-                  f"{args.batch * args.seqlen / seconds:6.0f} tokens/s  "
-                  f"{seconds * (args.steps - step - 1) / 60:5.1f} min left", flush=True)
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+
+        done = step + 1
+        if done % 10 == 0:
+            seconds = (time.perf_counter() - begin) / (done - first)
+            print(f"step {done:5d}/{args.steps}  loss {loss.item():6.3f}  {seconds:5.2f} s/step  "
+                  f"{args.batch * args.seqlen / seconds:6.0f} tokens/s  {seconds * (args.steps - done) / 60:5.1f} min left",
+                  flush=True)
+        if done % args.save_every == 0 or done == args.steps:
             with torch.autocast(torch.device(args.device).type, torch.bfloat16):
-                history.append((step + 1, validation_loss(model, held_out).item()))
-            loss = history[-1][1]
-            print(f"step {step + 1:5d}  validation loss {loss:.4f}  perplexity {math.exp(loss):.2f}", flush=True)
-            state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1, history=history,
-                         options=options)
+                loss = validation_loss(model, held_out).item()
+            print(f"step {done:5d}  validation loss {loss:.4f}  perplexity {math.exp(loss):.2f}", flush=True)
+            history.append((done, loss))
+            state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=done, history=history,
+                         options=settings)
             write_atomically(state_file, lambda beside: torch.save(state, beside))
+    return history
+
+
+def main():
+    args = options()
+    start(args)
+    if args.hidden_size < 128 or args.hidden_size % 128:
+        raise InputError(f"--hidden-size {args.hidden_size} must be a multiple of 128")
+    work = Path(args.out + ".training")  # the tokenizer and the state of an unfinished run
+    work.mkdir(parents=True, exist_ok=True)
+    tokenizer, streams = read(work, args.packages)
+    held_out = windows(tokenizer.encode(stdlib_text("validation")), args.seqlen + 1).to(args.device)
+    print(f"{len(streams[0]):,} tokens of documentation, {len(streams[1]):,} of source, {held_out.numel():,} for validation")
+    model = new_model(args.hidden_size, args.layers).to(args.device)
+    history = train(args, model, streams, held_out, work / "state.pt")
     model.bfloat16().save_pretrained(args.out, tokenizer_from=work)
     shutil.rmtree(work)
     record(args, {"validation_loss": history, "parameters": sum(w.numel() for w in model.parameters())})
