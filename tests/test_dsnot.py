@@ -318,6 +318,16 @@ def test_sparsegpt_equals_slow_loop(amount):
     assert torch.allclose(sparsegpt(W, gram, keep=new != 0, block=16), new, atol=1e-5)  # the same mask, the same correction
 
 
+def test_sparsegpt_aims_for_what_propagation_says():
+    """Would catch a correction that ignores what the pruned layers before have done: the goal is half-way between the dense
+    model's output and what dense weights make of the inputs that are there."""
+    W, inputs, z, stats, _ = swap_case(6, dict(sparsity=0.5), True, rows=10, width=32, tokens=64)
+    goal = (inputs + z) / 2 @ W.T
+    aimed = dsnot.prune_layer(W, stats, score="sparsegpt", refine="none", sparsity=0.5)
+    plain = sparsegpt(W, stats.gram, sparsity=0.5)
+    assert (inputs @ aimed.T - goal).square().sum() < 0.9 * (inputs @ plain.T - goal).square().sum()
+
+
 def test_sparsegpt_survives_dead_inputs():
     """Would catch a singular Hessian ending in NaN, and dead inputs keeping their weights."""
     W, inputs = random_layer(5, rows=6, width=32)
