@@ -82,8 +82,10 @@ def merge(rows):
                  and a["options"].get("seed") == b["options"].get("seed") and not alike(a, b)]
         differ = sorted({k for a, b in pairs for k in a.keys() & b.keys() - IGNORED
                          if (a[k] or None) != (b[k] or None)})  # what is not given is off
+        silent = {k for k in differ if any(row["options"].get(k) is None for row in group)}  # there, off is not said
         for row in group:
-            said = [said_of(k, row["options"][k]) for k in differ if row["options"].get(k) not in (None, "uniform")]
+            said = [said_of(k, row["options"][k]) for k in differ if row["options"].get(k) not in (None, "uniform")
+                    and (row["options"][k] is not False or k not in silent)]
             row["method"] += f" ({', '.join(said)})" if said else ""
     for row in rows:
         groups.setdefault(key(row), []).append(row)
