@@ -190,8 +190,10 @@ def plot(rows, path):
     for r in rows:
         if r["perplexity"]:
             charts.setdefault((r["model"], r["data"], r["seqlen"]), []).append(r)
+    amounts = dict.fromkeys(r["amount"] for r in sorted(rows, key=lambda r: r["sparsity"]) if r["amount"] != "0%")
+    colours = dict(zip(amounts, COLOURS * len(amounts)))
     tested, mapped = [r for r in rows if r.get("tasks")], [r for r in rows if r["layers"]]
-    panels = [(1.3 + 0.28 * len({r["method"] for r in chart}), perplexity_panel, chart) for chart in charts.values()
+    panels = [(1.3 + 0.28 * len({r["method"] for r in chart}), perplexity_panel, (chart, colours)) for chart in charts.values()
               if any(r["amount"] != "0%" for r in chart)]
     panels += [(3.0, accuracy_panel, tested)] if tested else []
     panels += [(2.0, layer_panel, (r, mapped)) for r in mapped] if len(mapped) <= 6 else []
@@ -205,25 +207,26 @@ def plot(rows, path):
         for part, (_, draw, what) in zip(parts, panels):
             draw(part.subplots(), what)
             if part.axes[0].get_legend_handles_labels()[0]:
-                part.legend(frameon=False, loc="outside lower center", ncols=5)
+                part.legend(frameon=False, loc="outside lower center", ncols=6)
         kind = Path(path).suffix[1:]
         write_atomically(path, lambda beside: figure.savefig(beside, format=kind, dpi=160, transparent=True))
         pyplot.close(figure)
 
 
-def perplexity_panel(axis, rows):
-    """Perplexity of one model on one text: methods from the worst to the best at the highest sparsity, a colour for
-    each sparsity, and the spread over seeds."""
+def perplexity_panel(axis, what):
+    """Perplexity of one model on one text: methods from the worst to the best at the highest sparsity, and the spread over
+    seeds. what: the rows, and a colour for each amount."""
     from matplotlib.ticker import LogFormatter
+    rows, colours = what
     pruned = [r for r in rows if r["amount"] != "0%"]
     found = {}
     for r in pruned:
         found.setdefault(r["method"], {})[r["amount"]] = r
     methods = from_the_worst(found)[::-1]
-    for amount, colour in zip(dict.fromkeys(r["amount"] for r in pruned), COLOURS * len(pruned)):
+    for amount in dict.fromkeys(r["amount"] for r in pruned):
         own = [r for r in pruned if r["amount"] == amount]
         axis.errorbar([r["perplexity"] for r in own], [methods.index(r["method"]) for r in own],
-                      xerr=[r["spread"] or 0 for r in own], fmt="o", color=colour, label=amount)
+                      xerr=[r["spread"] or 0 for r in own], fmt="o", color=colours[amount], label=amount)
     for r in rows:
         if r["method"] == "dense":
             axis.axvline(r["perplexity"], color=GREY, label=f"dense, {r['perplexity']:.2f}")
