@@ -137,11 +137,13 @@ def draw_ast(path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.6))
-    options = results("ast-seed0", "options")
-    for method, run in results("ast-seed0")["runs"].items():
-        steps, values = zip(*run["validation"])
-        left.plot([step * options["batch"] * options["seqlen"] / 1000 for step in steps], values, marker=".", label=method)
-    left.set(xlabel="thousand training tokens", ylabel="validation perplexity")
+    for name in "seed0", "long":
+        found, options = results(f"ast-{name}"), results(f"ast-{name}", "options")
+        for method, run in found["runs"].items() if found else ():
+            steps, values = zip(*run["validation"])
+            left.plot([step * options["batch"] * options["seqlen"] for step in steps], values, marker=".",
+                      label=method + ", longer" * (name == "long"))
+    left.set(xlabel="training tokens", ylabel="validation perplexity", xscale="log")
     left.legend()
     closed = {said: 100 * gap_closed(ast_tables()[0], perplexity) for said, perplexity in ablation().items()}
     right.barh(list(closed), list(closed.values()))
