@@ -22,7 +22,8 @@ after a few dozen steps: ours follows the formula. It keeps the mask as an attri
 lose: ours is a buffer. It trains all of X, a dense matrix. As there, weights without a mask take plain AdamW steps; V is
 the mean of u^2, not of g^2, so where g is mostly noise the steps of masked weights are up to 4 times as long.
 
-Precision, and bytes for LLaMA2-7B (6.74 G parameters) on one GPU; activations come on top (--checkpoint-activations).
+Precision, and bytes for LLaMA2-7B (6.74 G parameters) on one GPU; activations come on top (--checkpoint-activations), and
+27.0 GB with --average.
     student W            float32    27.0 GB     small steps would be lost in bf16
     its gradient         float32    27.0 GB     also holds u, so the update needs no memory of its own
     M and V              float32    53.9 GB

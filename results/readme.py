@@ -141,9 +141,11 @@ def draw_ast(path):
         found, options = results(f"ast-{name}"), results(f"ast-{name}", "options")
         for method, run in found["runs"].items() if found else ():
             steps, values = zip(*run["validation"])
-            left.plot([step * options["batch"] * options["seqlen"] for step in steps], values, marker=".",
+            left.plot([step * options["batch"] * options["seqlen"] / 1000 for step in steps], values, marker=".",
                       label=method + ", longer" * (name == "long"))
-    left.set(xlabel="training tokens", ylabel="validation perplexity", xscale="log")
+    left.set(xlabel="thousand training tokens", ylabel="validation perplexity", xscale="log")
+    left.set_xticks([200, 600, 2000, 6000], ["200", "600", "2,000", "6,000"])
+    left.minorticks_off()
     left.legend()
     closed = {said: 100 * gap_closed(ast_tables()[0], perplexity) for said, perplexity in ablation().items()}
     right.barh(list(closed), list(closed.values()))
