@@ -70,8 +70,9 @@ def retrained():
     lines, tables = [], ast_tables()
     for name, row in tables[0].items():
         values = [found[name]["perplexity"] for found in tables if name in found]
-        mean, spread = statistics.mean(values), f" ± {statistics.stdev(values):.3f}" if len(set(values)) > 1 else ""
-        lines.append([name, f"{mean:.3f}{spread}", f"{gap_closed(tables[0], mean):.1%}", f"{row['tokens']:,}"])
+        spread = f" ± {statistics.stdev(values):.3f}" if len(set(values)) > 1 else ""
+        closed = statistics.mean(gap_closed(found, found[name]["perplexity"]) for found in tables if name in found)
+        lines.append([name, f"{statistics.mean(values):.3f}{spread}", f"{closed:.1%}", f"{row['tokens']:,}"])
     return markdown(["tiny, 2:4", "test perplexity", "gap closed", "training tokens"], lines)
 
 
