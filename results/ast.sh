@@ -16,5 +16,6 @@ ablate no-decay --decay 0
 ablate fixed-mask --mask-every 0
 ablate wanda --score wanda
 ablate dense-start --start-from dense
+run dense-start-slorb --start-from dense --methods ast-slorb --no-one-shot
 run long --steps 3000 --warmup 150 --decay-steps 750 --save-every 300 --methods ast --no-one-shot
 [ -f results/bench_ast.json ] || python tests/bench_ast.py --json results/bench_ast.json
