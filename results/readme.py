@@ -54,12 +54,14 @@ def gap_closed(table, perplexity):
 
 
 def ast_tables():
-    """The tables of ast_train.py for seeds 0, 1, 2 as far as they have been run, with the seed's control; the longer run beside
-    the first."""
+    """The tables of ast_train.py for seeds 0, 1, 2 as far as they have been run, with the seed's control; beside the first, a
+    run that starts from dense weights and the longer one."""
     tables = []
     for seed in range(3):
         if found := results(f"ast-seed{seed}"):
             tables.append((results(f"ast-control{seed}") or {"table": {}})["table"] | found["table"])
+    if other := results("ast-dense-start-slorb"):
+        tables[0]["AST + SLoRB, dense start"] = other["table"]["AST + SLoRB"]
     if long := results("ast-long"):
         tables[0] |= {f"{name}, longer": row for name, row in long["table"].items() if name.startswith("AST")}
     return tables
