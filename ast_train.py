@@ -47,7 +47,7 @@ import shutil
 import tempfile
 import time
 from argparse import ArgumentParser, BooleanOptionalAction
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -70,15 +70,15 @@ from gpt import GPT, CheckpointWriter, slorb
 RECIPES = {  # the authors' for LLaMA2-7B and GPT-2 (`c4` is one file: give more as a .bin), ours for the model that ships
     "tiny": dict(
         model="tiny", methods=["ast", "ast-slorb"], data=["tiny"], eval_data="tiny", steps=300, batch=8, micro_batch=8,
-        seqlen=256, start_from="swap", lr=3e-4, lr_end=1.0, average=0.6, warmup=15, decay=3e-3, decay_steps=75, kl_weight=1.0,
-        temperature=4.0, save_every=100),
+        seqlen=256, start_from="swap", lr=3e-4, lr_end=1.0, average=0.6, warmup=15, decay=3e-3, decay_steps=75,
+        kl_weight=1.0, temperature=4.0, save_every=100),
     "llama2-7b": dict(
         model="llama2-7b", methods=["ast-slorb"], data=["c4"], eval_data="wikitext2", steps=15000, batch=128, micro_batch=1,
-        seqlen=4096, lr=2e-5, lr_end=0.1, average=0.0, warmup=500, decay=6e-5, decay_steps=3000, kl_weight=0.5, temperature=2.0,
+        seqlen=4096, lr=2e-5, warmup=500, decay=6e-5, decay_steps=3000, kl_weight=0.5, temperature=2.0,
         save_every=500, start_from="dense", checkpoint_activations=True),
     "gpt2": dict(
         model="openai-community/gpt2", methods=["ast-slorb"], data=["c4"], eval_data="wikitext2", steps=40000, batch=128,
-        micro_batch=8, seqlen=1024, lr=2e-4, lr_end=0.1, average=0.0, warmup=2000, decay=1e-4, decay_steps=10000, kl_weight=0.67,
+        micro_batch=8, seqlen=1024, lr=2e-4, warmup=2000, decay=1e-4, decay_steps=10000, kl_weight=0.67,
         temperature=2.0, start_from="dense", save_every=1000),
 }
 BETAS = (0.9, 0.95)
@@ -204,8 +204,8 @@ def add_to_mean(mean, model, count):
 
 @contextmanager
 def averaged(model, mean, masks=True):
-    """Inside, `model` has the weights of `mean` (empty: its own), and where `masks` may change those that fit them."""
-    layers = [layer for layer in model.modules() if isinstance(layer, SparseLinear) and mean and masks]
+    """Inside, `model` has the weights of `mean`, and where `masks` may change those that fit them."""
+    layers = [layer for layer in model.modules() if isinstance(layer, SparseLinear) and masks]
     before = [layer.mask.clone() for layer in layers]
     exchange(model, mean)
     for layer in layers:
@@ -221,7 +221,7 @@ def exchange(model, tensors):
     """Exchange the values of a model's weights and of tensors {name: tensor}, in place, a weight at a time."""
     if isinstance(model, FSDPModule):
         model.reshard()  # a forward pass leaves the outermost weights whole
-    for name, W in model.named_parameters() if tensors else ():
+    for name, W in model.named_parameters():
         old = W.clone()
         W.copy_(tensors[name])
         tensors[name].copy_(old)
@@ -341,6 +341,16 @@ def first_weights(args, calibration):
     return folder
 
 
+def new_student(args, method, begin, source, calibration):
+    """The model that a method trains, with the first weights from the folder `begin` (dense: its own), and what tells it from
+    others: the configuration of its dense checkpoint `source` and the sum of its weights."""
+    student = GPT.from_pretrained(args.model if method == "dense" else begin, args.device, torch.float32)
+    which = f"{source.config.raw} {sum(p.double().sum().item() for p in student.parameters()):.6g}"
+    if method != "dense":
+        make_sparse(student, args, args.slorb_k if method == "ast-slorb" else None, calibration)
+    return student, which
+
+
 def set_up(model, args, checkpoint_activations=False):
     """Compile a model's blocks and spread them over the processes, as far as that is asked for."""
     shard = args.shard or dist.get_world_size()
@@ -449,11 +459,8 @@ def train(args, method, begin, mixture, held_out, calibration):
     is the folder `args.out / method`."""
     work = Path(args.out) / f"{method}.training"
     source = GPT.from_pretrained(args.model, stream=True).source
-    student = GPT.from_pretrained(args.model if method == "dense" else begin, args.device, torch.float32)
-    options = {name: str(value) for name, value in vars(args).items() if name not in NEUTRAL}
-    options["model"] = f"{source.config.raw} {sum(p.double().sum().item() for p in student.parameters()):.6g}"
-    if method != "dense":
-        make_sparse(student, args, args.slorb_k if method == "ast-slorb" else None, calibration)
+    student, which = new_student(args, method, begin, source, calibration)
+    options = {name: str(value) for name, value in vars(args).items() if name not in NEUTRAL} | {"model": which}
     layers = [layer for layer in student.modules() if isinstance(layer, SparseLinear)]
     masked = sum(layer.mask.numel() for layer in layers)
     student, teacher = set_up(student, args, args.checkpoint_activations), None
@@ -469,7 +476,8 @@ def train(args, method, begin, mixture, held_out, calibration):
         torch.cuda.reset_peak_memory_stats()
 
     for step in range(first, args.steps):
-        lr, decay = learning_rate(step, args.steps, args.lr, args.warmup, args.lr_end), decay_at(step, args.decay, args.decay_steps)
+        lr = learning_rate(step, args.steps, args.lr, args.warmup, args.lr_end)
+        decay = decay_at(step, args.decay, args.decay_steps)
         for group in optimizer.param_groups:
             group["lr"], group["decay"] = lr, decay
         if layers and args.mask_every and step and step % args.mask_every == 0:
@@ -494,7 +502,7 @@ def train(args, method, begin, mixture, held_out, calibration):
                 f"flips {flips:6.2%} (since start {flips_all:6.2%})  {args.batch * args.seqlen / seconds:8,.0f} tokens/s  "
                 f"{seconds * (args.steps - done) / 60:6.1f} min left")
         if done % args.save_every == 0 or done == args.steps:
-            with averaged(student, mean if done > average_from else {}, args.mask_every):
+            with averaged(student, mean, args.mask_every) if done > average_from else nullcontext():
                 ppl = validation_perplexity(student, held_out, args)
                 best = ppl < min([p for _, p in state["validation"]], default=math.inf)
                 say(f"{method} step {done:6d}/{args.steps}  validation perplexity {ppl:.3f}{' (best so far)' if best else ''}")
@@ -595,9 +603,9 @@ def options():
     g.add_argument("--batch", type=int, help="windows a step, over all processes")
     g.add_argument("--micro-batch", type=int, help="windows that a process takes at a time")
     g.add_argument("--lr", type=float, help="peak learning rate")
-    g.add_argument("--lr-end", type=float, help="the share of it that is left at the last step")
-    g.add_argument("--average", type=float, help="keep the mean of the weights over this share of the steps, the last ones; "
-                   "0: the last weights")
+    g.add_argument("--lr-end", type=float, default=0.1, help="the share of it that is left at the last step")
+    g.add_argument("--average", type=float, default=0.0,
+                   help="keep the mean of the weights over this share of the steps, the last ones; 0: the last weights")
     g.add_argument("--warmup", type=int, help="steps until the peak")
     g.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
     g.add_argument("--save-every", type=int, help="steps between validations, each with a state to go on from")

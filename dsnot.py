@@ -344,7 +344,9 @@ def dense_weights(W, gram, cross, damp=0.01):
 
 def damped(gram, damp):
     """A Gram matrix [in, in] with `damp` times its diagonal's mean added to the diagonal, so that it has an inverse."""
-    return gram + damp * gram.diagonal().mean().clamp(min=1e-20) * torch.eye(len(gram), device=gram.device)
+    H = gram.clone()
+    H.diagonal().add_(damp * gram.diagonal().mean().clamp(min=1e-20))
+    return H
 
 
 # ------------------------------------------------------------------------------------------------------ SparseGPT
@@ -363,7 +365,7 @@ def sparsegpt(W, gram, *, sparsity=None, pattern=None, keep=None, damp=0.01, blo
     dead = H.diagonal() == 0
     H.diagonal()[dead] = 1
     W[:, dead] = 0
-    H.diagonal().add_(damp * H.diagonal().mean())
+    H = damped(H, damp)
     U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)  # H^-1 = U^T U
     if pattern:
         block = -(-block // pattern[1]) * pattern[1]  # groups stay whole

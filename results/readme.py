@@ -79,8 +79,10 @@ def retrained():
 
 
 def ablation():
-    """{variant: its perplexity} of seed 0."""
-    return {said: found["table"]["AST"]["perplexity"] for name, said in ABLATION.items() if (found := results(f"ast-{name}"))}
+    """{variant: (its perplexity, its share of the gap)} of seed 0."""
+    first, found = results("ast-seed0")["table"], {said: results(f"ast-{name}") for name, said in ABLATION.items()}
+    values = {said: run["table"]["AST"]["perplexity"] for said, run in found.items() if run}
+    return {said: (perplexity, gap_closed(first, perplexity)) for said, perplexity in values.items()}
 
 
 def tuning():
@@ -123,7 +125,7 @@ def streamed():
 
 def ablated():
     return markdown(["AST at the default's tokens, seed 0", "test perplexity", "gap closed"], [
-        [said, f"{ppl:.3f}", f"{gap_closed(ast_tables()[0], ppl):.1%}"] for said, ppl in ablation().items()])
+        [said, f"{perplexity:.3f}", f"{closed:.1%}"] for said, (perplexity, closed) in ablation().items()])
 
 
 def tables():
@@ -150,7 +152,7 @@ def draw_ast(path):
     left.set_xticks([200, 600, 2000, 6000], ["200", "600", "2,000", "6,000"])
     left.minorticks_off()
     left.legend()
-    closed = {said: 100 * gap_closed(ast_tables()[0], perplexity) for said, perplexity in ablation().items()}
+    closed = {said: 100 * share for said, (_, share) in ablation().items()}
     right.barh(list(closed), list(closed.values()))
     right.invert_yaxis()
     right.set(xlabel="share of the perplexity gap closed, test text (%)")
