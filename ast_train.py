@@ -65,13 +65,13 @@ from data.command import InputError, parser, record, run, start, write_atomicall
 from data.stream import Mixture, tokens
 from dsnot import InputStats, keep_mask, magnitude_score, parse_pattern, prunable, prune, wanda_score, watch
 from eval import perplexity
-from gpt import GPT, CheckpointWriter, slorb
+from gpt import GPT, CheckpointWriter
 
 RECIPES = {  # the authors' for LLaMA2-7B and GPT-2 (`c4` is one file: give more as a .bin), ours for the model that ships
     "tiny": dict(
-        model="tiny", methods=["ast", "ast-slorb"], data=["tiny"], eval_data="tiny", steps=300, batch=8, micro_batch=8,
-        seqlen=256, start_from="swap", lr=3e-4, lr_end=1.0, average=0.6, warmup=15, decay=3e-3, decay_steps=75,
-        kl_weight=1.0, temperature=4.0, save_every=100),
+        model="tiny", methods=["ast", "ast-slorb"], data=["tiny"], eval_data="tiny", steps=500, batch=8, micro_batch=8,
+        seqlen=256, start_from="dense", lr=3e-4, lr_end=1.0, average=0.6, warmup=25, decay=3e-3, decay_steps=125,
+        kl_weight=1.0, temperature=4.0, save_every=125),
     "llama2-7b": dict(
         model="llama2-7b", methods=["ast-slorb"], data=["c4"], eval_data="wikitext2", steps=15000, batch=128, micro_batch=1,
         seqlen=4096, lr=2e-5, warmup=500, decay=6e-5, decay_steps=3000, kl_weight=0.5, temperature=2.0,
@@ -141,8 +141,14 @@ class SparseLinear(nn.Linear):
             self.slorb_S, self.slorb_X = nn.Parameter(S), nn.Parameter(W.new_ones(W.shape[1]))
 
     def forward(self, x):
-        y = F.linear(x, StraightThrough.apply(self.weight, self.mask), self.bias)
-        return y + slorb(x, self.slorb_S, self.slorb_X) if self.slorb_k else y
+        return F.linear(x, self.effective(), self.bias)
+
+    def effective(self):
+        """The weight that the layer computes with, [out, in]: m * W, and SLoRB's S X where there is one."""
+        W = StraightThrough.apply(self.weight, self.mask)
+        if not self.slorb_k:
+            return W
+        return W + (self.slorb_S[:, :, None] * self.slorb_X.view(-1, self.slorb_k)).flatten(1)
 
     @torch.no_grad()
     def update_mask(self):
@@ -163,9 +169,7 @@ class SparseLinear(nn.Linear):
     def merge(self):
         """A plain nn.Linear that computes the same: sparse, or dense if there is SLoRB to merge."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None).to(self.weight)
-        linear.weight.copy_(self.weight * self.mask)
-        if self.slorb_k:
-            linear.weight += self.slorb_S.repeat_interleave(self.slorb_k, 1) * self.slorb_X
+        linear.weight.copy_(self.effective())
         if self.bias is not None:
             linear.bias.copy_(self.bias)
         return linear
