@@ -42,13 +42,17 @@ Letters: B windows, T tokens of a window, N = B * T, V vocabulary (of logits).
 import functools
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import tempfile
 import time
 from argparse import ArgumentParser, BooleanOptionalAction
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from threading import Thread
 
 import torch
 import torch.distributed as dist
@@ -69,9 +73,9 @@ from gpt import GPT, CheckpointWriter
 
 RECIPES = {  # the authors' for LLaMA2-7B and GPT-2 (`c4` is one file: give more as a .bin), ours for the model that ships
     "tiny": dict(
-        model="tiny", methods=["ast", "ast-slorb"], data=["tiny"], eval_data="tiny", steps=500, batch=8, micro_batch=8,
+        model="tiny", methods=["ast", "ast-slorb"], data=["tiny"], eval_data="tiny", steps=550, batch=8, micro_batch=8,
         seqlen=256, start_from="dense", lr=3e-4, lr_end=1.0, average=0.6, warmup=25, decay=3e-3, decay_steps=125,
-        kl_weight=1.0, temperature=4.0, save_every=125),
+        kl_weight=1.0, temperature=4.0, save_every=110),
     "llama2-7b": dict(
         model="llama2-7b", methods=["ast-slorb"], data=["c4"], eval_data="wikitext2", steps=15000, batch=128, micro_batch=1,
         seqlen=4096, lr=2e-5, warmup=500, decay=6e-5, decay_steps=3000, kl_weight=0.5, temperature=2.0,
@@ -84,6 +88,7 @@ RECIPES = {  # the authors' for LLaMA2-7B and GPT-2 (`c4` is one file: give more
 BETAS = (0.9, 0.95)
 CHUNK = 512  # tokens whose logits are float32 at a time
 CALIBRATION, LOG_EVERY = 128, 10  # windows, steps
+NEVER = 2**32  # a step that no training reaches: the windows of calibration
 NEUTRAL = {"recipe", "methods", "out", "json", "device", "micro_batch", "save_every", "one_shot", "compile", "shard",
            "checkpoint_activations"}  # options that may change when a run goes on
 
@@ -458,7 +463,7 @@ def backward(student, teacher, ids, args):
     return loss
 
 
-def train(args, method, begin, mixture, held_out, calibration):
+def train(method, args, begin, mixture, held_out, calibration):
     """Train one model, whose first weights are in the folder `begin`, and return its record; the best one by validation
     is the folder `args.out / method`."""
     work = Path(args.out) / f"{method}.training"
@@ -510,16 +515,33 @@ def train(args, method, begin, mixture, held_out, calibration):
                 ppl = validation_perplexity(student, held_out, args)
                 best = ppl < min([p for _, p in state["validation"]], default=math.inf)
                 say(f"{method} step {done:6d}/{args.steps}  validation perplexity {ppl:.3f}{' (best so far)' if best else ''}")
-                state |= dict(step=done, validation=[*state["validation"], (done, ppl)])
+                state |= dict(step=done, validation=[*state["validation"], (done, ppl)],
+                              tokens_per_second=args.batch * args.seqlen / seconds)
+                if args.device.startswith("cuda"):
+                    state["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
                 if best:
                     save_model(Path(args.out) / method, student, source)
             save_state(work, student, optimizer, mean, state)
-
-    if first < args.steps:
-        state["tokens_per_second"] = args.batch * args.seqlen * (args.steps - first) / (time.perf_counter() - started)
-    if args.device.startswith("cuda"):
-        state["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     return state
+
+
+def train_apart(threads, method, args, *rest):
+    """`train` in a process of its own, which ends when the one that began it does, however that ends."""
+    Thread(target=lambda: multiprocessing.parent_process().join() or os._exit(1), daemon=True).start()
+    torch.set_num_threads(threads)
+    with processes(args):
+        return train(method, args, *rest)
+
+
+def train_all(args, *rest):
+    """{method: its record}. On a CPU methods are trained side by side, a process each, which is faster than one after the
+    other by all threads: those wait for each other after every operation."""
+    threads = torch.get_num_threads() // len(args.methods)
+    if args.device != "cpu" or dist.get_world_size() > 1 or len(args.methods) == 1 or threads == 0:
+        return {method: train(method, args, *rest) for method in args.methods}
+    with ProcessPoolExecutor(len(args.methods), multiprocessing.get_context("spawn")) as pool:
+        jobs = {method: pool.submit(train_apart, threads, method, args, *rest) for method in args.methods}
+    return {method: job.result() for method, job in jobs.items()}
 
 
 # --------------------------------------------------------------------------------------------------------- the results
@@ -641,40 +663,45 @@ def check(args):
                 raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} {rule}")
 
 
-def main():
-    args, torchrun = options(), "RANK" in os.environ
-    cuda = args.device.startswith("cuda")
+@contextmanager
+def processes(args):
+    """Inside, the processes that torchrun has begun know each other (or there is one), and running out of memory is said."""
+    torchrun, cuda = "RANK" in os.environ, args.device.startswith("cuda")
     if torchrun and cuda:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     alone = {} if torchrun else dict(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
     try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as e:
+        if not isinstance(e, (torch.OutOfMemoryError, BrokenProcessPool)) and "can't allocate memory" not in str(e):
+            raise
+        raise InputError(f"out of memory: lower --micro-batch ({args.micro_batch}), add --checkpoint-activations or take "
+                         f"more GPUs; the last state is kept in {args.out}") from None
+    finally:
+        dist.destroy_process_group()
+
+
+def main():
+    args = options()
+    with processes(args):
         start(args)
         check(args)
         amount(args)
         tokenizer = load_tokenizer(args.model)
         mixture = Mixture(args.data, tokenizer, args.seqlen, args.batch)
-        calibration = mixture.batch(args.seed, args.steps, CALIBRATION, stream=0)[:, :-1]  # Wanda's and SparseGPT's inputs
+        calibration = mixture.batch(args.seed, NEVER, CALIBRATION, stream=0)[:, :-1]  # Wanda's and SparseGPT's inputs
         held_out = windows(tokens(args.eval_data, tokenizer, "validation"), args.seqlen + 1)
         test_ids = tokens(args.eval_data, tokenizer, "test")
         if len(held_out) < args.micro_batch * dist.get_world_size():
             raise InputError(f"the validation text of {args.eval_data} has {len(held_out)} windows, fewer than "
                              f"--micro-batch {args.micro_batch} in each process: give a longer text or a smaller --micro-batch")
         say(f"{mixture.tokens:,} tokens of training text, {args.steps * args.batch * args.seqlen:,} will be read")
-        begin, runs = first_weights(args, calibration), {}
-        for method in args.methods:
-            runs[method] = train(args, method, begin, mixture, held_out, calibration)
-            if dist.get_rank() == 0:
-                plot(Path(args.out) / "curve.png", runs)
+        begin = first_weights(args, calibration)
+        runs = train_all(args, begin, mixture, held_out, calibration)
         if dist.get_rank() > 0:
             return
-    except (torch.OutOfMemoryError, RuntimeError) as e:
-        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
-            raise
-        raise InputError(f"out of memory: lower --micro-batch ({args.micro_batch}), add --checkpoint-activations or take "
-                         f"more GPUs; the last state is kept in {args.out}") from None
-    finally:
-        dist.destroy_process_group()
+    plot(Path(args.out) / "curve.png", runs)
     record(args, {"runs": runs, "table": results(args, test_ids, calibration, begin)})
 
 
