@@ -12,9 +12,10 @@ A decay pulls pruned weights to zero, weak at first so that masks can still chan
 The loss is a * T^2 KL(teacher || student), both at temperature T, + (1 - a) * cross-entropy; the dense model teaches.
 SLoRB adds a few dense parameters, y = x W~^T + (x X^T) S^T: X [in/k, in] sums k neighbouring inputs, S [out, in/k]
 begins as the mean of the pruned weights of each group. X is trained where it isn't zero and kept as a vector [in], so
-x X^T stays a grouped sum. Merged into the weights it makes them dense: W~ + (S, each column repeated k times) * X.
-Not in the paper: with --start-from swap W begins as dsnot.py's exact swaps and refit leave it, pruned weights and S at 0;
-with --average the result is the mean of W over the last steps, which evens out what single windows did to it.
+x X^T stays a grouped sum. Merged into the weights it makes them dense, W~ + (S, each column repeated k times) * X: so it
+is trained, with one product a layer; a finished model keeps the two apart, so that W~ stays sparse.
+Not in the paper: with --average the result is the mean of W over the last steps, which evens out what single windows did to
+it; with --start-from swap W begins as dsnot.py's exact swaps and refit leave it, pruned weights and S at 0.
 
 Where we differ from the authors' code, and why. Their GPT-2 code negates an integer mask with `~` (1 becomes -2, 0
 becomes -1), so its decay makes weights grow: our mask is a bool. It divides the decay, too, by 1 - b1^t, which is 1
@@ -42,23 +43,20 @@ Letters: B windows, T tokens of a window, N = B * T, V vocabulary (of logits).
 import functools
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import tempfile
 import time
 from argparse import ArgumentParser, BooleanOptionalAction
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from threading import Thread
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -73,9 +71,9 @@ from gpt import GPT, CheckpointWriter
 
 RECIPES = {  # the authors' for LLaMA2-7B and GPT-2 (`c4` is one file: give more as a .bin), ours for the model that ships
     "tiny": dict(
-        model="tiny", methods=["ast", "ast-slorb"], data=["tiny"], eval_data="tiny", steps=550, batch=8, micro_batch=8,
+        model="tiny", methods=["ast", "ast-slorb"], data=["tiny"], eval_data="tiny", steps=500, batch=8, micro_batch=8,
         seqlen=256, start_from="dense", lr=3e-4, lr_end=1.0, average=0.6, warmup=25, decay=3e-3, decay_steps=125,
-        kl_weight=1.0, temperature=4.0, save_every=110),
+        kl_weight=1.0, temperature=4.0, save_every=125),
     "llama2-7b": dict(
         model="llama2-7b", methods=["ast-slorb"], data=["c4"], eval_data="wikitext2", steps=15000, batch=128, micro_batch=1,
         seqlen=4096, lr=2e-5, warmup=500, decay=6e-5, decay_steps=3000, kl_weight=0.5, temperature=2.0,
@@ -95,14 +93,14 @@ NEUTRAL = {"recipe", "methods", "out", "json", "device", "micro_batch", "save_ev
 
 # ------------------------------------------------------------------------------------------------------ the method
 
-def learning_rate(step, steps, peak, warmup, end=0.1):
+def learning_rate(step: int, steps: int, peak: float, warmup: int, end: float = 0.1) -> float:
     """Linear warm-up to `peak`, then half a cosine down to `end * peak`."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * (end + (1 - end) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
 
 
-def decay_at(step, decay, warmup_steps):
+def decay_at(step: int, decay: float, warmup_steps: int) -> float:
     """lambda(t): grows linearly to `decay` over `warmup_steps` steps and stays there; 0 steps: static decay."""
     return decay * min(step / warmup_steps, 1.0) if warmup_steps else decay
 
@@ -156,7 +154,7 @@ class SparseLinear(nn.Linear):
         return W + (self.slorb_S[:, :, None] * self.slorb_X.view(-1, self.slorb_k)).flatten(1)
 
     @torch.no_grad()
-    def update_mask(self):
+    def update_mask(self) -> tuple[int, int]:
         """Choose the mask again; returns how many of its entries changed (since the last time, since the first)."""
         new = keep_mask(self.score(whole(self.weight)), **self.amount)
         flips = (new != self.mask).sum().item(), (new.cpu() != self.first).sum().item()
@@ -171,7 +169,7 @@ class SparseLinear(nn.Linear):
         return ~self.mask
 
     @torch.no_grad()
-    def merge(self):
+    def merge(self) -> nn.Linear:
         """A plain nn.Linear that computes the same: sparse, or dense if there is SLoRB to merge."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None).to(self.weight)
         linear.weight.copy_(self.effective())
@@ -264,7 +262,7 @@ def kl(student, teacher, temperature):
     return temperature ** 2 * F.kl_div(student, teacher, reduction="sum", log_target=True)
 
 
-def distillation_loss(student_logits, teacher_logits, temperature):
+def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """T^2 KL(teacher || student) of logits [..., V], averaged over tokens -> scalar; little memory beside them."""
     student, teacher = student_logits.flatten(0, -2), teacher_logits.flatten(0, -2)
     return ByChunks.apply(lambda s, t: kl(s, t, temperature), student, teacher) / len(student)
@@ -525,25 +523,6 @@ def train(method, args, begin, mixture, held_out, calibration):
     return state
 
 
-def train_apart(threads, method, args, *rest):
-    """`train` in a process of its own, which ends when the one that began it does, however that ends."""
-    Thread(target=lambda: multiprocessing.parent_process().join() or os._exit(1), daemon=True).start()
-    torch.set_num_threads(threads)
-    with processes(args):
-        return train(method, args, *rest)
-
-
-def train_all(args, *rest):
-    """{method: its record}. On a CPU methods are trained side by side, a process each, which is faster than one after the
-    other by all threads: those wait for each other after every operation."""
-    threads = torch.get_num_threads() // len(args.methods)
-    if args.device != "cpu" or dist.get_world_size() > 1 or len(args.methods) == 1 or threads == 0:
-        return {method: train(method, args, *rest) for method in args.methods}
-    with ProcessPoolExecutor(len(args.methods), multiprocessing.get_context("spawn")) as pool:
-        jobs = {method: pool.submit(train_apart, threads, method, args, *rest) for method in args.methods}
-    return {method: job.result() for method, job in jobs.items()}
-
-
 # --------------------------------------------------------------------------------------------------------- the results
 
 def plot(path, runs):
@@ -665,7 +644,7 @@ def check(args):
 
 @contextmanager
 def processes(args):
-    """Inside, the processes that torchrun has begun know each other (or there is one), and running out of memory is said."""
+    """Inside, the processes that torchrun began know each other (or there is one), and running out of memory is said."""
     torchrun, cuda = "RANK" in os.environ, args.device.startswith("cuda")
     if torchrun and cuda:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -674,7 +653,7 @@ def processes(args):
     try:
         yield
     except (torch.OutOfMemoryError, RuntimeError) as e:
-        if not isinstance(e, (torch.OutOfMemoryError, BrokenProcessPool)) and "can't allocate memory" not in str(e):
+        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
             raise
         raise InputError(f"out of memory: lower --micro-batch ({args.micro_batch}), add --checkpoint-activations or take "
                          f"more GPUs; the last state is kept in {args.out}") from None
@@ -697,11 +676,13 @@ def main():
             raise InputError(f"the validation text of {args.eval_data} has {len(held_out)} windows, fewer than "
                              f"--micro-batch {args.micro_batch} in each process: give a longer text or a smaller --micro-batch")
         say(f"{mixture.tokens:,} tokens of training text, {args.steps * args.batch * args.seqlen:,} will be read")
-        begin = first_weights(args, calibration)
-        runs = train_all(args, begin, mixture, held_out, calibration)
+        begin, runs = first_weights(args, calibration), {}
+        for method in args.methods:
+            runs[method] = train(method, args, begin, mixture, held_out, calibration)
+            if dist.get_rank() == 0:
+                plot(Path(args.out) / "curve.png", runs)
         if dist.get_rank() > 0:
             return
-    plot(Path(args.out) / "curve.png", runs)
     record(args, {"runs": runs, "table": results(args, test_ids, calibration, begin)})
 
 

@@ -44,6 +44,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor
 from tqdm import tqdm
 
 from data import calibration_windows, load_tokenizer, windows
@@ -80,13 +81,13 @@ class InputStats:
     demand `gram` [in, in], the sum of x x^T over all tokens, and `cross` [in, in], the sum of z x^T, where z is what the
     layer would get in the dense model."""
 
-    def __init__(self, in_features, device="cpu", gram=False):
+    def __init__(self, in_features: int, device="cpu", gram: bool = False):
         self.sequences = 0
         self._sum, self._square, self._variance = (torch.zeros(in_features, device=device) for _ in range(3))
         self.gram = torch.zeros(in_features, in_features, device=device) if gram else None
         self.cross = None
 
-    def add(self, x, z=None):
+    def add(self, x: Tensor, z: Tensor | None = None):
         """x [tokens, in]: one calibration sequence; z: the same one in the dense model."""
         x = x.float()
         self.sequences += 1
@@ -114,12 +115,12 @@ class InputStats:
 
 # ------------------------------------------------------------------------------------------------ scores and masks
 
-def magnitude_score(W):
+def magnitude_score(W: Tensor) -> Tensor:
     """|W| [out, in] in float32."""
     return W.float().abs()
 
 
-def wanda_score(W, stats):
+def wanda_score(W: Tensor, stats: InputStats) -> Tensor:
     """|W| times the norm of the weight's input [out, in] in float32 (Sun et al. 2023, arXiv 2306.11695)."""
     return W.float().abs().mul_(stats.square.sqrt())
 
@@ -143,7 +144,7 @@ def fits(pattern, width):
     return pattern
 
 
-def keep_mask(score, sparsity=None, pattern=None):
+def keep_mask(score: Tensor, sparsity: float | None = None, pattern: tuple[int, int] | None = None) -> Tensor:
     """The mask that keeps the highest scores [out, in].
 
     sparsity: in every row the int(in * sparsity) lowest are pruned. pattern (n, m): in every m consecutive ones n are kept.
@@ -174,7 +175,8 @@ def keep_mask(score, sparsity=None, pattern=None):
 
 # ---------------------------------------------------------------------------------------------------------- DSnoT
 
-def dsnot_refine(W, keep, stats, score, *, cycles=50, threshold=0.1, var_power=1.0, sign_check=None, pattern=None):
+def dsnot_refine(W: Tensor, keep: Tensor, stats: InputStats, score: Tensor, *, cycles: int = 50, threshold: float = 0.1,
+                 var_power: float = 1.0, sign_check: bool | None = None, pattern: tuple[int, int] | None = None) -> Tensor:
     """Refine a mask by prune-and-grow (the rule at the top of this file); returns the new mask.
 
     W, keep, score [out, in]: weights, starting mask and the scores that it came from (used for n:m); stats: of the inputs.
@@ -237,7 +239,8 @@ def _prune_candidates(W, keep, stats, cycles):
 
 # ---------------------------------------------------------------------------------------------------- exact swaps
 
-def swap_refine(W, keep, gram, *, cross=None, max_swaps=None, candidates=16, pattern=None):
+def swap_refine(W: Tensor, keep: Tensor, gram: Tensor, *, cross: Tensor | None = None, max_swaps: int | None = None,
+                candidates: int = 16, pattern: tuple[int, int] | None = None) -> Tensor:
     """Refine a mask by swaps that lower the true squared error of each row the most; returns the new mask.
 
     With G the Gram matrix and r what a row lacks, the error is r G r^T. Pruning weight j adds w_j to r_j and growing i takes
@@ -319,7 +322,8 @@ def _candidates(alone, keep, candidates, pattern):
     return prune, grow, one.repeat_interleave(n)[:, None] != one.repeat_interleave(m - n)
 
 
-def refit_weights(W, keep, gram, *, cross=None, damp=1e-4, chunk=2**26):
+def refit_weights(W: Tensor, keep: Tensor, gram: Tensor, *, cross: Tensor | None = None, damp: float = 1e-4,
+                  chunk: int = 2**26) -> Tensor:
     """The weights that give the least squared error for a mask [out, in]: on each row's kept weights k they solve
     G_kk u = (G w)_k, or (cross^T w)_k with `cross` as in swap_refine. damp: added to G's diagonal, times its mean.
     Batched Cholesky over rows with at most `chunk` numbers of G_kk at a time."""
@@ -351,7 +355,8 @@ def damped(gram, damp):
 
 # ------------------------------------------------------------------------------------------------------ SparseGPT
 
-def sparsegpt(W, gram, *, sparsity=None, pattern=None, keep=None, damp=0.01, block=128):
+def sparsegpt(W: Tensor, gram: Tensor, *, sparsity: float | None = None, pattern: tuple[int, int] | None = None,
+              keep: Tensor | None = None, damp: float = 0.01, block: int = 128) -> Tensor:
     """Prune and correct the weights that remain (Frantar & Alistarh 2023, arXiv 2301.00774); returns new weights, float32.
 
     Columns are taken from left to right; what is lost by pruning one is made up for by the columns to its right, by the

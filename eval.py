@@ -78,7 +78,7 @@ def hidden_states(model, batches, label, progress):
 
 
 @torch.inference_mode()
-def perplexity(model, ids, seqlen, batch=8, progress=False):
+def perplexity(model: GPT, ids, seqlen: int, batch: int = 8, progress: bool = False) -> float:
     """Perplexity of a model on token ids (a list or a 1-D tensor), protocol as above, `batch` windows at a time in the
     blocks and one at a time in the head, whose float32 logits would be the largest tensor of all."""
     x, total = windows(ids, seqlen), 0.0

@@ -28,13 +28,14 @@ import zipfile
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from data import load_tokenizer
 from data.command import InputError, parser, record, run, start, write_atomically
@@ -376,7 +377,7 @@ class GPT(nn.Module):
         return [(w.new_zeros(shape), w.new_zeros(shape)) for _ in self.model.layers]
 
     @torch.inference_mode()
-    def stream(self, ids, max_new_tokens, temperature=1.0, top_k=None):
+    def stream(self, ids: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Iterator[Tensor]:
         """Yield `max_new_tokens` times the next token [B, 1] of ids [B, T]. temperature 0 takes the most likely token;
         top_k samples among the k most likely ones."""
         B, T = ids.shape
@@ -403,14 +404,15 @@ class GPT(nn.Module):
             positions = positions[-1:] + 1
             yield ids
 
-    def generate(self, ids, max_new_tokens, temperature=1.0, top_k=None):
+    def generate(self, ids: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
         """ids [B, T] -> ids [B, T + max_new_tokens]: `stream`, collected."""
         return torch.cat([ids, *self.stream(ids, max_new_tokens, temperature, top_k)], dim=1)
 
     # checkpoints
 
     @classmethod
-    def from_pretrained(cls, name_or_dir, device="cpu", dtype=None, stream=False, sparse=False):
+    def from_pretrained(cls, name_or_dir: str | Path, device="cpu", dtype: torch.dtype | None = None, stream: bool = False,
+                        sparse: bool = False) -> "GPT":
         """Load a preset, a Hub id or a Hugging Face folder. dtype None: the checkpoint's own on a GPU, float32 on a
         CPU. stream=True leaves the blocks on disk for `blocks()` to read one by one; sparse=True keeps 2:4 layers
         compressed in memory (a folder written by sparse_matmul.py's save_compressed is so in any case).
@@ -459,7 +461,7 @@ class GPT(nn.Module):
         """The blocks in order, each read when its turn comes."""
         return map(self.block, range(self.config.num_hidden_layers))
 
-    def save_pretrained(self, dir, tokenizer_from=None):
+    def save_pretrained(self, dir: str | Path, tokenizer_from: str | Path | None = None):
         """Write a Hugging Face folder: config.json, model.safetensors, and the tokenizer files of another folder
         (None: of the one that the model was loaded from)."""
         tensors = self.state_dict()

@@ -70,7 +70,7 @@ def evaluation_ids(source, split, tokenizer, seqlen):
     return ids[:256 * seqlen] if source == "c4" else ids
 
 
-def windows(ids, seqlen):
+def windows(ids, seqlen: int) -> torch.Tensor:
     """Token ids -> non-overlapping windows [n, seqlen]; the tail that fills none is dropped."""
     n = len(ids) // seqlen
     if n == 0:
@@ -79,7 +79,7 @@ def windows(ids, seqlen):
     return torch.tensor(ids[:n * seqlen]).view(n, seqlen)
 
 
-def calibration_windows(source, tokenizer, nsamples, seqlen, seed):
+def calibration_windows(source: str, tokenizer, nsamples: int, seqlen: int, seed: int) -> torch.Tensor:
     """`nsamples` random windows [nsamples, seqlen] from the training split of a source, each within one document."""
     texts, rng, encoded, short = documents(source, "train"), random.Random(seed), {}, 0
     samples = []

@@ -8,6 +8,7 @@ the rest is normalized or not; regular expressions cut it into pieces; tiktoken 
 import functools
 import json
 import unicodedata
+from pathlib import Path
 
 from data.command import InputError
 from data.hub import model_folder
@@ -214,7 +215,7 @@ def load_byte_bpe(folder):
         raise InputError(f"{path} is not a tokenizer: {type(e).__name__} {e}") from None
 
 
-def load_tokenizer(name_or_dir):
+def load_tokenizer(name_or_dir: str | Path):
     """The tokenizer of a preset, a Hub id or a folder: .encode(text) -> list[int], .decode(ids) -> str."""
     folder = model_folder(name_or_dir, weights=False)
     files = {path.name for path in folder.iterdir()}
