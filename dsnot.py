@@ -726,12 +726,14 @@ def check(args, config):
     tiny = args.model == "tiny"
     args.calib, args.data = args.calib or ("tiny" if tiny else "c4"), args.data or ("tiny" if tiny else "wikitext2")
     args.seqlen = args.seqlen or default_seqlen(config)
-    args.propagate = args.refit or "swap" in args.refine if args.propagate is None else args.propagate
+    usual = args.refit or "swap" in args.refine
+    args.propagate = usual if args.propagate is None else args.propagate
     args.compare = tiny and (args.refit or args.refine != "none") if args.compare is None else args.compare
     amount = args.pattern or f"{args.sparsity:.0%}"
     steps = [args.score, *filter(None, args.refine.replace("none", "").split("+")), *["refit"] * args.refit]
     name = [Path(args.model).name, args.score, args.refine + "+refit" * args.refit, amount.replace(":", "of").rstrip("%"),
-            *[args.allocate] * (args.allocate != "uniform"), *[f"seed{args.seed}"] * (args.seed != 0)]
+            *[args.allocate] * (args.allocate != "uniform"), *[f"seed{args.seed}"] * (args.seed != 0),
+            *["no-" * usual + "propagate"] * (args.propagate != usual)]
     args.out = args.out or str(Path("out") / "-".join(name))
     return amount, " + ".join(steps)
 
