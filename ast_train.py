@@ -20,7 +20,7 @@ it; with --start-from swap W begins as dsnot.py's exact swaps and refit leave it
 Where we differ from the authors' code, and why. Their GPT-2 code negates an integer mask with `~` (1 becomes -2, 0
 becomes -1), so its decay makes weights grow: our mask is a bool. It divides the decay, too, by 1 - b1^t, which is 1
 after a few dozen steps: ours follows the formula. It keeps the mask as an attribute of a Parameter, which checkpoints
-lose: ours is a buffer. It trains all of X, a dense matrix. As there, weights without a mask take plain AdamW steps; V is
+lose: ours is a buffer. It trains all of X, a dense matrix. As there, weights without a mask take plain Adam steps; V is
 the mean of u^2, not of g^2, so where g is mostly noise the steps of masked weights are up to 4 times as long.
 
 Precision, and bytes for LLaMA2-7B (6.74 G parameters) on one GPU; activations come on top (--checkpoint-activations), and
@@ -36,7 +36,8 @@ Precision, and bytes for LLaMA2-7B (6.74 G parameters) on one GPU; activations c
     torchrun --nproc-per-node 8 ast_train.py --recipe llama2-7b --data c4.bin:0.7 arxiv.bin:0.3     (made by data.stream)
 
 A run that was stopped goes on when the same command is given again, on as many processes as you like, and ends with the
-same weights: nothing is random but the windows that are read, and those depend on --seed and the step alone.
+same weights (with another number of processes but for rounding): nothing is random but the windows that are read, and
+those depend on --seed and the step alone.
 Letters: B windows, T tokens of a window, N = B * T, V vocabulary (of logits).
 """
 
@@ -65,6 +66,7 @@ from torch.utils.checkpoint import checkpoint
 from data import load_tokenizer, windows
 from data.command import InputError, parser, record, run, start, write_atomically
 from data.stream import Mixture, tokens
+from data.text import SOURCES, evaluation_ids
 from dsnot import InputStats, keep_mask, magnitude_score, parse_pattern, prunable, prune, wanda_score, watch
 from eval import perplexity
 from gpt import GPT, CheckpointWriter
@@ -315,6 +317,7 @@ def make_sparse(model, args, slorb_k, calibration):
     """Turn the linear layers of all blocks into SparseLinear."""
     if model.config.raw.get("slorb_k"):
         raise InputError(f"{args.model} has been through AST and has SLoRB parameters: give the dense model")
+    model.source.check_dense()
     blocks, stats = model.model.layers, {}  # {layer: InputStats}
 
     def seen(linear, x):
@@ -342,9 +345,10 @@ def first_weights(args, calibration):
         return args.model
     folder = Path(args.out) / "start"
     model = GPT.from_pretrained(args.model, device=args.device, stream=True)
-    run = {name: str(getattr(args, name)) for name in ("model", "data", "seqlen", "seed", "pattern", "sparsity", "steps")}
-    prune(model, calibration, folder, run, score="wanda", refine="swap", refit=True, propagate=True,
-          batch=args.micro_batch, **amount(args))  # all processes together
+    method = dict(score="wanda", refine="swap", refit=True, propagate=True)
+    run = {name: str(getattr(args, name)) for name in ("model", "data", "seqlen", "seed")}
+    run |= dict(pattern=None if args.sparsity else args.pattern, sparsity=args.sparsity) | method
+    prune(model, calibration, folder, run, batch=args.micro_batch, **method, **amount(args))  # all processes together
     return folder
 
 
@@ -466,6 +470,7 @@ def train(method, args, begin, mixture, held_out, calibration):
     is the folder `args.out / method`."""
     work = Path(args.out) / f"{method}.training"
     source = GPT.from_pretrained(args.model, stream=True).source
+    CheckpointWriter(Path(args.out) / method, source.config.raw, source.folder)  # refuses a folder that it can't fill
     student, which = new_student(args, method, begin, source, calibration)
     options = {name: str(value) for name, value in vars(args).items() if name not in NEUTRAL} | {"model": which}
     layers = [layer for layer in student.modules() if isinstance(layer, SparseLinear)]
@@ -499,11 +504,11 @@ def train(method, args, begin, mixture, held_out, calibration):
         optimizer.step()
         optimizer.zero_grad()
 
-        done = step + 1
+        done, seconds = step + 1, (time.perf_counter() - started) / (step + 1 - first)
         if done > average_from:
             add_to_mean(mean, student, done - average_from)
         if done % LOG_EVERY == 0 or done == args.steps:
-            seconds, (flips, flips_all) = (time.perf_counter() - started) / (done - first), state["flips"]
+            flips, flips_all = state["flips"]
             state["history"].append(dict(step=done, loss=loss, lr=lr, decay=decay, flips=flips, flips_all=flips_all))
             say(f"{method} step {done:6d}/{args.steps}  loss {loss:7.4f}  lr {lr:.1e}  decay {decay:.1e}  "
                 f"flips {flips:6.2%} (since start {flips_all:6.2%})  {args.batch * args.seqlen / seconds:8,.0f} tokens/s  "
@@ -568,8 +573,8 @@ def results(args, test_ids, calibration, begin):
     print(f"\n{args.eval_data}, seqlen {args.seqlen}     parameters kept  test perplexity  gap closed    tokens used")
     gap = best_mask - math.log(rows["dense"]["perplexity"])
     for name, row in rows.items():
-        row["gap_closed"] = (best_mask - math.log(row["perplexity"])) / gap if args.one_shot else None
-        closed = f"{row['gap_closed']:.1%}" if args.one_shot else ""
+        row["gap_closed"] = (best_mask - math.log(row["perplexity"])) / gap if args.one_shot and gap else None
+        closed = "" if row["gap_closed"] is None else f"{row['gap_closed']:.1%}"
         print(f"{name:21}  {row['parameters']:15,}  {row['perplexity']:15.3f}  {closed:>10}  {row['tokens']:13,}")
     return rows
 
@@ -577,8 +582,7 @@ def results(args, test_ids, calibration, begin):
 # --------------------------------------------------------------------------------------------------------- the command
 
 def options():
-    fast_bf16 = torch.cuda.is_available() or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-    dtype, compiler = "bfloat16" if fast_bf16 else "float32", bool(shutil.which("g++") or shutil.which("clang++"))
+    compiler = bool(shutil.which("g++") or shutil.which("clang++"))
     early = ArgumentParser(add_help=False)
     early.add_argument("--recipe", choices=RECIPES, default="tiny")
     p = parser(__doc__)
@@ -616,14 +620,17 @@ def options():
     g.add_argument("--save-every", type=int, help="steps between validations, each with a state to go on from")
     g.add_argument("--one-shot", action=BooleanOptionalAction, default=True, help="one-shot masks in the table")
     g = p.add_argument_group("machine")
-    g.add_argument("--dtype", choices=["float32", "bfloat16"], default=dtype, help="arithmetic")
+    g.add_argument("--dtype", choices=["float32", "bfloat16"], help="arithmetic (default: bfloat16 where it is fast)")
     g.add_argument("--compile", action=BooleanOptionalAction, default=compiler, help="torch.compile; needs a C++ compiler")
     g.add_argument("--checkpoint-activations", action=BooleanOptionalAction, default=False,
                    help="compute activations twice instead of keeping them")
     g.add_argument("--shard", type=int, default=0,
                    help="processes that share one copy of the weights (1: data-parallel; 0: all)")
     p.set_defaults(**RECIPES[early.parse_known_args()[0].recipe])
-    return p.parse_args()
+    args = p.parse_args()
+    fast_bf16 = args.device != "cpu" or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    args.dtype = args.dtype or ("bfloat16" if fast_bf16 else "float32")
+    return args
 
 
 def check(args):
@@ -648,6 +655,7 @@ def processes(args):
     torchrun, cuda = "RANK" in os.environ, args.device.startswith("cuda")
     if torchrun and cuda:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    start(args)
     alone = {} if torchrun else dict(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
     try:
@@ -664,14 +672,14 @@ def processes(args):
 def main():
     args = options()
     with processes(args):
-        start(args)
         check(args)
         amount(args)
         tokenizer = load_tokenizer(args.model)
         mixture = Mixture(args.data, tokenizer, args.seqlen, args.batch)
         calibration = mixture.batch(args.seed, NEVER, CALIBRATION, stream=0)[:, :-1]  # Wanda's and SparseGPT's inputs
         held_out = windows(tokens(args.eval_data, tokenizer, "validation"), args.seqlen + 1)
-        test_ids = tokens(args.eval_data, tokenizer, "test")
+        test_ids = (evaluation_ids(args.eval_data, "test", tokenizer, args.seqlen) if args.eval_data in SOURCES
+                    else tokens(args.eval_data, tokenizer, "test"))
         if len(held_out) < args.micro_batch * dist.get_world_size():
             raise InputError(f"the validation text of {args.eval_data} has {len(held_out)} windows, fewer than "
                              f"--micro-batch {args.micro_batch} in each process: give a longer text or a smaller --micro-batch")

@@ -230,7 +230,7 @@ def _grow_candidates(W, keep, stats, cycles, var_power):
 
 
 def _prune_candidates(W, keep, stats, cycles):
-    """The best weights to prune for e < 0 and for e >= 0 [rows, 2, cycles], and how many of each there are [rows, 2]."""
+    """The best weights to prune for e <= 0 and for e > 0 [rows, 2, cycles], and how many of each there are [rows, 2]."""
     score = W * (stats.square.sqrt() * stats.sum.sign())  # the Wanda score with the sign of D
     above, above_count = extremes(torch.where(keep & (score > 0), score, torch.inf), cycles)
     below, below_count = extremes(torch.where(keep & (score < 0), -score, torch.inf), cycles)
@@ -239,7 +239,7 @@ def _prune_candidates(W, keep, stats, cycles):
 
 # ---------------------------------------------------------------------------------------------------- exact swaps
 
-def swap_refine(W: Tensor, keep: Tensor, gram: Tensor, *, cross: Tensor | None = None, max_swaps: int | None = None,
+def swap_refine(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = None, max_swaps: int | None = None,
                 candidates: int = 16, pattern: tuple[int, int] | None = None) -> Tensor:
     """Refine a mask by swaps that lower the true squared error of each row the most; returns the new mask.
 
@@ -250,13 +250,13 @@ def swap_refine(W: Tensor, keep: Tensor, gram: Tensor, *, cross: Tensor | None =
     It is searched among the `candidates` best weights of each side (n:m: among the groups that promise most); several swaps
     are made among them, exactly, before g is made anew for all weights.
 
-    W, keep [out, in]; gram [in, in]: sum of x x^T over the inputs x that the sparse layer gets; cross [in, in]: sum of
-    z x^T, where z is the input that the layer should have had: then r is what lacks from the dense model's output.
-    max_swaps: per row, None: until none helps. pattern: (n, m) of the mask, which stays intact."""
+    W, keep [out, in]; gram [in, in]: sum of x x^T over the inputs x that the sparse layer gets; goal [out, in]: sum of y x^T
+    over the outputs y that it should give, None: those of W. Then g is the goal less what the kept weights make of it.
+    max_swaps: per row, None: until none helps, or as many as the row is wide. pattern: (n, m) of the mask, which stays intact."""
     new, W, G = keep.clone(), W.float(), gram
     for rows in torch.arange(len(W), device=W.device).split(1024):
         w, mask = W[rows], keep[rows]
-        g = w @ (G if cross is None else cross) - torch.where(mask, w, 0) @ G
+        g = (w @ G if goal is None else goal[rows]) - torch.where(mask, w, 0) @ G
         slope, square = torch.where(mask, 2 * w, -2 * w), w.square() * G.diagonal()
         left = torch.full_like(rows, w.shape[1] if max_swaps is None else max_swaps)
         least = 1e-6 * square.amax(1)  # a smaller gain is rounding
@@ -322,27 +322,43 @@ def _candidates(alone, keep, candidates, pattern):
     return prune, grow, one.repeat_interleave(n)[:, None] != one.repeat_interleave(m - n)
 
 
-def refit_weights(W: Tensor, keep: Tensor, gram: Tensor, *, cross: Tensor | None = None, damp: float = 1e-4,
+def refit_weights(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = None, damp: float = 1e-4,
                   chunk: int = 2**26) -> Tensor:
     """The weights that give the least squared error for a mask [out, in]: on each row's kept weights k they solve
-    G_kk u = (G w)_k, or (cross^T w)_k with `cross` as in swap_refine. damp: added to G's diagonal, times its mean.
+    G_kk u = (G w)_k, or goal_k with `goal` [out, in] as in swap_refine. damp: added to G's diagonal, times its mean.
     Batched Cholesky over rows with at most `chunk` numbers of G_kk at a time."""
     W, G = W.float(), damped(gram, damp)
-    goal, new = W @ (G if cross is None else cross), torch.zeros_like(W)
+    goal, new = W @ G if goal is None else goal, torch.zeros_like(W)
     for count in keep.sum(1).unique().tolist():  # rows that keep equally many are solved together
         same = (keep.sum(1) == count).nonzero()[:, 0]
         for rows in same.split(max(1, chunk // max(1, count * count))) if count else ():
             k = keep[rows].nonzero()[:, 1].view(-1, count)
-            L = torch.linalg.cholesky(G[k[:, :, None], k[:, None, :]])
+            L, failed = torch.linalg.cholesky_ex(G[k[:, :, None], k[:, None, :]])
+            if failed.any():
+                raise InputError("the calibration text is too short or too uniform to refit weights to: give more --nsamples")
             solved = torch.cholesky_solve(goal[rows[:, None], k][:, :, None], L)[:, :, 0]
             new[rows[:, None], k] = solved
     return new
 
 
-def dense_weights(W, gram, cross, damp=0.01):
-    """The dense weights [out, in] that come closest to the goal, `cross` as in swap_refine: W + W (cross - G) G^-1, with G
-    damped. SparseGPT, which prunes towards the weights it is given, is given these."""
-    change = W.float() @ (cross - gram)
+def swap_and_refit(W, keep, gram, *, goal=None, pattern=None, rounds=1):
+    """The weights that are left when swaps and refit take turns (arguments as in swap_refine, keep the mask to start from).
+    After the first refit, swaps are made among values that suit it: of a kept weight the refitted one, of a pruned one the
+    value that would lower the error most if it came back alone, (goal - sparse W G)_i / G_ii. The error never rises."""
+    goal = W.float() @ gram if goal is None else goal
+    keep = swap_refine(W, keep, gram, goal=goal, pattern=pattern)
+    new = refit_weights(W, keep, gram, goal=goal)
+    for _ in range(rounds):
+        back = (goal - new @ gram) / gram.diagonal().clamp(min=1e-20)
+        keep = swap_refine(torch.where(keep, new, back), keep, gram, goal=goal, pattern=pattern)
+        new = refit_weights(W, keep, gram, goal=goal)
+    return new
+
+
+def dense_weights(W, gram, goal, damp=0.01):
+    """The dense weights [out, in] that come closest to the goal, as in swap_refine: W + (goal - W G) G^-1, with G damped.
+    SparseGPT, which prunes towards the weights it is given, is given these."""
+    change = goal - W.float() @ gram
     return W.float() + torch.cholesky_solve(change.T, torch.linalg.cholesky(damped(gram, damp))).T
 
 
@@ -361,7 +377,7 @@ def sparsegpt(W: Tensor, gram: Tensor, *, sparsity: float | None = None, pattern
 
     Columns are taken from left to right; what is lost by pruning one is made up for by the columns to its right, by the
     inverse of the Hessian H, which is the Gram matrix up to a factor that cancels. W [out, in], gram [in, in] = sum x x^T.
-    sparsity: the lowest w^2 / U_kk^2 of each `block` of columns, over all rows together; pattern (n, m): within each group;
+    sparsity: the lowest w^2 / U_kk^2 of each `block` of columns, over all rows together (as published, one more than the share); pattern (n, m): within each group;
     keep [out, in]: for a given mask only correct. damp: added to H's diagonal, times its mean."""
     assert (sparsity is None) + (pattern is None) + (keep is None) == 2, "one of sparsity, pattern, keep"
     W, H, width = W.float().clone(), gram.float().clone(), W.shape[1]
@@ -456,10 +472,10 @@ def prune_layer(W, stats, *, score, refine, sparsity=None, pattern=None, refit=F
     """One layer's pruned weight [out, in] in float32, from its InputStats. refine: "none", "dsnot", "swap", "dsnot+swap"."""
     amount = dict(pattern=pattern) if pattern else dict(sparsity=sparsity)
     # The goal is half-way between the dense model's output and what dense weights make of the inputs that are really there.
-    cross = None if stats.cross is None else (stats.cross + stats.gram) / 2
+    goal = None if stats.cross is None else W.float() @ ((stats.cross + stats.gram) / 2)
     scores = magnitude_score(W) if score == "magnitude" else wanda_score(W, stats)
     if score == "sparsegpt":
-        aim = W if cross is None else dense_weights(W, stats.gram, cross)
+        aim = W if goal is None else dense_weights(W, stats.gram, goal)
         corrected = sparsegpt(aim, stats.gram, **amount)
         if refine == "none" and not refit:
             return corrected
@@ -469,10 +485,12 @@ def prune_layer(W, stats, *, score, refine, sparsity=None, pattern=None, refit=F
     if "dsnot" in refine:
         cycles = max(1, round(W.shape[1] * 50 / 4096)) if cycles is None else cycles
         keep = dsnot_refine(W, keep, stats, scores, pattern=pattern, cycles=cycles, **dsnot_options)
-    if "swap" in refine:
-        keep = swap_refine(W, keep, stats.gram, cross=cross, pattern=pattern)
+    if refit and "swap" in refine:
+        return swap_and_refit(W, keep, stats.gram, goal=goal, pattern=pattern)
     if refit:
-        return refit_weights(W, keep, stats.gram, cross=cross)
+        return refit_weights(W, keep, stats.gram, goal=goal)
+    if "swap" in refine:
+        keep = swap_refine(W, keep, stats.gram, goal=goal, pattern=pattern)
     if score == "sparsegpt":  # its correction belongs to a mask: make it for the refined one
         return sparsegpt(aim, stats.gram, keep=keep)
     return torch.where(keep, W.float(), 0)
@@ -492,9 +510,9 @@ def prune_rows(W, stats, **options):
 
 
 def relative_error(W, pruned, gram):
-    """||(W - pruned) X||^2 / ||W X||^2 of a layer, from its inputs' Gram matrix."""
-    lost, W = W.float() - pruned.float(), W.float()
-    return (((lost @ gram) * lost).sum() / ((W @ gram) * W).sum()).item()
+    """||(W - pruned) X||^2 / ||W X||^2 of a layer, from its inputs' Gram matrix; 0 where nothing comes out."""
+    lost, whole = (((W @ gram) * W).sum().item() for W in (W.float() - pruned.float(), W.float()))
+    return max(0.0, lost / whole) if whole > 0 else 0.0
 
 
 def prune_block(block, where, hidden, dense, prefix, dtype, *, score, refine, sparsity, refit=False, propagate=False,
@@ -551,6 +569,7 @@ def prune(model, windows, out, run, *, batch=8, propagate=False, sparsity=None, 
     {layer, weights, sparsity, error where it is known}, which is also written to out/pruning.json. Raises InputError where
     activations are not finite or the disk is too small."""
     source, device, count = model.source, model.place["device"], len(model.model.layers)
+    source.check_dense()
     rank, world = processes()
     finished = Path(out) / "pruning.json"
     if finished.is_file() and (before := json.loads(finished.read_text()))["run"] == run:
@@ -598,7 +617,7 @@ def allocation(model, where, hidden, sparsity, kind):
     "owl"          linear in how many of a block's Wanda scores are outliers, above 5 times its mean, from sparsity + 0.08 to
                    - 0.08 before the mean is set right (Yin et al. 2024, arXiv 2310.05175)
     "sensitivity"  each layer alone is pruned by Wanda, and the damage is the KL divergence of the model's output on 2048
-                   tokens. It grows as the layer's squared error does, known for every share from its Wanda scores, and the
+                   tokens (one window, if that is longer). It grows as the layer's squared error does, known for every share from its Wanda scores, and the
                    shares within 0.1 of `sparsity` are taken that make the sum of all damages least."""
     names = [f"model.layers.{i}.{name}" for i, block in enumerate(model.model.layers) for name in prunable(block)]
     if kind == "uniform":
@@ -688,7 +707,7 @@ def options():
     group.add_argument("--refine", default="dsnot", choices=["none", "dsnot", "swap", "dsnot+swap"],
                        help="DSnoT's rule, swaps that lower the exact error, or both")
     group.add_argument("--refit", action=argparse.BooleanOptionalAction, default=False,
-                       help="make the kept weights the best ones for the final mask (least squares)")
+                       help="make the kept weights the best ones for the mask (least squares); with swaps, by turns")
     group.add_argument("--propagate", action=argparse.BooleanOptionalAction, default=None,
                        help="prune layer after layer on what the pruned ones leave, and make up for it (default: with swap or "
                             "--refit)")
@@ -743,7 +762,7 @@ def dry_run(args, config, amount, method):
     """Print what a run would take: from the configuration, and from a random block on which its steps are timed."""
     with torch.device("meta"):
         whole = sum(p.numel() for p in GPT(config).parameters())
-    stored = getattr(torch, config.raw.get("dtype") or config.raw.get("torch_dtype") or "float32")
+    stored = getattr(torch, config.raw.get("dtype") or config.raw.get("torch_dtype") or "", torch.float32)
     dtype, blocks = torch.float32 if args.device == "cpu" else stored, config.num_hidden_layers
     block, tokens, copies = Block(config).to(args.device, dtype), args.nsamples * args.seqlen, 1 + args.propagate
     layers, gram = prunable(block), args.propagate or args.score == "sparsegpt"
@@ -783,6 +802,7 @@ def main():
     if "RANK" in os.environ:  # started by torchrun
         if args.device.startswith("cuda"):
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        start(args)
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
     start(args)
     config = Config.read(model_folder(args.model, config_only=args.dry_run))
@@ -796,7 +816,8 @@ def main():
     def load(folder):
         return GPT.from_pretrained(folder, device=args.device, stream=True)
 
-    tokenizer, batch, folder = load_tokenizer(args.model), max(1, 8192 // args.seqlen), load(args.model).source.folder
+    tokenizer, batch, source = load_tokenizer(args.model), max(1, 8192 // args.seqlen), load(args.model).source
+    weights = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(set(source.files.values()))]
     shared = Path(args.data).resolve() == Path(args.calib).resolve()
     split = args.split if args.data in SOURCES or shared else None  # a file of its own is read whole
     ids = evaluation_ids(args.data, split, tokenizer, args.seqlen)
@@ -814,7 +835,7 @@ def main():
         begin, layers = time.perf_counter(), []
         if how:
             noted = {option: getattr(args, option) for option in ("calib", "nsamples", "seqlen", "seed")} | how
-            noted |= dict(model=str(folder.resolve()), pattern=args.pattern)
+            noted |= dict(model=str(source.folder.resolve()), weights=weights, pattern=args.pattern)
             layers = prune(load(args.model), calibration, place, noted, batch=batch, **how)
         seconds, weights = time.perf_counter() - begin, max(1, sum(layer["weights"] for layer in layers))
         zeros = sum(layer["weights"] * layer["sparsity"] for layer in layers) / weights

@@ -25,6 +25,7 @@ import re
 import statistics
 import sys
 import time
+from argparse import BooleanOptionalAction
 from pathlib import Path
 
 import torch
@@ -225,7 +226,8 @@ def options():
     p = parser(__doc__)
     p.add_argument("--model", default="tiny", help="a preset, a Hub id or a folder")
     p.add_argument("--batch", type=int, default=8, help="windows or choices at a time")
-    p.add_argument("--sparse", action="store_true", help="keep 2:4 layers compressed and compute with them (sparse_matmul.py)")
+    p.add_argument("--sparse", action=BooleanOptionalAction, default=False,
+                   help="keep 2:4 layers compressed and compute with them (sparse_matmul.py)")
     group = p.add_argument_group("perplexity")
     group.add_argument("--data", help=f"{', '.join(SOURCES)} or a text file (default: tiny for tiny, else wikitext2; "
                                       f"with --tasks or --speed: none)")
@@ -296,7 +298,7 @@ def main():
     if args.tasks is not None:
         row["tasks"] = zero_shot(model, tokenizer, args.tasks or SEVEN, args.tasks_dir, args.limit, args.batch)
     if args.speed:
-        text = torch.arange(min(512, context_length(model.config) // 2), device=args.device) % model.config.vocab_size
+        text = torch.arange(max(1, min(512, context_length(model.config) - 64)), device=args.device) % model.config.vocab_size
         row["speed"] = measured = speed(model, text[None])
         print(f"{args.model} on {args.device}: prefill {measured['prefill_tokens_per_second']:,.1f} tokens/s "
               f"({measured['prompt_tokens']} tokens), decode {measured['decode_tokens_per_second']:,.1f} tokens/s, "

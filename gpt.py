@@ -123,6 +123,8 @@ class Config:
         for name in "rms_norm_eps", "rope_theta":
             if type(value := getattr(self, name)) not in (int, float) or not 0 < value < math.inf:
                 raise InputError(f"config.json: {name} {value!r} is not a positive number")
+        if self.head_dim % 2 and not self.positions:
+            raise InputError(f"config.json: rotary embeddings need an even head_dim, not {self.head_dim}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(f"config.json: {self.num_attention_heads} attention heads can't share "
                              f"{self.num_key_value_heads} key/value heads evenly")
@@ -336,6 +338,8 @@ class GPT(nn.Module):
 
     def embed(self, ids, positions=None):
         """ids [B, T] -> x [B, T, C]; learned positions [T] (None: from 0) are added where the model has them."""
+        if ids.device.type == "cpu" and ids.max() >= self.config.vocab_size:  # a GPU's own complaint is none to read
+            raise InputError(f"token {ids.max()} is beyond the model's {self.config.vocab_size}: the tokenizer is not its own")
         x = self.model.embed_tokens(ids)
         if "project_in" in self.model:
             x = self.model.project_in(x)
@@ -381,7 +385,7 @@ class GPT(nn.Module):
         """Yield `max_new_tokens` times the next token [B, 1] of ids [B, T]. temperature 0 takes the most likely token;
         top_k samples among the k most likely ones."""
         B, T = ids.shape
-        self.fits(T + max_new_tokens)
+        self.fits(T + max_new_tokens - 1)  # the last token is not read
         caches = self.new_caches(B, T + max_new_tokens)
         everywhere = torch.arange(T + max_new_tokens, device=ids.device)
         angles = rotary(self.config, everywhere)
@@ -631,6 +635,11 @@ class Checkpoint:
             from sparse_matmul import expect_compressed  # here: only such checkpoints need Triton
             expect_compressed(module, lambda name: self._stored.get(bare(self.family.name(name))), prefix)
 
+    def check_dense(self):
+        """Raise InputError if layers are compressed, which is how a model is run and not how it is pruned or trained."""
+        if any(name.endswith(".values") for name in self.files):
+            raise InputError(f"{self.folder} holds compressed 2:4 layers: give the folder that it was made from")
+
     def _weight_files(self):
         """safetensors where there are any, else pytorch_model*.bin; with an index, the files that it names."""
         names = ["model.safetensors.index.json", "model.safetensors",
@@ -682,9 +691,9 @@ class CheckpointWriter:
     tells which they are."""
 
     def __init__(self, folder, raw_config, tokenizer_from=None, keep=None):
-        self.folder, self.raw, self.keep = Path(folder), raw_config, keep
+        self.folder, self.raw, self.keep = Path(folder).resolve(), raw_config, keep
         self.family = FAMILIES[raw_config["model_type"]]
-        self.partial = self.folder.absolute().with_name(self.folder.absolute().name + ".partial")
+        self.partial = self.folder.with_name((self.folder.name or "root") + ".partial")
         self.tokenizer_from = tokenizer_from
         if tokenizer_from and self.folder.exists() and self.folder.samefile(tokenizer_from):
             raise InputError(f"{folder} is the model that is being read: choose another output folder")
@@ -701,7 +710,7 @@ class CheckpointWriter:
                                      f"choose another output folder, or delete it")
                 shutil.rmtree(self.partial, ignore_errors=True)
                 self.partial.mkdir(parents=True)
-                marker.write_text(json.dumps(self.keep))
+                write_atomically(marker, lambda path: path.write_text(json.dumps(self.keep)))
         except OSError as e:
             raise InputError(f"can't write {self.partial}: {e.strerror or e}") from None
         return self
@@ -751,10 +760,13 @@ class CheckpointWriter:
             source = Path(self.tokenizer_from or self.partial) / name
             if source.is_file() and source.parent != self.partial:
                 write_atomically(self.partial / name, lambda path: shutil.copyfile(source, path))
-        (self.partial / "run.json").unlink()
+        before = self.folder.with_name(f"{self.folder.name}.before")
+        shutil.rmtree(before, ignore_errors=True)
         if self.folder.is_dir():
-            shutil.rmtree(self.folder)
+            self.folder.rename(before)
         self.partial.rename(self.folder)
+        (self.folder / "run.json").unlink()
+        shutil.rmtree(before, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------------- the command
@@ -770,8 +782,9 @@ def main():
                    help="keep 2:4 layers compressed and compute with them (sparse_matmul.py)")
     args = p.parse_args()
     start(args)
-    if args.max_new_tokens < 1 or args.temperature < 0 or args.top_k < 1:
-        raise InputError("--max-new-tokens and --top-k must be at least 1, --temperature at least 0")
+    if args.max_new_tokens < 1 or not 0 <= args.temperature < math.inf or args.top_k < 1:
+        raise InputError(f"--max-new-tokens {args.max_new_tokens} and --top-k {args.top_k} must be at least 1, "
+                         f"--temperature {args.temperature} a number from 0")
     model = GPT.from_pretrained(args.model, device=args.device, sparse=args.sparse)
     tokenizer = load_tokenizer(args.model)
     ids = tokenizer.encode(args.prompt)

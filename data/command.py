@@ -8,6 +8,7 @@ import random
 import re
 import sys
 import time
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -38,6 +39,8 @@ def parser(description):
 
 def start(args):
     """Seed every generator and check the options that all commands have."""
+    if not -2**63 <= args.seed < 2**63:
+        raise InputError(f"--seed {args.seed} does not fit into 64 bits")
     random.seed(args.seed)
     np.random.seed(args.seed % 2**32)
     torch.manual_seed(args.seed)
@@ -47,6 +50,8 @@ def start(args):
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as e:
         raise InputError(f"--device {args.device} can't be used: {str(e).splitlines()[0]}") from None
+    if args.json and Path(args.json).is_dir():
+        raise InputError(f"--json {args.json} is a folder: give a file")
     if args.json and not Path(args.json).absolute().parent.is_dir():
         raise InputError(f"--json {args.json}: the folder {Path(args.json).parent} does not exist")
 
@@ -70,7 +75,8 @@ def write_atomically(path, write):
     except OSError as e:
         raise InputError(f"can't write {path}: {e.strerror or e}") from None
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
 def processor():

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.command import InputError, parser, run, start, write_atomically
+from data.command import InputError, parser, record, run, start, write_atomically
 from data.stdlib import stdlib_source, stdlib_text
 from data.text import SOURCES, documents, load_text
 from data.tokenizer import load_tokenizer
@@ -55,7 +55,7 @@ def read_texts(source, shard=0):
         return documents(source, "train" if source in SOURCES else None, shard)
     try:
         with open(source, encoding="utf-8") as lines:
-            return [json.loads(line)["text"] for line in lines]
+            return ["" + json.loads(line)["text"] for line in lines]  # what is not a text raises TypeError
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise InputError(f"{source} is not a file of JSON lines with a \"text\" each: {type(e).__name__} {e}") from None
 
@@ -167,6 +167,7 @@ def main():
     shards = (read_texts(args.data, shard) for shard in range(args.shards))
     count = write_bin(args.out, shards, load_tokenizer(args.model), args.data)
     print(f"{args.out}: {count:,} tokens, {Path(args.out).stat().st_size / 1e6:,.1f} MB")
+    record(args, {"tokens": count})
 
 
 if __name__ == "__main__":

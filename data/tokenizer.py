@@ -19,7 +19,10 @@ GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(
 def read_json(path):
     """The content of a JSON file, {} where there is no file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if not isinstance(found, dict):
+            raise ValueError("no JSON object")
+        return found
     except ValueError as e:
         raise InputError(f"{path} is damaged ({e}); fetch it again") from None
 

@@ -100,7 +100,7 @@ def draw(streams, seed, step, batch, seqlen):
 
 def options():
     p = parser(__doc__)
-    p.add_argument("--out", default="data/tiny", help="the folder that is filled")
+    p.add_argument("--out", default="out/tiny", help="the folder that is filled; data/tiny holds the model that ships")
     p.add_argument("--hidden-size", type=int, default=256)
     p.add_argument("--layers", type=int, default=6)
     p.add_argument("--packages", action="store_true", help="also train on the source of the packages that are installed")
@@ -166,6 +166,9 @@ def main():
     start(args)
     if args.hidden_size < 128 or args.hidden_size % 128:
         raise InputError(f"--hidden-size {args.hidden_size} must be a multiple of 128")
+    for name in "layers", "steps", "batch", "seqlen", "save_every":
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     work = Path(args.out + ".training")  # the tokenizer and the state of an unfinished run
     work.mkdir(parents=True, exist_ok=True)
     tokenizer, streams = read(work, args.packages)

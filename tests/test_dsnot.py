@@ -205,13 +205,20 @@ def squared_error(W, kept_weights, inputs, dense_inputs=None):
 AMOUNTS = [dict(sparsity=0.5), dict(sparsity=0.75), dict(sparsity=0.9), dict(pattern=(2, 4)), dict(pattern=(1, 4)), dict(pattern=(4, 8))]
 
 
-def swap_case(seed, amount, with_cross, **layer):
+def inputs_case(seed, with_cross, **layer):
+    """A layer W, what it gets, what it would get in the dense model z, and InputStats of both."""
     W, z = random_layer(seed, **layer)
     inputs = z + 0.3 * torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)) if with_cross else z
     stats = InputStats(W.shape[1], gram=True)
     for n, x in enumerate(inputs):
         stats.add(x, z[n] if with_cross else None)
-    return W, inputs, z, stats, keep_mask(wanda_score(W, stats), **amount)
+    return W, inputs, z, stats
+
+
+def swap_case(seed, amount, with_cross, **layer):
+    W, inputs, z, stats = inputs_case(seed, with_cross, **layer)
+    goal = W @ stats.cross if with_cross else None
+    return W, inputs, z, stats.gram, goal, keep_mask(wanda_score(W, stats), **amount)
 
 
 @pytest.mark.parametrize("amount", AMOUNTS)
@@ -219,9 +226,9 @@ def swap_case(seed, amount, with_cross, **layer):
 def test_swaps_end_where_no_swap_helps(amount, with_cross):
     """Would catch a wrong price of a swap, an error that rises, a broken pattern, and stopping too early: every pair that
     is left is tried, directly on the inputs."""
-    W, inputs, z, stats, keep = swap_case(0, amount, with_cross, rows=6, width=24, tokens=32)
+    W, inputs, z, gram, goal, keep = swap_case(0, amount, with_cross, rows=6, width=24, tokens=32)
     pattern = amount.get("pattern")
-    new = dsnot.swap_refine(W, keep, stats.gram, cross=stats.cross, candidates=24, pattern=pattern)
+    new = dsnot.swap_refine(W, keep, gram, goal=goal, candidates=24, pattern=pattern)
     before, after = squared_error(W, W * keep, inputs, z), squared_error(W, W * new, inputs, z)
     assert (after <= before * (1 + 1e-6)).all() and after.sum() < before.sum()
     assert torch.equal(new.sum(1), keep.sum(1))
@@ -240,20 +247,20 @@ def test_swaps_end_where_no_swap_helps(amount, with_cross):
 @pytest.mark.parametrize("amount", AMOUNTS)
 def test_few_candidates_do_as_well_as_all(amount):
     """Would catch a choice of candidates that misses good swaps."""
-    W, inputs, _, stats, keep = swap_case(1, amount, False, rows=40, width=96, tokens=64)
+    W, inputs, _, gram, _, keep = swap_case(1, amount, False, rows=40, width=96, tokens=64)
     pattern = amount.get("pattern")
-    few, all_pairs = (squared_error(W, W * dsnot.swap_refine(W, keep, stats.gram, candidates=c, pattern=pattern), inputs).sum()
+    few, all_pairs = (squared_error(W, W * dsnot.swap_refine(W, keep, gram, candidates=c, pattern=pattern), inputs).sum()
                       for c in (8, 96))
     assert few < all_pairs * 1.03
-    one = dsnot.swap_refine(W, keep, stats.gram, max_swaps=1, pattern=pattern)
+    one = dsnot.swap_refine(W, keep, gram, max_swaps=1, pattern=pattern)
     assert ((one != keep).sum(1) <= 2).all() and (one != keep).any()
 
 
 def test_swaps_of_uneven_rows():
     """Would catch rows of a SparseGPT mask, which keep different numbers of weights, trading theirs; full and empty rows."""
-    W, inputs, _, stats, _ = swap_case(2, dict(sparsity=0.5), False, rows=12, width=100)
+    W, inputs, _, gram, _, _ = swap_case(2, dict(sparsity=0.5), False, rows=12, width=100)
     keep = torch.rand(12, 100, generator=torch.Generator().manual_seed(0)) < torch.linspace(0, 1, 12)[:, None]
-    new = dsnot.swap_refine(W, keep, stats.gram, candidates=8)
+    new = dsnot.swap_refine(W, keep, gram, candidates=8)
     assert torch.equal(new.sum(1), keep.sum(1))
     assert (squared_error(W, W * new, inputs) <= squared_error(W, W * keep, inputs) * (1 + 1e-6)).all()
 
@@ -261,9 +268,9 @@ def test_swaps_of_uneven_rows():
 @pytest.mark.parametrize("with_cross", [False, True])
 def test_refit_is_least_squares(with_cross):
     """Would catch weights that are not the best ones for the mask: the normal equations hold, and lstsq agrees."""
-    W, inputs, z, stats, keep = swap_case(3, dict(sparsity=0.6), with_cross, rows=10, width=32, tokens=64)
+    W, inputs, z, gram, goal, keep = swap_case(3, dict(sparsity=0.6), with_cross, rows=10, width=32, tokens=64)
     keep[3] = False
-    new = dsnot.refit_weights(W, keep, stats.gram, cross=stats.cross, damp=0.0)
+    new = dsnot.refit_weights(W, keep, gram, goal=goal, damp=0.0)
     assert torch.equal(new != 0, keep)
     x, y = inputs.flatten(0, 1).double(), z.flatten(0, 1).double() @ W.double().T
     for r in (r for r in range(10) if keep[r].any()):
@@ -273,21 +280,36 @@ def test_refit_is_least_squares(with_cross):
         torch.testing.assert_close(new[r, k].double(), torch.linalg.lstsq(x[:, k], y[:, r:r + 1]).solution[:, 0], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("amount", AMOUNTS)
+def test_swaps_after_a_refit_lower_the_error(amount):
+    """Would catch a wrong value for a weight that comes back, and rounds that undo each other or the pattern."""
+    W, inputs, z, gram, goal, keep = swap_case(4, amount, True, rows=40, width=48, tokens=64)
+    errors = []
+    for rounds in range(4):
+        new = dsnot.swap_and_refit(W, keep, gram, goal=goal, pattern=amount.get("pattern"), rounds=rounds)
+        assert torch.equal((new != 0).sum(1), keep.sum(1))
+        errors.append(((inputs @ new.T - z @ W.T) ** 2).sum((0, 1)))
+    assert all((after <= before * (1 + 1e-4)).all() for before, after in zip(errors, errors[1:]))
+    assert errors[1].sum() < errors[0].sum()
+    if pattern := amount.get("pattern"):
+        assert ((new != 0).view(len(W), -1, pattern[1]).sum(-1) == pattern[0]).all()
+
+
 def test_dense_weights_are_least_squares():
     """Would catch a wrong goal for SparseGPT: they are the refit of a mask that keeps all, and W where its own output is
     the goal."""
-    W, _, _, stats, keep = swap_case(3, dict(sparsity=0.6), True, rows=10, width=32, tokens=64)
-    expected = dsnot.refit_weights(W, torch.ones_like(keep), stats.gram, cross=stats.cross, damp=0.0)
-    torch.testing.assert_close(dsnot.dense_weights(W, stats.gram, stats.cross, damp=0.0), expected, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(dsnot.dense_weights(W, stats.gram, stats.gram), W)
+    W, _, _, gram, goal, keep = swap_case(3, dict(sparsity=0.6), True, rows=10, width=32, tokens=64)
+    expected = dsnot.refit_weights(W, torch.ones_like(keep), gram, goal=goal, damp=0.0)
+    torch.testing.assert_close(dsnot.dense_weights(W, gram, goal, damp=0.0), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(dsnot.dense_weights(W, gram, W @ gram), W)
     assert not (expected - W).abs().max() < 0.01
 
 
 def test_reported_error_is_the_error():
     """Would catch an error that is not ||(W - W_sparse) X||^2 / ||W X||^2."""
-    W, inputs, _, stats, keep = swap_case(4, dict(sparsity=0.5), False)
+    W, inputs, _, gram, _, keep = swap_case(4, dict(sparsity=0.5), False)
     expected = squared_error(W, W * keep, inputs).sum() / squared_error(W, W * 0, inputs).sum()
-    assert dsnot.relative_error(W, W * keep, stats.gram) == pytest.approx(expected.item(), rel=1e-4)
+    assert dsnot.relative_error(W, W * keep, gram) == pytest.approx(expected.item(), rel=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------- SparseGPT
@@ -321,7 +343,7 @@ def test_sparsegpt_equals_slow_loop(amount):
 def test_sparsegpt_aims_for_what_propagation_says():
     """Would catch a correction that ignores what the pruned layers before have done: the goal is half-way between the dense
     model's output and what dense weights make of the inputs that are there."""
-    W, inputs, z, stats, _ = swap_case(6, dict(sparsity=0.5), True, rows=10, width=32, tokens=64)
+    W, inputs, z, stats = inputs_case(6, True, rows=10, width=32, tokens=64)
     goal = (inputs + z) / 2 @ W.T
     aimed = dsnot.prune_layer(W, stats, score="sparsegpt", refine="none", sparsity=0.5)
     plain = sparsegpt(W, stats.gram, sparsity=0.5)

@@ -5,10 +5,11 @@ import os
 import subprocess
 import sys
 from fnmatch import fnmatch
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SHARED
+from conftest import ROOT, SHARED, make_checkpoint
 from safetensors.torch import load_file, save_file
 
 from data.command import InputError, run
@@ -142,6 +143,45 @@ def test_block_by_block(family, changes, tmp_path):
     assert gap(new(ids).logits, other(ids).logits) > 1e-3
 
 
+def test_a_finished_checkpoint_takes_the_place_of_the_one_before(tmp_path_factory, tmp_path, monkeypatch):
+    """Would catch a moment at which a kill costs the old checkpoint or the finished new one; and a folder behind a link."""
+    source = tmp_path_factory.mktemp("source")
+    make_checkpoint(source)
+    model = GPT.from_pretrained(source)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+
+    def write():
+        with CheckpointWriter(tmp_path / "link", model.config.raw, source, keep={"run": 1}) as out:
+            if not out.done("model.safetensors"):
+                out.write("model.safetensors", model.state_dict())
+
+    for kills in range(3):
+        calls, rename = [], Path.rename
+
+        def killed(path, to):
+            calls.append(path)
+            if len(calls) > kills:
+                raise KeyboardInterrupt
+            return rename(path, to)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", killed)
+            if kills < 2:
+                with pytest.raises(KeyboardInterrupt):
+                    write()
+                assert (tmp_path / "disk.partial" / "model.safetensors").is_file()
+        write()
+        assert GPT.from_pretrained(tmp_path / "link") and sorted(p.name for p in tmp_path.iterdir()) == ["disk", "link"]
+        assert (tmp_path / "link").is_symlink() and not (tmp_path / "disk" / "run.json").exists()
+
+
+def test_ids_of_another_tokenizer_get_a_sentence(tmp_path):
+    make_checkpoint(tmp_path)
+    model = GPT.from_pretrained(tmp_path)
+    with pytest.raises(InputError, match="token 300 is beyond the model's 300"):
+        model(torch.tensor([[1, 300]]))
+
+
 BIN = {  # what the files on the Hub look like: {case: (family, changes, names changed, constants carried along)}
     "vicuna": ("llama", {}, lambda k: k, {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": 6 for i in range(3)}),
     "gpt2": ("gpt2", {}, lambda k: k.removeprefix("transformer."),
@@ -240,7 +280,8 @@ def test_learned_positions_end():
         with pytest.raises(InputError, match="40 positions"):
             model(ids_for(length=41))
         with pytest.raises(InputError, match="40 positions"):
-            model.generate(ids_for(length=30), 11)
+            model.generate(ids_for(length=30), 12)
+        assert model.generate(ids_for(length=30), 11).shape[1] == 41  # the last token is not read
 
 
 STORY = ("Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she "

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import sparse_matmul
 from data.command import InputError
+from dsnot import prune
 from gpt import GPT, Config, prunable
 from sparse_matmul import compress, decompress, prune_24, save_compressed, sparse_linear
 
@@ -228,6 +229,8 @@ def test_what_cannot_be_compressed(tmp_path):
                             ("mixed", "q, k and v of block 1 share a tensor")]:
         with pytest.raises(InputError, match=message):
             save_compressed(tmp_path / folder, tmp_path / "new")
+    with pytest.raises(InputError, match="compressed 2:4 layers: give the folder that it was made from"):
+        prune(GPT.from_pretrained(tmp_path / "small", stream=True), torch.zeros(1, 4, dtype=torch.long), tmp_path / "new", {})
     assert {path.name for path in tmp_path.iterdir()} == {"plain", "mixed", "good", "small"}
     with pytest.raises(InputError, match="no linear layer"):
         GPT.from_pretrained(tmp_path / "plain", sparse=True)
