@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 run() { [ -f "results/ast-$1.json" ] || python ast_train.py --out "out/ast-$1" --json "results/ast-$1.json" "${@:2}"; }
 ablate() { run "$@" --methods ast --no-one-shot --start-from swap --steps 300 --warmup 15 --decay-steps 75 --save-every 100; }
 for seed in 0 1 2; do run seed$seed --seed $seed; done
-run control --methods dense --no-one-shot
+run control --methods dense --no-one-shot --steps 300 --warmup 15 --save-every 100
 run long --steps 4000 --warmup 200 --decay-steps 1000 --save-every 500 --methods ast-slorb --no-one-shot
 ablate swap
 ablate no-distillation --kl-weight 0
@@ -16,4 +16,5 @@ ablate no-decay --decay 0
 ablate fixed-mask --mask-every 0
 ablate wanda --score wanda
 ablate dense-start --start-from dense
+ablate dense-start-slorb --start-from dense --methods ast-slorb
 [ -f results/bench_ast.json ] || python tests/bench_ast.py --json results/bench_ast.json

@@ -15,8 +15,10 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from results.compare import markdown, merge, plot, read_rows, table_by_method
 
-ABLATION = {"seed0": "AST", "no-distillation": "no distillation", "static-decay": "static decay", "no-decay": "no decay",
-            "fixed-mask": "fixed mask", "wanda": "mask by Wanda score", "dense-start": "dense start"}
+ABLATION = {  # file: what it is called, and the row of its table
+    "swap": ("AST, swap start", "AST"), "no-distillation": ("no distillation", "AST"), "static-decay": ("static decay", "AST"),
+    "no-decay": ("no decay", "AST"), "fixed-mask": ("fixed mask", "AST"), "wanda": ("mask by Wanda score", "AST"),
+    "dense-start": ("dense start", "AST"), "dense-start-slorb": ("dense start, SLoRB", "AST + SLoRB")}
 
 
 def results(name, key="results"):
@@ -54,14 +56,11 @@ def gap_closed(table, perplexity):
 
 
 def ast_tables():
-    """The tables of ast_train.py for seeds 0, 1, 2 as far as they have been run, with the seed's control; beside the first, a
-    run that starts from dense weights and the longer one."""
-    tables = []
-    for seed in range(3):
-        if found := results(f"ast-seed{seed}"):
-            tables.append((results(f"ast-control{seed}") or {"table": {}})["table"] | found["table"])
-    if other := results("ast-dense-start-slorb"):
-        tables[0]["AST + SLoRB, dense start"] = other["table"]["AST + SLoRB"]
+    """The tables of ast_train.py for seeds 0, 1, 2 as far as they have been run; beside the first the control and the longer
+    run."""
+    tables = [found["table"] for seed in range(3) if (found := results(f"ast-seed{seed}"))]
+    if control := results("ast-control"):
+        tables[0] = control["table"] | tables[0]
     if long := results("ast-long"):
         tables[0] |= {f"{name}, longer": row for name, row in long["table"].items() if name.startswith("AST")}
     return tables
@@ -80,9 +79,12 @@ def retrained():
 
 def ablation():
     """{variant: (its perplexity, its share of the gap)} of seed 0."""
-    first, found = results("ast-seed0")["table"], {said: results(f"ast-{name}") for name, said in ABLATION.items()}
-    values = {said: run["table"]["AST"]["perplexity"] for said, run in found.items() if run}
-    return {said: (perplexity, gap_closed(first, perplexity)) for said, perplexity in values.items()}
+    first, found = results("ast-seed0")["table"], {}
+    for name, (said, row) in ABLATION.items():
+        if run := results(f"ast-{name}"):
+            perplexity = run["table"][row]["perplexity"]
+            found[said] = perplexity, gap_closed(first, perplexity)
+    return found
 
 
 def tuning():
@@ -124,7 +126,7 @@ def streamed():
 
 
 def ablated():
-    return markdown(["AST at the default's tokens, seed 0", "test perplexity", "gap closed"], [
+    return markdown(["AST, 614,400 tokens, seed 0", "test perplexity", "gap closed"], [
         [said, f"{perplexity:.3f}", f"{closed:.1%}"] for said, (perplexity, closed) in ablation().items()])
 
 
