@@ -650,7 +650,7 @@ def check(args):
 
 
 @contextmanager
-def processes(args):
+def process_group(args):
     """Inside, the processes that torchrun began know each other (or there is one), and running out of memory is said."""
     torchrun, cuda = "RANK" in os.environ, args.device.startswith("cuda")
     if torchrun and cuda:
@@ -671,7 +671,7 @@ def processes(args):
 
 def main():
     args = options()
-    with processes(args):
+    with process_group(args):
         check(args)
         amount(args)
         tokenizer = load_tokenizer(args.model)

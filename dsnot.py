@@ -377,8 +377,9 @@ def sparsegpt(W: Tensor, gram: Tensor, *, sparsity: float | None = None, pattern
 
     Columns are taken from left to right; what is lost by pruning one is made up for by the columns to its right, by the
     inverse of the Hessian H, which is the Gram matrix up to a factor that cancels. W [out, in], gram [in, in] = sum x x^T.
-    sparsity: the lowest w^2 / U_kk^2 of each `block` of columns, over all rows together (as published, one more than the share); pattern (n, m): within each group;
-    keep [out, in]: for a given mask only correct. damp: added to H's diagonal, times its mean."""
+    sparsity: the lowest w^2 / U_kk^2 of each `block` of columns, over all rows together (as published, one more than the
+    share); pattern (n, m): within each group; keep [out, in]: for a given mask only correct. damp: added to H's diagonal,
+    times its mean."""
     assert (sparsity is None) + (pattern is None) + (keep is None) == 2, "one of sparsity, pattern, keep"
     W, H, width = W.float().clone(), gram.float().clone(), W.shape[1]
     if pattern:
@@ -617,8 +618,9 @@ def allocation(model, where, hidden, sparsity, kind):
     "owl"          linear in how many of a block's Wanda scores are outliers, above 5 times its mean, from sparsity + 0.08 to
                    - 0.08 before the mean is set right (Yin et al. 2024, arXiv 2310.05175)
     "sensitivity"  each layer alone is pruned by Wanda, and the damage is the KL divergence of the model's output on 2048
-                   tokens (one window, if that is longer). It grows as the layer's squared error does, known for every share from its Wanda scores, and the
-                   shares within 0.1 of `sparsity` are taken that make the sum of all damages least."""
+                   tokens (one window, if that is longer). It grows as the layer's squared error does, known for every
+                   share from its Wanda scores, and the shares within 0.1 of `sparsity` are taken that make the sum of all
+                   damages least."""
     names = [f"model.layers.{i}.{name}" for i, block in enumerate(model.model.layers) for name in prunable(block)]
     if kind == "uniform":
         return dict.fromkeys(names, sparsity)
@@ -799,12 +801,12 @@ def dry_run(args, config, amount, method):
 
 def main():
     args = options()
-    if "RANK" in os.environ:  # started by torchrun
-        if args.device.startswith("cuda"):
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        start(args)
-        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    torchrun, cuda = "RANK" in os.environ, args.device.startswith("cuda")
+    if torchrun and cuda:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     start(args)
+    if torchrun:
+        dist.init_process_group("nccl" if cuda else "gloo")
     config = Config.read(model_folder(args.model, config_only=args.dry_run))
     amount, title = check(args, config)
     method = {name: getattr(args, name) for name in METHOD} | dict(pattern=args.pattern and parse_pattern(args.pattern))
@@ -817,7 +819,7 @@ def main():
         return GPT.from_pretrained(folder, device=args.device, stream=True)
 
     tokenizer, batch, source = load_tokenizer(args.model), max(1, 8192 // args.seqlen), load(args.model).source
-    weights = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(set(source.files.values()))]
+    files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(set(source.files.values()))]
     shared = Path(args.data).resolve() == Path(args.calib).resolve()
     split = args.split if args.data in SOURCES or shared else None  # a file of its own is read whole
     ids = evaluation_ids(args.data, split, tokenizer, args.seqlen)
@@ -835,7 +837,7 @@ def main():
         begin, layers = time.perf_counter(), []
         if how:
             noted = {option: getattr(args, option) for option in ("calib", "nsamples", "seqlen", "seed")} | how
-            noted |= dict(model=str(source.folder.resolve()), weights=weights, pattern=args.pattern)
+            noted |= dict(model=str(source.folder.resolve()), files=files, pattern=args.pattern)
             layers = prune(load(args.model), calibration, place, noted, batch=batch, **how)
         seconds, weights = time.perf_counter() - begin, max(1, sum(layer["weights"] for layer in layers))
         zeros = sum(layer["weights"] * layer["sparsity"] for layer in layers) / weights

@@ -5,7 +5,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run() { [ -f "results/ast-$1.json" ] || python ast_train.py --out "out/ast-$1" --json "results/ast-$1.json" "${@:2}"; }
-ablate() { run "$@" --methods ast --no-one-shot --start-from swap --steps 300 --warmup 15 --decay-steps 75 --save-every 100; }
+ablate() {  # what comes last counts
+    run "$1" --methods ast --no-one-shot --start-from swap --steps 300 --warmup 15 --decay-steps 75 --save-every 100 "${@:2}"
+}
 for seed in 0 1 2; do run seed$seed --seed $seed; done
 run control --methods dense --no-one-shot --steps 300 --warmup 15 --save-every 100
 run long --steps 4000 --warmup 200 --decay-steps 1000 --save-every 500 --methods ast-slorb --no-one-shot

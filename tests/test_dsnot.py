@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import resource
 import shutil
@@ -444,6 +445,18 @@ def test_interrupted_run_goes_on(monkeypatch, capsys, model, tmp_path, after, me
         assert (tmp_path / "cut" / file.name).read_bytes() == file.read_bytes()
     layers = [json.loads((tmp_path / run / "pruning.json").read_text())["layers"] for run in ("whole", "cut")]
     assert layers[0] == layers[1] and len(layers[0]) == 14 and all("error" in layer for layer in layers[0])
+
+
+def test_a_finished_folder_is_made_anew_when_the_model_has_changed(monkeypatch, model, tmp_path):
+    """Would catch the masks of weights that are no longer there being handed out; and work done twice where they are."""
+    shutil.copytree(model, tmp_path / "model")
+    real, calls = dsnot.prune_layer, []
+    monkeypatch.setattr(dsnot, "prune_layer", lambda *args, **options: (calls.append(1), real(*args, **options))[1])
+    for times, layers in (1, 14), (2, 14), (3, 28):
+        if times == 3:
+            os.utime(tmp_path / "model" / "m" / "model.safetensors", (0, 0))
+        command(monkeypatch, tmp_path / "model", tmp_path / "out")
+        assert len(calls) == layers
 
 
 @pytest.mark.parametrize("family, changes", ALL)
