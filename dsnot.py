@@ -35,6 +35,7 @@ Shapes: a weight W, its scores and masks are [out, in]; True in a mask = keep.
 import argparse
 import copy
 import json
+import math
 import os
 import time
 from contextlib import nullcontext
@@ -50,9 +51,13 @@ from tqdm import tqdm
 from data import calibration_windows, load_tokenizer, windows
 from data.command import InputError, parser, record, run, start, timed, write_atomically
 from data.hub import model_folder
-from data.text import SOURCES, evaluation_ids
+from data.text import SOURCES, evaluation_ids, usual_text
 from eval import default_seqlen, free_memory, perplexity
 from gpt import GPT, Block, CheckpointWriter, Config, prunable, rotary, shard
+
+# With --propagate a layer's goal lies between what its dense weights make of the inputs that are really there (0) and the
+# dense model's output (1); half-way is best or close to it (tests/compare_goal.py).
+TOWARDS_DENSE = 0.5
 
 # ------------------------------------------------------------------------------------------------- many processes
 
@@ -256,70 +261,88 @@ def swap_refine(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = 
     new, W, G = keep.clone(), W.float(), gram
     for rows in torch.arange(len(W), device=W.device).split(1024):
         w, mask = W[rows], keep[rows]
-        g = (w @ G if goal is None else goal[rows]) - torch.where(mask, w, 0) @ G
+        g = torch.where(mask, 0, w) @ G if goal is None else goal[rows] - torch.where(mask, w, 0) @ G
         slope, square = torch.where(mask, 2 * w, -2 * w), w.square() * G.diagonal()
+        barred = torch.where(torch.stack([mask, ~mask]), 0, torch.inf)  # inf: not to be pruned, not to be grown
         left = torch.full_like(rows, w.shape[1] if max_swaps is None else max_swaps)
         least = 1e-6 * square.amax(1)  # a smaller gain is rounding
         while len(rows):
             alone = torch.addcmul(square, slope, g)  # what it adds to flip one weight and no other
-            column, made = _swap_round(w, mask, alone, slope, G, left, least, candidates, pattern)
-            used = made.sum(1) // 2
-            g += F.embedding_bag(column, G, mode="sum", per_sample_weights=slope.gather(1, column) / 2 * made)
-            row, at = made.nonzero(as_tuple=True)
-            at = column[row, at]
-            mask[row, at], slope[row, at] = ~mask[row, at], -slope[row, at]
-            go_on = (used > 0) & (used < left)
-            if not go_on.all():
+            column, made = _swap_round(alone, mask, barred, slope, G, left, least, candidates, pattern)
+            used, row, at = made.sum(1) // 2, made.nonzero()[:, 0], column[made]
+            if not len(at):
                 new[rows] = mask
-                rows, w, mask, g, slope, square, left, least, used = (
-                    x[go_on] for x in (rows, w, mask, g, slope, square, left, least, used))
-            left = left - used
+                break
+            g += F.embedding_bag(at, G, made.sum(1).cumsum(0) - made.sum(1), mode="sum", per_sample_weights=slope[row, at] / 2)
+            mask[row, at], slope[row, at], barred[:, row, at] = ~mask[row, at], -slope[row, at], barred[:, row, at].flip(0)
+            go_on, left = (used > 0) & (used < left), left - used
+            if go_on.sum() <= 0.8 * len(rows):  # often enough: it copies everything
+                new[rows], barred = mask, barred[:, go_on]
+                rows, mask, g, slope, square, left, least = (x[go_on] for x in (rows, mask, g, slope, square, left, least))
     return new
 
 
-def _swap_round(w, mask, alone, slope, G, left, least, candidates, pattern):
+def _swap_round(alone, mask, barred, slope, G, left, least, candidates, pattern):
     """A few swaps in each of some rows, of which at most `left` [rows], that lower the error by more than `least` [rows]:
-    the columns that flip, pruned and grown by turns [rows, 2 swaps], and which of these flips are made (bool, the same)."""
-    prune, grow, apart = _candidates(alone, mask, candidates, pattern)
-    both, k, columns, made = torch.cat([prune, grow], 1), prune.shape[1], [], []
-    on_its_side = mask.gather(1, both) == (torch.arange(both.shape[1], device=w.device) < k)
-    cost, step = torch.where(on_its_side, alone.gather(1, both), torch.inf), slope.gather(1, both)
-    together = step[:, :k, None] * step[:, None, k:] / 2 * G[prune[:, :, None], grow[:, None, :]]
-    if apart is not None:
-        together = together.masked_fill_(apart, torch.inf)
+    the columns that flip, pruned and grown by turns [rows, 2 swaps], and which of these flips are made (bool, the same).
+    alone, mask, slope [rows, in], barred [2, rows, in], G: as in swap_refine."""
+    prune, grow = _candidates(alone, mask, barred, candidates, pattern)
+    (rows, groups, a), b = prune.shape, grow.shape[2]
+    prune, grow, k, columns, made = prune.flatten(1), grow.flatten(1), groups * a, [], []
+    both = torch.cat([prune, grow], 1)
+    step, cost = slope.gather(1, both), alone.gather(1, both)
+    cost += torch.cat([barred[0].gather(1, prune), barred[1].gather(1, grow)], 1)
+
+    def pairs(x):  # what of each row belongs to the weights of a pair, to be broadcast: [rows, groups, a, 1], [.., 1, b]
+        return x[:, :k].view(rows, groups, a, 1), x[:, k:].view(rows, groups, 1, b)
+
+    together = math.prod(pairs(step)) / 2 * entries(G, *pairs(both))
     for _ in range(k):
-        change, pair = (cost[:, :k, None] + cost[:, None, k:] + together).flatten(1).min(1)
+        change, pair = (sum(pairs(cost)) + together).flatten(1).min(1)
         better = (change < -least) & (left > len(made))
         if not better.any():
             break
-        chosen = torch.stack([pair // (both.shape[1] - k), k + pair % (both.shape[1] - k)], 1)  # [rows, 2] of `both`
+        chosen = torch.stack([pair // b, k + pair // (a * b) * b + pair % b], 1)  # [rows, 2] of `both`
         columns.append(both.gather(1, chosen))
         made.append(better[:, None].expand(-1, 2))
         row = better.nonzero()[:, 0]
         flips, others = step.gather(1, chosen)[row, :, None], both[row, None, :]
-        cost[row] += step[row] * (flips / 2 * G[columns[-1][row, :, None], others]).sum(1)
+        cost[row] += step[row] * (flips / 2 * entries(G, columns[-1][row, :, None], others)).sum(1)
         cost[row[:, None], chosen[row]] = torch.inf
     if not made:
         return both[:, :1], torch.zeros_like(mask[:, :1])
     return torch.cat(columns, 1), torch.cat(made, 1)
 
 
-def _candidates(alone, keep, candidates, pattern):
-    """The weights of each row that may be pruned and grown [rows, k] each: those whose flip `alone` costs least, or all of the
-    most promising groups; and which pairs are apart [k, k], in different groups (None: no groups)."""
+def entries(G, i, j):
+    """G[i, j] of indices that are broadcast together."""
+    at = i * G.shape[1] + j
+    return G.flatten().index_select(0, at.view(-1)).view(at.shape)
+
+
+def lowest(x, k):
+    """The columns of the k smallest entries of each row of x [rows, width], in order. They lie among the k of 16 times fewer
+    sets of columns whose own smallest entries are smallest."""
+    rows, width = x.shape
+    if width % 16 or width < 64 * k:
+        return x.topk(k, dim=1, largest=False)[1]
+    first = x.view(rows, 16, -1).amin(1).topk(k, dim=1, largest=False)[1]
+    among = (first[:, :, None] + torch.arange(0, width, width // 16, device=x.device)).flatten(1)
+    return among.gather(1, x.gather(1, among).topk(k, dim=1, largest=False)[1])
+
+
+def _candidates(alone, keep, barred, candidates, pattern):
+    """The weights of each row that may be pruned and grown for each other [rows, groups, a] and [rows, groups, b]: those whose
+    flip `alone` costs least, as one group, or the most promising groups of a pattern."""
     rows, width = alone.shape
-    sides = torch.where(keep, alone, torch.inf), torch.where(keep, torch.inf, alone)
-    if pattern is None:  # a side that has fewer than k is filled up with others, which _swap_round leaves alone
-        k = min(candidates, width)
-        prune, grow = (side.topk(k, dim=1, largest=False)[1] for side in sides)
-        return prune, grow, None
+    sides = alone + barred
+    if pattern is None:  # a side that has fewer is filled up with others, which _swap_round leaves alone
+        return [lowest(side, min(candidates, width))[:, None] for side in sides]
     n, m = pattern
-    lowest = [side.view(rows, -1, m).amin(-1) for side in sides]
-    group = sum(lowest).topk(min(max(1, candidates // n), width // m), dim=1, largest=False)[1]  # [rows, groups]
+    promise = sides.view(2, rows, -1, m).amin(-1).sum(0)
+    group = lowest(promise, min(max(1, candidates // n), width // m))  # [rows, groups]
     member = group[:, :, None] * m + keep.view(rows, -1, m).gather(1, group[:, :, None].expand(-1, -1, m)).long().argsort(-1)
-    prune, grow = member[:, :, m - n:].flatten(1), member[:, :, :m - n].flatten(1)
-    one = torch.arange(group.shape[1], device=alone.device)
-    return prune, grow, one.repeat_interleave(n)[:, None] != one.repeat_interleave(m - n)
+    return member[:, :, m - n:], member[:, :, :m - n]
 
 
 def refit_weights(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = None, damp: float = 1e-4,
@@ -472,8 +495,7 @@ def input_stats(step, hidden, linears, groups, gram=False, teacher=None):
 def prune_layer(W, stats, *, score, refine, sparsity=None, pattern=None, refit=False, cycles=None, **dsnot_options):
     """One layer's pruned weight [out, in] in float32, from its InputStats. refine: "none", "dsnot", "swap", "dsnot+swap"."""
     amount = dict(pattern=pattern) if pattern else dict(sparsity=sparsity)
-    # The goal is half-way between the dense model's output and what dense weights make of the inputs that are really there.
-    goal = None if stats.cross is None else W.float() @ ((stats.cross + stats.gram) / 2)
+    goal = None if stats.cross is None else W.float() @ torch.lerp(stats.gram, stats.cross, TOWARDS_DENSE)
     scores = magnitude_score(W) if score == "magnitude" else wanda_score(W, stats)
     if score == "sparsegpt":
         aim = W if goal is None else dense_weights(W, stats.gram, goal)
@@ -567,8 +589,9 @@ def prune(model, windows, out, run, *, batch=8, propagate=False, sparsity=None, 
 
     windows [nsamples, seqlen]: calibration ids, of which each process takes its share. run: a dict that names this run; one
     of the same name that was interrupted goes on where it stopped. propagate: see prune_block. Returns a record per layer,
-    {layer, weights, sparsity, error where it is known}, which is also written to out/pruning.json. Raises InputError where
-    activations are not finite or the disk is too small."""
+    {layer, weights, sparsity, error where it is known}, which is also written to out/pruning.json, with the seconds that it
+    took. Raises InputError where activations are not finite or the disk is too small."""
+    begin = time.perf_counter()
     source, device, count = model.source, model.place["device"], len(model.model.layers)
     source.check_dense()
     rank, world = processes()
@@ -586,7 +609,7 @@ def prune(model, windows, out, run, *, batch=8, propagate=False, sparsity=None, 
         hidden = [model.embed(ids.to(device)).to(home) for ids in windows.split(batch)]  # the input of the next block
         shares = allocation(model, where, list(hidden), sparsity, allocate)
         dense, records, log = list(hidden), [], writer.partial / "pruning.json"
-        known = json.loads(log.read_text()) if log.is_file() else {"layers": []}
+        known = json.loads(log.read_text()) if log.is_file() else {"layers": [], "seconds": 0}
         for i in tqdm(range(count), desc="pruning", unit="block", leave=False, disable=rank or None):
             block = model.block(i)
             prefix, file = f"model.layers.{i}", shard(i, count)
@@ -600,7 +623,8 @@ def prune(model, windows, out, run, *, batch=8, propagate=False, sparsity=None, 
                 records += prune_block(block, where, hidden, dense, prefix, source.dtype, sparsity=shares,
                                        propagate=propagate, **options)
                 if rank == 0:
-                    text = json.dumps({"run": run, "layers": records}, indent=1)
+                    spent = known["seconds"] + time.perf_counter() - begin
+                    text = json.dumps({"run": run, "seconds": spent, "layers": records}, indent=1)
                     write_atomically(log, lambda path: path.write_text(text))
                     names = {k: f"{prefix}.{k}" for k in block.state_dict()}
                     writer.write(file, {names[k]: v.to(source.dtype(names[k])) for k, v in block.state_dict().items()})
@@ -719,13 +743,13 @@ def options():
                        help="DSnoT: stop a row before its expected error changes sign")
     group.add_argument("--refine-layers", default="all", choices=["attn", "all"], help="which layers of a block")
     group = p.add_argument_group("calibration and evaluation")
-    group.add_argument("--calib", help=f"text: {', '.join(SOURCES)} or a file (default: tiny for tiny, else c4)")
+    group.add_argument("--calib", help=f"text: {', '.join(SOURCES)} or a file (default: tiny for tiny's relatives, else c4)")
     group.add_argument("--nsamples", type=int, default=128, help="calibration sequences")
     group.add_argument("--seqlen", type=int, help="tokens a sequence (default: 2048, or the model's limit if lower)")
-    group.add_argument("--data", help="evaluation text, one of the same (default: tiny for tiny, else wikitext2)")
+    group.add_argument("--data", help="evaluation text, one of the same (default: tiny or wikitext2)")
     group.add_argument("--split", default="test", choices=["validation", "test"], help="which evaluation text")
     group.add_argument("--compare", action=argparse.BooleanOptionalAction, default=None,
-                       help="prune a second time without refinement, for comparison (default: only for tiny)")
+                       help="prune a second time without refinement, for comparison (default: for tiny's relatives)")
     return p.parse_args()
 
 
@@ -733,23 +757,27 @@ LAYER = ["score", "refine", "refit", "cycles", "threshold", "sign_check", "spars
 METHOD = LAYER + ["propagate", "refine_layers", "allocate"]  # what prune takes
 
 
-def check(args, config):
-    """Fill in the options that depend on others; raise InputError for those that can't be meant."""
+def check(args, config, text):
+    """Fill in the options that depend on others; raise InputError for those that can't be meant. text: to calibrate and
+    measure on if none is given, None: C4 and WikiText-2."""
     if not 0 <= args.sparsity < 1:
         raise InputError(f"--sparsity {args.sparsity} must be at least 0 and below 1 (0.7 prunes 70 %)")
     for name, low in ("nsamples", processes()[1]), ("seqlen", 2), ("cycles", 0), ("threshold", 0):
         if (value := getattr(args, name)) is not None and value < low:
             raise InputError(f"--{name} {value} must be at least {low}")
     if args.pattern:
-        parse_pattern(args.pattern)
+        with torch.device("meta"):
+            for layer in prunable(Block(config)).values():
+                fits(parse_pattern(args.pattern), layer.in_features)
         if args.allocate != "uniform":
             raise InputError(f"--allocate {args.allocate} can't change the pattern {args.pattern}: give a --sparsity")
-    tiny = args.model == "tiny"
-    args.calib, args.data = args.calib or ("tiny" if tiny else "c4"), args.data or ("tiny" if tiny else "wikitext2")
+    if args.cycles is not None and "dsnot" not in args.refine:
+        raise InputError(f"--cycles {args.cycles} is an option of DSnoT, which --refine {args.refine} leaves out")
+    args.calib, args.data = args.calib or text or "c4", args.data or text or "wikitext2"
     args.seqlen = args.seqlen or default_seqlen(config)
     usual = args.refit or "swap" in args.refine
     args.propagate = usual if args.propagate is None else args.propagate
-    args.compare = tiny and (args.refit or args.refine != "none") if args.compare is None else args.compare
+    args.compare = text is not None and (args.refit or args.refine != "none") if args.compare is None else args.compare
     amount = args.pattern or f"{args.sparsity:.0%}"
     steps = [args.score, *filter(None, args.refine.replace("none", "").split("+")), *["refit"] * args.refit]
     name = [Path(args.model).name, args.score, args.refine + "+refit" * args.refit, amount.replace(":", "of").rstrip("%"),
@@ -784,6 +812,9 @@ def dry_run(args, config, amount, method):
     watching, stats = timed(lambda: input_stats(step, [x], layers, groups, gram), args.device)
     running, _ = timed(lambda: step(x), args.device)
     needed = (3 * running + 4 * watching if args.propagate else running + watching) * tokens / len(sample)
+    if args.allocate != "uniform":  # a pass through the dense model, and for "sensitivity" trials of 2048 tokens
+        trials = len(layers) * 2048 if args.allocate == "sensitivity" else 0
+        needed += ((running + watching) * tokens + running * trials) / len(sample)
     for name, layer in layers.items():
         rows = len(layer.weight) if args.score == "sparsegpt" else 64  # only SparseGPT's time is not in proportion
         spent, _ = timed(lambda: prune_layer(layer.weight[:rows], stats[name], **{k: method[k] for k in LAYER}), args.device)
@@ -807,8 +838,9 @@ def main():
     start(args)
     if torchrun:
         dist.init_process_group("nccl" if cuda else "gloo")
-    config = Config.read(model_folder(args.model, config_only=args.dry_run))
-    amount, title = check(args, config)
+    folder = model_folder(args.model, config_only=args.dry_run)
+    config = Config.read(folder)
+    amount, title = check(args, config, usual_text(folder, None))
     method = {name: getattr(args, name) for name in METHOD} | dict(pattern=args.pattern and parse_pattern(args.pattern))
     if args.dry_run:
         return dry_run(args, config, amount, method)
@@ -823,9 +855,10 @@ def main():
     shared = Path(args.data).resolve() == Path(args.calib).resolve()
     split = args.split if args.data in SOURCES or shared else None  # a file of its own is read whole
     ids = evaluation_ids(args.data, split, tokenizer, args.seqlen)
+    data = f"the last tenth of {args.data}" if shared and args.data not in SOURCES else args.data
     calibration = calibration_windows(args.calib, tokenizer, args.nsamples, args.seqlen, args.seed)
     talk(f"{args.model}: {amount} pruned, calibration {args.nsamples} x {args.seqlen} tokens of {args.calib}, "
-         f"perplexity on {args.data} ({len(windows(ids, args.seqlen))} windows of {args.seqlen} tokens)")
+         f"perplexity on {data} ({len(windows(ids, args.seqlen))} windows of {args.seqlen} tokens)")
     passes = [("dense", args.model, None), (title, out, method)]
     if args.compare:
         plain = method | dict(refine="none", refit=False, propagate=False)
@@ -833,13 +866,16 @@ def main():
 
     talk(f"\n{'method':<24}{'sparsity':>10}{'perplexity':>14}{'seconds':>10}")
     rows = []
+    for _, place, _ in passes[1:]:
+        CheckpointWriter(place, config.raw, source.folder)  # refuses a folder that it can't fill
     for name, place, how in passes:
-        begin, layers = time.perf_counter(), []
+        seconds, layers = 0.0, []
         if how:
             noted = {option: getattr(args, option) for option in ("calib", "nsamples", "seqlen", "seed")} | how
             noted |= dict(model=str(source.folder.resolve()), files=files, pattern=args.pattern)
             layers = prune(load(args.model), calibration, place, noted, batch=batch, **how)
-        seconds, weights = time.perf_counter() - begin, max(1, sum(layer["weights"] for layer in layers))
+            seconds = json.loads((Path(place) / "pruning.json").read_text())["seconds"]
+        weights = max(1, sum(layer["weights"] for layer in layers))
         zeros = sum(layer["weights"] * layer["sparsity"] for layer in layers) / weights
         ppl = perplexity(load(place), ids, args.seqlen, batch, progress=True)
         rows.append({"method": name, "sparsity": zeros, "perplexity": ppl, "seconds": seconds, "layers": layers})

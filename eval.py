@@ -36,7 +36,7 @@ from tqdm import tqdm
 from data import load_tokenizer, windows
 from data.command import InputError, parser, record, run, start
 from data.tasks import SEVEN, TASKS, encode_pair, load_task
-from data.text import SOURCES, evaluation_ids
+from data.text import SOURCES, evaluation_ids, usual_text
 from gpt import GPT, rotary
 from results.compare import compare, read_rows
 
@@ -229,7 +229,7 @@ def options():
     p.add_argument("--sparse", action=BooleanOptionalAction, default=False,
                    help="keep 2:4 layers compressed and compute with them (sparse_matmul.py)")
     group = p.add_argument_group("perplexity")
-    group.add_argument("--data", help=f"{', '.join(SOURCES)} or a text file (default: tiny for tiny, else wikitext2; "
+    group.add_argument("--data", help=f"{', '.join(SOURCES)} or a text file (default: tiny or wikitext2; "
                                       f"with --tasks or --speed: none)")
     group.add_argument("--split", default="test", choices=["validation", "test"], help="of tiny, wikitext2, ptb")
     group.add_argument("--seqlen", type=int, help="tokens a window (default: 2048, or the model's limit if lower)")
@@ -254,6 +254,10 @@ def check(args):
     for name, low in ("seqlen", 2), ("batch", 1), ("limit", 1):
         if (value := getattr(args, name)) is not None and value < low:
             raise InputError(f"--{name} {value} must be at least {low}")
+    if (args.limit or args.tasks_dir) and args.tasks is None:
+        raise InputError("--limit and --tasks-dir tell how to run tasks: they need --tasks")
+    if args.by_method and not args.compare:
+        raise InputError("--by-method tells how to print a table: it needs --compare")
     if args.plot and (not args.compare or Path(args.plot).suffix not in (".png", ".svg")):
         raise InputError(f"--plot {args.plot} needs --compare, and a file that ends in .png or .svg")
     for name in args.tasks or []:
@@ -282,8 +286,8 @@ def main():
     check(args)
     if args.compare:
         return compare(args)
-    data = args.data or ("tiny" if args.model == "tiny" else "wikitext2")
     model = load(args)
+    data = args.data or usual_text(model.source.folder, "wikitext2")
     tokenizer = load_tokenizer(args.model)
     row, results = describe(model, args.model) if args.json else {}, {}  # it reads every block once
     if args.data or (args.tasks is None and not args.speed):

@@ -120,6 +120,8 @@ class Config:
                      "num_key_value_heads", "head_dim"):
             if type(value := getattr(self, name)) is not int or not 0 < value < 10**8:
                 raise InputError(f"config.json: {name} {value!r} is not a whole number from 1 to 10^8")
+        if type(self.slorb_k) is not int or self.slorb_k < 0:
+            raise InputError(f"config.json: slorb_k {self.slorb_k!r} is not a whole number from 0")
         for name in "rms_norm_eps", "rope_theta":
             if type(value := getattr(self, name)) not in (int, float) or not 0 < value < math.inf:
                 raise InputError(f"config.json: {name} {value!r} is not a positive number")
@@ -688,7 +690,7 @@ class CheckpointWriter:
     """Writes a Hugging Face folder beside its final place; leaving the `with` block renames it, an error removes it.
 
     `keep` names the run: with it, the files that an interrupted run of the same name has finished are kept and `done`
-    tells which they are."""
+    tells which they are. It stays in the folder as run.json, without which nothing is ever replaced."""
 
     def __init__(self, folder, raw_config, tokenizer_from=None, keep=None):
         self.folder, self.raw, self.keep = Path(folder).resolve(), raw_config, keep
@@ -698,8 +700,8 @@ class CheckpointWriter:
         if tokenizer_from and self.folder.exists() and self.folder.samefile(tokenizer_from):
             raise InputError(f"{folder} is the model that is being read: choose another output folder")
         if self.folder.is_file() or (self.folder.is_dir() and any(self.folder.iterdir())
-                                     and not (self.folder / "config.json").is_file()):
-            raise InputError(f"{folder} exists and is no model folder: choose another output folder")
+                                     and not (self.folder / "run.json").is_file()):
+            raise InputError(f"{folder} exists and is no model that was written here: choose another output folder")
 
     def __enter__(self):
         marker = self.partial / "run.json"
@@ -765,7 +767,6 @@ class CheckpointWriter:
         if self.folder.is_dir():
             self.folder.rename(before)
         self.partial.rename(self.folder)
-        (self.folder / "run.json").unlink()
         shutil.rmtree(before, ignore_errors=True)
 
 

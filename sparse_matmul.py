@@ -43,6 +43,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from data.command import InputError, parser, record, run, start
 from data.hub import model_folder
@@ -353,7 +354,8 @@ def prune_24(W):
 
 def check(device, dtypes, largest, rows):
     """Every tile, dtype, kind of values; random shapes and strides; against float64: one rounding, a float32 sum."""
-    for dtype, bits, M in itertools.product(dtypes, KINDS.values(), rows):
+    cases = list(itertools.product(dtypes, KINDS.values(), rows))
+    for dtype, bits, M in tqdm(cases, desc="checking", leave=False, disable=None):
         N, K, step = random.randint(1, largest[0]), 16 * random.randint(1, largest[1] // 16), random.randint(1, 2)
         w = compress(prune_24(torch.randn(N, K, device=device)).to(dtype), bits)
         assert torch.equal(dense(w), decompress(w)), (dtype, bits, N, K)
@@ -368,12 +370,12 @@ def check(device, dtypes, largest, rows):
 def main():
     p = parser(__doc__)
     p.add_argument("--model", help="write this 2:4 model (a preset, a Hub id or a folder) again, compressed")
-    p.add_argument("--out", help="the compressed folder (default: out/MODEL-small)")
+    p.add_argument("--out", help="the compressed folder (default: out/MODEL-compressed, or out/MODEL-int8)")
     p.add_argument("--bits", type=int, choices=[8, 4], help="quantize the values (default: they stay as they are)")
     args = p.parse_args()
     start(args)
     if args.model:
-        out = args.out or f"out/{Path(args.model).name}-small"
+        out = args.out or f"out/{Path(args.model).name}-{f'int{args.bits}' if args.bits else 'compressed'}"
         saved = save_compressed(args.model, out, args.bits)
         print("saved {}: {layers} layers compressed, {before:,} -> {after:,} bytes on disk".format(out, **saved))
         return record(args, saved)

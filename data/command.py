@@ -50,10 +50,15 @@ def start(args):
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as e:
         raise InputError(f"--device {args.device} can't be used: {str(e).splitlines()[0]}") from None
-    if args.json and Path(args.json).is_dir():
-        raise InputError(f"--json {args.json} is a folder: give a file")
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise InputError(f"--json {args.json}: the folder {Path(args.json).parent} does not exist")
+    if args.json:
+        try:
+            folder, parent = Path(args.json).is_dir(), Path(args.json).absolute().parent.is_dir()
+        except OSError as e:
+            raise InputError(f"--json {args.json} can't be written: {e.strerror}") from None
+        if folder:
+            raise InputError(f"--json {args.json} is a folder: give a file")
+        if not parent:
+            raise InputError(f"--json {args.json}: the folder {Path(args.json).parent} does not exist")
 
 
 def timed(work, device):

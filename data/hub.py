@@ -40,6 +40,8 @@ def model_folder(name, weights=True, config_only=False):
         if not (Path(target) / "config.json").is_file():
             raise InputError(f"{target} is no model folder: config.json is missing")
         return Path(target)
+    if Path(target).parent != Path() and Path(target).parent.is_dir():  # no Hub id begins with the name of a folder here
+        raise InputError(f"there is no folder {target}: check its name")
     if target.count("/") != 1 or target.startswith((".", "/", "~")):
         near = difflib.get_close_matches(target, PRESETS, n=5, cutoff=0.4) or ["tiny", "llama2-7b", "opt-125m"]
         raise InputError(f"no model {name!r}: give a folder, a Hub id such as meta-llama/Llama-2-7b-hf, or a preset "

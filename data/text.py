@@ -4,12 +4,14 @@ A source is a name below or the path of a text file; a split is "train" (calibra
 A text file has no splits of its own: None takes all of it, "train" its first nine tenths, the others the last tenth.
 """
 
+import filecmp
 import random
 from pathlib import Path
 
 import torch
 
 from data.command import InputError
+from data.hub import PRESETS
 from data.stdlib import stdlib_text
 
 SOURCES = ("tiny", "wikitext2", "ptb", "c4")
@@ -51,6 +53,12 @@ def documents(source, split, shard=0):
         raise InputError(f"{source} is not UTF-8 text: {e.reason} at byte {e.start}") from None
     cut = len(text) if split is None else len(text) * 9 // 10
     return [text[:cut] if split in (None, "train") else text[cut:]]
+
+
+def usual_text(folder, otherwise):
+    """The text of a model's folder where none is asked for: "tiny" if it has the tokenizer of the model that ships."""
+    ours, theirs = Path(PRESETS["tiny"], "tokenizer.model"), Path(folder, "tokenizer.model")
+    return "tiny" if theirs.is_file() and filecmp.cmp(ours, theirs, shallow=False) else otherwise
 
 
 def load_text(source, split=None):

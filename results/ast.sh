@@ -5,18 +5,14 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run() { [ -f "results/ast-$1.json" ] || python ast_train.py --out "out/ast-$1" --json "results/ast-$1.json" "${@:2}"; }
-ablate() {  # what comes last counts
-    run "$1" --methods ast --no-one-shot --start-from swap --steps 300 --warmup 15 --decay-steps 75 --save-every 100 "${@:2}"
-}
+ablate() { run "$1" --methods ast --no-one-shot "${@:2}"; }
 for seed in 0 1 2; do run seed$seed --seed $seed; done
-run control --methods dense --no-one-shot --steps 300 --warmup 15 --save-every 100
-run long --steps 4000 --warmup 200 --decay-steps 1000 --save-every 500 --methods ast-slorb --no-one-shot
-ablate swap
+for seed in 0 1 2; do run control$seed --seed $seed --methods dense --no-one-shot; done
 ablate no-distillation --kl-weight 0
 ablate static-decay --decay-steps 0
 ablate no-decay --decay 0
 ablate fixed-mask --mask-every 0
 ablate wanda --score wanda
-ablate dense-start --start-from dense
-ablate dense-start-slorb --start-from dense --methods ast-slorb
+ablate swap-start --start-from swap
+run long --steps 4000 --warmup 200 --decay-steps 1000 --save-every 500 --methods ast-slorb --no-one-shot
 [ -f results/bench_ast.json ] || python tests/bench_ast.py --json results/bench_ast.json

@@ -171,6 +171,8 @@ COLOURS, GREY = "#4c8dd6 #e07b39 #3fa66a #b65fc8 #c9a227 #d1495b #2fa5a5 #e58fb1
 def compare(args):
     """Print the table of --compare, and draw --plot."""
     rows = merge([row for path in args.compare for row in read_rows(path)])
+    if args.by_method and not any(row["perplexity"] for row in rows):
+        raise InputError("--by-method: there is no perplexity in what is compared; leave the option out")
     print(table_by_method(rows) if args.by_method else table(rows))
     if args.plot:
         plot(rows, args.plot)

@@ -15,10 +15,14 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from results.compare import markdown, merge, plot, read_rows, table_by_method
 
+OPENING = {  # the methods of the first picture, as compare.py names them and as they are called there
+    "dense": "dense", "magnitude": "magnitude", "wanda": "Wanda", "wanda + dsnot (refine layers all, sign check)": "Wanda + DSnoT",
+    "sparsegpt": "SparseGPT", "wanda + swap (propagate)": "Wanda + swaps", "wanda + swap + refit": "Wanda + swaps + refit",
+    "wanda + swap + refit (allocate sensitivity)": "the same, shares by sensitivity", "AST": "AST", "AST + SLoRB": "AST + SLoRB"}
 ABLATION = {  # file: what it is called, and the row of its table
-    "swap": ("AST, swap start", "AST"), "no-distillation": ("no distillation", "AST"), "static-decay": ("static decay", "AST"),
+    "seed0": ("AST", "AST"), "no-distillation": ("no distillation", "AST"), "static-decay": ("static decay", "AST"),
     "no-decay": ("no decay", "AST"), "fixed-mask": ("fixed mask", "AST"), "wanda": ("mask by Wanda score", "AST"),
-    "dense-start": ("dense start", "AST"), "dense-start-slorb": ("dense start, SLoRB", "AST + SLoRB")}
+    "swap-start": ("swap start", "AST"), "slorb": ("with SLoRB", "AST + SLoRB")}
 
 
 def results(name, key="results"):
@@ -31,6 +35,13 @@ def pruned(*patterns):
     """The rows of the files of results/ whose names fit some patterns."""
     return merge([row for pattern in patterns for path in sorted((ROOT / "results").glob(f"{pattern}.json"))
                   for row in read_rows(path)])
+
+
+def opening():
+    """The rows of the first picture: what each method makes of tiny."""
+    rows = pruned("tiny/*") + [row for row in pruned("ast-seed*") if row["method"].startswith("AST")]
+    return [row | {"method": OPENING[row["method"]]} for row in rows
+            if row["method"] in OPENING and row["amount"] in ("0%", "50%", "70%", "2:4")]
 
 
 def cost():
@@ -49,6 +60,16 @@ def cost_of_swaps():
          f"{row['error']:.3f}", f"{row['error_of_sparsegpt']:.3f}"] for row in rows], texts=2)
 
 
+def goal():
+    """Perplexity by what the layers of a propagated run aim at."""
+    found = {name: results(f"goal-{name}") for name in ("tiny", "stories260K")}
+    cells = [(name, amount) for name, rows in found.items() for amount in dict.fromkeys(row["amount"] for row in rows)]
+    said = {0.0: "what dense weights make of its inputs", 0.5: "half-way", 1.0: "the dense model's output"}
+    return markdown(["a layer aims at", *(" ".join(cell) for cell in cells)], [
+        [words, *(f"{row['perplexity']:.2f}" for name, amount in cells for row in found[name]
+                  if (row["amount"], row["towards_dense"]) == (amount, share))] for share, words in said.items()])
+
+
 def gap_closed(table, perplexity):
     """The share of the log-perplexity between a table's best one-shot mask and its dense model that is gone."""
     best = min(row["perplexity"] for name, row in table.items() if name.startswith("one-shot"))
@@ -56,11 +77,10 @@ def gap_closed(table, perplexity):
 
 
 def ast_tables():
-    """The tables of ast_train.py for seeds 0, 1, 2 as far as they have been run; beside the first the control and the longer
-    run."""
+    """The tables of ast_train.py for seeds 0, 1, 2 as far as they have been run, with their controls; beside the first the
+    longer run."""
     tables = [found["table"] for seed in range(3) if (found := results(f"ast-seed{seed}"))]
-    if control := results("ast-control"):
-        tables[0] = control["table"] | tables[0]
+    tables = [table | (results(f"ast-control{seed}") or {"table": {}})["table"] for seed, table in enumerate(tables)]
     if long := results("ast-long"):
         tables[0] |= {f"{name}, longer": row for name, row in long["table"].items() if name.startswith("AST")}
     return tables
@@ -81,7 +101,7 @@ def ablation():
     """{variant: (its perplexity, its share of the gap)} of seed 0."""
     first, found = results("ast-seed0")["table"], {}
     for name, (said, row) in ABLATION.items():
-        if run := results(f"ast-{name}"):
+        if run := results("ast-seed0" if name == "slorb" else f"ast-{name}"):
             perplexity = run["table"][row]["perplexity"]
             found[said] = perplexity, gap_closed(first, perplexity)
     return found
@@ -126,7 +146,7 @@ def streamed():
 
 
 def ablated():
-    return markdown(["AST, 614,400 tokens, seed 0", "test perplexity", "gap closed"], [
+    return markdown(["AST, 1,024,000 tokens, seed 0", "test perplexity", "gap closed"], [
         [said, f"{perplexity:.3f}", f"{closed:.1%}"] for said, (perplexity, closed) in ablation().items()])
 
 
@@ -134,8 +154,8 @@ def tables():
     """{name of its marker in README: text}."""
     return {
         "tables": table_by_method(pruned("tiny/*", "stories260K/*")), "settings": table_by_method(pruned("settings/*")),
-        "cost": cost(), "cost of swaps": cost_of_swaps(), "retrained": retrained(), "ablation": ablated(), "tuning": tuning(),
-        "compressed": compressed(), "streamed": streamed(), "texts": texts()}
+        "goal": goal(), "cost": cost(), "cost of swaps": cost_of_swaps(), "retrained": retrained(), "ablation": ablated(),
+        "tuning": tuning(), "compressed": compressed(), "streamed": streamed(), "texts": texts()}
 
 
 def draw_ast(path):
@@ -166,13 +186,14 @@ def main():
     readme = ROOT / "README.md"
     text = readme.read_text()
     for name, table in tables().items():
-        marked = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+        marked = re.compile(rf"(<!-- {name} -->).*?(\n<!-- end -->)", re.DOTALL)
         if not marked.search(text):
             sys.exit(f"README.md has no place for the table {name}")
-        text = marked.sub(lambda found: found[1] + table + found[2], text)
+        text = marked.sub(lambda found: f"{found[1]}\n{table}{found[2]}", text)
     readme.write_text(text)
+    plot(opening(), ROOT / "assets/overview.png")
     plot(pruned("tiny/*", "stories260K/*"), ROOT / "assets/dsnot.png")
-    plot(pruned("tiny/0.7-wanda-swap*"), ROOT / "assets/layers.png")
+    plot(pruned("tiny/0.7-wanda-swap-refit*"), ROOT / "assets/layers.png")
     draw_ast(ROOT / "assets/ast.png")
 
 

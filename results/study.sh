@@ -1,18 +1,23 @@
 #!/usr/bin/env bash
-# Every number of README's pruning tables, from scratch; what has its file already is not measured again.
-#     bash results/study.sh tiny                                     (about an hour on two CPU cores)
-#     bash results/study.sh stories260K FOLDER TEXT_FILE             (another model, calibrated and measured on a text of yours)
-#     bash results/study.sh settings                                 (DSnoT's own settings, on the validation text of tiny)
-# then `python eval.py --compare results/tiny/*.json results/stories260K/*.json --by-method --plot assets/dsnot.png` prints the tables and draws the figure.
+# README's tables of pruned models. A run whose file is there is not made again: delete results/NAME to measure all anew.
+#     bash results/study.sh tiny                       (the model that ships; about an hour on two CPU cores)
+#     bash results/study.sh settings                   (DSnoT's own settings, on the validation text of tiny)
+#     bash results/study.sh NAME FOLDER TEXT_FILE      (a model and a text of yours; its results go to results/NAME)
+# `python eval.py --compare results/NAME/*.json --by-method --plot NAME.png` then prints the table and draws it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-name=$1
-case $name in tiny|settings) model=() ;; *) model=(--model "$2" --calib "$3" --data "$3" --seqlen 256) ;; esac
+name=${1:-}
+case $name:$# in
+    tiny:1|settings:1) model=() ;;
+    *:3) model=(--model "$2" --calib "$3" --data "$3" --seqlen 256) ;;
+    *) sed -n '2,6s/^# //p' "$0" >&2; exit 2 ;;
+esac
+mkdir -p "results/$name"
 
 run() {
     json=results/$name/${amount/:/of}-$1.json
-    mkdir -p "results/$name"
-    [ -f "$json" ] || python dsnot.py "${model[@]}" $option $amount --out "out/study-$name" --json "$json" "${@:2}"
+    if [ -f "$json" ]; then echo "$json is there"; return; fi
+    python dsnot.py "${model[@]}" $option $amount --out "out/study-$name" --json "$json" "${@:2}"
 }
 
 if [ "$name" = settings ]; then
@@ -41,6 +46,8 @@ for amount in $amounts; do
     sign=$([ $option = --pattern ] && echo --sign-check || echo --no-sign-check)  # as the published code has it
     run wanda-published --refine dsnot --refine-layers attn --cycles 50 $sign --no-compare
     run wanda-dsnot-swap --refine dsnot+swap --no-compare
+    run wanda-propagate --refine none --propagate --no-compare
+    run wanda-swap-no-propagate --refine swap --no-propagate --no-compare
     run wanda-swap-refit --refine swap --refit --no-compare
     run sparsegpt-propagate --score sparsegpt --refine none --propagate --no-compare
     run sparsegpt-refit --score sparsegpt --refine none --refit --no-compare

@@ -3,7 +3,8 @@
     python tests/robustness.py --trials 400 --json results/robustness.json
 
 A traceback, another exit code, more than one line of error or something half-written is a defect, printed with the trial's
-seed; the exit code is then 1. Interrupted pruning is tried too: a run stopped at a random call goes on to the same bytes.
+seed; the exit code is then 1. Interruptions are tried too: pruning or training that is stopped at a random call goes on to the
+same bytes.
 """
 
 import contextlib
@@ -23,12 +24,21 @@ from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import ast_train
 import dsnot
 import eval
 import gpt
+import sparse_matmul
 from conftest import make_checkpoint
 from data.command import parser, record, run, start
 
+COMMANDS = {"dsnot": dsnot, "ast_train": ast_train, "sparse_matmul": sparse_matmul, "eval": eval, "gpt": gpt}
+OPTIONS = {  # those whose values are tried
+    "dsnot": "sparsity pattern nsamples seqlen cycles threshold seed device calib data score refine allocate split json out",
+    "ast_train": "pattern sparsity score mask-every decay decay-steps kl-weight temperature slorb-k data eval-data seqlen batch "
+                 "micro-batch lr lr-end average warmup clip save-every seed device dtype shard start-from json out",
+    "sparse_matmul": "bits seed device json out", "eval": "batch data split seqlen tasks limit compare plot seed device json",
+    "gpt": "max-new-tokens temperature top-k seed device json prompt"}
 ODD = [None, -1, 0, 1, 3, 7, 2.5, 10**12, math.nan, "", "x", True, [], [1], {}, {"a": 1}, "\ud800"]
 WORDS = ["-1", "0", "1", "2", "3", "0.5", "1e-9", "1e9", "nan", "inf", "-inf", "", "x", "2:4", "0:4", "4:4", "5:4", "1:32", "-1:2",
          "2:4:8", "é", "../..", "/", "/dev/null", "tiny", "a" * 300]
@@ -85,14 +95,20 @@ def damage_tensors(folder, rng):
     return f"{name} {kind}"
 
 
-def odd_options(rng):
-    names = ["sparsity", "pattern", "nsamples", "seqlen", "cycles", "threshold", "seed", "device", "calib", "data", "score", "refine",
-             "allocate", "split", "json", "out"]
-    words = []
+def usual_options(command, text, here):
+    """Options with which a command has a second's work."""
+    return {
+        "dsnot": ["--calib", text, "--data", text, "--nsamples", 3, "--seqlen", 32, "--out", here / "out"],
+        "ast_train": ["--data", text, "--eval-data", text, "--seqlen", 16, "--steps", 4, "--batch", 2, "--micro-batch", 2,
+                      "--save-every", 2, "--mask-every", 1, "--warmup", 1, "--methods", "ast-slorb", "--slorb-k", 4,
+                      "--no-one-shot", "--no-compile", "--out", here / "out"],
+        "sparse_matmul": ["--out", here / "out"], "eval": ["--data", text, "--seqlen", 32], "gpt": ["--max-new-tokens", 4]}[command]
+
+
+def odd_options(command, rng):
+    names, words = OPTIONS[command].split(), []
     for name in rng.sample(names, rng.choice([1, 1, 2, 3])):
         word = rng.choice(WORDS)
-        if name in ("nsamples", "seqlen") and word in ("1e9", "inf"):
-            word = "100000"
         if name in ("out", "json") and word in ("", "tiny", "x", "2:4", "0.5") or word == "../..":
             word = "/dev/null/x"
         words.append(f"--{name}={word}")
@@ -119,25 +135,34 @@ def outcome(main, words):
 
 
 def stopped_and_gone_on(model, text, here, rng):
-    """Prune, stop at a random call of prune_layer, go on: the same bytes as without a stop?"""
-    words = ["--model", model, "--calib", text, "--data", text, "--nsamples", 3, "--seqlen", 32, "--device", "cpu",
-             *rng.choice([["--refine", "swap"], ["--score", "sparsegpt"], ["--pattern", "2:4"], ["--refine", "dsnot+swap", "--refit"]])]
-    assert outcome(dsnot.main, [*words, "--out", here / "whole"])[0] == 0
-    real, left = dsnot.prune_layer, [rng.randrange(14)]
+    """Prune or train, stop at a random call of prune_layer or backward, go on: the same bytes as without a stop?"""
+    command, function, calls, choices = rng.choice([
+        (dsnot, "prune_layer", 14, [["--refine", "swap"], ["--score", "sparsegpt"], ["--pattern", "2:4"],
+                                    ["--refine", "dsnot+swap", "--refit"]]),
+        (ast_train, "backward", 4, [["--methods", "ast"], ["--average", "0.5"], ["--start-from", "swap"], ["--decay", "0"]])])
+    words = ["--model", model, "--device", "cpu", *usual_options(command.__name__, text, here), *rng.choice(choices)]
+    assert outcome(command.main, [*words, "--out", here / "whole"])[0] == 0, words
+    real, left = getattr(command, function), [rng.randrange(calls)]
 
     def stopping(*args, **options):
         left[0] -= 1
         if left[0] < 0:
             raise KeyboardInterrupt
         return real(*args, **options)
-    dsnot.prune_layer = stopping
-    code = outcome(dsnot.main, [*words, "--out", here / "cut"])[0]
-    dsnot.prune_layer = real
-    assert code == 130 and not (here / "cut").exists()
-    assert outcome(dsnot.main, [*words, "--out", here / "cut"])[0] == 0
-    for path in (here / "whole").glob("*.safetensors"):
-        if path.read_bytes() != (here / "cut" / path.name).read_bytes():
+    setattr(command, function, stopping)
+    code = outcome(command.main, [*words, "--out", here / "cut"])[0]
+    setattr(command, function, real)
+    assert code == 130 and not any((here / "cut").glob("*.safetensors")), words
+    assert outcome(command.main, [*words, "--out", here / "cut"])[0] == 0, words
+    for path in (here / "whole").rglob("*.safetensors"):
+        if path.read_bytes() != (here / "cut" / path.relative_to(here / "whole")).read_bytes():
             return f"{path.name} differs after a stop: {words}"
+
+
+def two_of_four(path):
+    """Prune the linear layers of a file, so that the commands that want a 2:4 model have one."""
+    tensors = {name: sparse_matmul.prune_24(W) if "proj" in name else W for name, W in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def main():
@@ -151,6 +176,7 @@ def main():
         args.json = args.json and str(Path(args.json).absolute())
         os.chdir(folder)  # where odd values of --out and --json may write
         make_checkpoint(folder / "m")
+        two_of_four(folder / "m" / "model.safetensors")
         text = folder / "text.txt"
         text.write_text("the model reads words and the words are few so it can learn them by heart in no time\n" * 100)
         for trial in range(args.trials):
@@ -163,15 +189,14 @@ def main():
                 wrong, told, said, code = stopped_and_gone_on(here / "m", text, here, rng), "", "", "same bytes"
             else:
                 damage = {"config": damage_config, "bytes": damage_bytes, "tensors": damage_tensors}
-                told = damage[kind](here / "m", rng) if kind in damage else " ".join(words := odd_options(rng))
-                command, base = rng.choice([("dsnot", ["--calib", text, "--data", text, "--nsamples", 3, "--seqlen", 32, "--out", here / "out"]),
-                                            ("eval", ["--data", text, "--seqlen", 32]), ("gpt", ["--max-new-tokens", 4])])
-                if kind == "options":
-                    command, base = "dsnot", ["--calib", text, "--data", text, "--nsamples", 3, "--seqlen", 32, "--out", here / "out", *words]
-                main_of = {"dsnot": dsnot.main, "eval": eval.main, "gpt": gpt.main}[command]
-                code, wrong, said = outcome(main_of, ["--model", here / "m", "--device", "cpu", *base])
-                left = [p.name for p in here.iterdir() if p.name not in ("m", "out", "out.unrefined")]
-                if not wrong and (left or (code == 2 and (here / "out").exists() and command == "dsnot" and kind != "options")):
+                command = rng.choice([*COMMANDS])
+                words = odd_options(command, rng) if kind == "options" else []
+                told = f"{command}, " + (damage[kind](here / "m", rng) if kind in damage else " ".join(words))
+                words = ["--model", here / "m", "--device", "cpu", *usual_options(command, text, here), *words]
+                code, wrong, said = outcome(COMMANDS[command].main, words)
+                left = [p.name for p in here.rglob("*") if p.name.endswith((".partial", ".before"))]
+                half = command in ("dsnot", "sparse_matmul") and kind != "options" and code == 2 and (here / "out").exists()
+                if not wrong and (left or half):
                     wrong = f"left behind: {left or 'out'}"
             counts.setdefault(kind, {}).setdefault(str(code), 0)
             counts[kind][str(code)] += 1

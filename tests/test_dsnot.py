@@ -222,6 +222,16 @@ def swap_case(seed, amount, with_cross, **layer):
     return W, inputs, z, stats.gram, goal, keep_mask(wanda_score(W, stats), **amount)
 
 
+@pytest.mark.parametrize("width", [30, 1000, 1024, 2048])
+def test_lowest_is_topk(width):
+    """Would catch columns that the search in two steps overlooks, and rows that have fewer than k to offer."""
+    x = torch.randn(40, width, generator=torch.Generator().manual_seed(width))
+    x[:20, torch.randperm(width)[:width - 5]] = torch.inf
+    found = dsnot.lowest(x, 16)
+    assert torch.equal(x.gather(1, found), x.topk(16, dim=1, largest=False)[0])
+    assert all(len(set(row)) == 16 for row in found.tolist())
+
+
 @pytest.mark.parametrize("amount", AMOUNTS)
 @pytest.mark.parametrize("with_cross", [False, True])
 def test_swaps_end_where_no_swap_helps(amount, with_cross):
@@ -594,8 +604,10 @@ BAD = {
     "nothing to allocate": (["--pattern", "2:4", "--allocate", "owl"], "--allocate owl"),
     "no pattern": (["--pattern", "half"], "half"),
     "does not divide": (["--pattern", "3:7"], "7"),
+    "no cycles in it": (["--refine", "swap", "--cycles", "9"], "--cycles 9"),
     "unknown model": (["--model", "llama9"], "llama9"),
     "no such folder": (["--model", "./nothing/here"], "nothing/here"),
+    "a folder, no Hub id": (["--model", "tests/nothing"], "there is no folder tests/nothing"),
     "no such text": (["--calib", "nothing.txt"], "nothing.txt"),
     "long window": (["--seqlen", "100000"], "100000"),
     "nsamples": (["--nsamples", "0"], "nsamples 0"),
@@ -652,11 +664,25 @@ def test_full_disk(monkeypatch, capsys, model, tmp_path):
 
 
 def test_existing_folders_are_respected(monkeypatch, capsys, model, tmp_path):
-    """Would catch overwriting the model that is being read, or a folder that holds something else."""
+    """Would catch overwriting the model that is being read, one that came from elsewhere, or a folder that holds something
+    else, and work that is done before the refusal. What was written here is replaced."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    for out in tmp_path / "mine", model / "m":
-        with pytest.raises(SystemExit):
-            command(monkeypatch, model, out)
+    theirs("llama", {}).save_pretrained(tmp_path / "theirs")
+    with monkeypatch.context() as patch:
+        patch.setattr(dsnot, "perplexity", None)
+        for out in tmp_path / "mine", tmp_path / "theirs", model / "m":
+            with pytest.raises(SystemExit):
+                command(monkeypatch, model, out)
+            assert "choose another output folder" in capsys.readouterr().err
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
-    assert "choose another output folder" in capsys.readouterr().err
+    for sparsity in "0.5", "0.6":
+        command(monkeypatch, model, tmp_path / "new", "--sparsity", sparsity)
+    assert json.loads((tmp_path / "new" / "pruning.json").read_text())["run"]["sparsity"] == 0.6
+
+
+def test_time_is_kept(monkeypatch, model, tmp_path):
+    """Would catch a finished folder being told to have taken no time, or a stopped run only its last part."""
+    first, again = (command(monkeypatch, model, tmp_path / "out", "--json", str(tmp_path / "r.json")) or
+                    json.loads((tmp_path / "r.json").read_text())["results"]["rows"][-1]["seconds"] for _ in range(2))
+    assert first == again > 0

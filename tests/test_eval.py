@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from data.tasks import SEVEN, TASKS, Example, encode_pair, load_task
 from data.text import evaluation_ids
 from eval import accuracy, log_likelihoods, perplexity, zero_shot
 from gpt import GPT
-from results.compare import merge, plot, read_rows, table
+from results.compare import compare, merge, plot, read_rows, table
 from results.readme import tables as readme_tables
 
 STORY = "One day the model had read all the words in the house and it could not find a new one anywhere. "
@@ -391,7 +392,8 @@ def test_command(checkpoint, tasks_dir, tmp_path):
     (["--tasks", "rte", "--tasks-dir", "nowhere"], "--tasks-dir nowhere is no folder"),
     (["--data", "ptb"], "ptb_text_only is not in the cache and can't be fetched"),
     (["--compare", "nowhere.json"], "there is no such file"), (["--compare", "LICENSE"], "neither a result file"),
-    (["--plot", "a.png"], "needs --compare"), (["--seqlen", "1"], "--seqlen 1"),
+    (["--plot", "a.png"], "needs --compare"), (["--seqlen", "1"], "--seqlen 1"), (["--limit", "3"], "they need --tasks"),
+    (["--by-method"], "needs --compare"),
 ])
 def test_bad_input_is_one_sentence(arguments, said, monkeypatch, capsys, tmp_path):
     """On stderr, with exit code 2 and nothing written."""
@@ -408,6 +410,13 @@ def test_bad_input_is_one_sentence(arguments, said, monkeypatch, capsys, tmp_pat
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and said in error, error
     assert not list(tmp_path.iterdir())
+
+
+def test_a_table_of_nothing_is_refused(tmp_path):
+    run = dict(model="m", score="wanda", refine="none", pattern=None, sparsity=0.5)
+    (tmp_path / "pruning.json").write_text(json.dumps({"run": run, "layers": []}))
+    with pytest.raises(InputError, match="there is no perplexity"):
+        compare(Namespace(compare=[tmp_path], by_method=True, plot=None, json=None))
 
 
 def test_readme_shows_the_results():
