@@ -14,5 +14,8 @@ ablate no-decay --decay 0
 ablate fixed-mask --mask-every 0
 ablate wanda --score wanda
 ablate swap-start --start-from swap
+ablate decay --decay 1e-2
+ablate lr --lr 5e-4
+ablate batch --batch 4 --micro-batch 4 --steps 1000 --warmup 50 --decay-steps 250 --save-every 250
 run long --steps 4000 --warmup 200 --decay-steps 1000 --save-every 500 --methods ast-slorb --no-one-shot
 [ -f results/bench_ast.json ] || python tests/bench_ast.py --json results/bench_ast.json

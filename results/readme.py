@@ -22,7 +22,8 @@ OPENING = {  # the methods of the first picture, as compare.py names them and as
 ABLATION = {  # file: what it is called, and the row of its table
     "seed0": ("AST", "AST"), "no-distillation": ("no distillation", "AST"), "static-decay": ("static decay", "AST"),
     "no-decay": ("no decay", "AST"), "fixed-mask": ("fixed mask", "AST"), "wanda": ("mask by Wanda score", "AST"),
-    "swap-start": ("swap start", "AST"), "slorb": ("with SLoRB", "AST + SLoRB")}
+    "swap-start": ("swap start", "AST"), "slorb": ("with SLoRB", "AST + SLoRB"), "decay": ("decay 0.01", "AST"),
+    "lr": ("learning rate 0.0005", "AST"), "batch": ("twice the steps of half the windows", "AST")}
 
 
 def results(name, key="results"):
