@@ -426,7 +426,9 @@ def load_state(work, model, optimizer, mean, options):
     state = json.loads((found[-1] / "run.json").read_text())
     for name, value in options.items():
         if (old := state["options"].get(name)) != value:
-            told = "of another model" if name == "model" else f"with --{name.replace('_', '-')} {old}, not {value}"
+            option = f"--{name.replace('_', '-')}"
+            told = ("of another model" if name == "model" else
+                    f"without {option}" if old in (None, "None") else f"with {option} {old}, not {value.replace('None', 'without')}")
             raise InputError(f"{work} holds a run {told}: give the options it had, choose another --out, or delete it")
     weights, moments = get_state_dict(model, optimizer)
     dcp.load({"model": weights, "optimizer": moments, "mean": mean}, checkpoint_id=found[-1])

@@ -771,6 +771,8 @@ def check(args, config, text):
                 fits(parse_pattern(args.pattern), layer.in_features)
         if args.allocate != "uniform":
             raise InputError(f"--allocate {args.allocate} can't change the pattern {args.pattern}: give a --sparsity")
+    if args.out is not None and not Path(args.out).name:
+        raise InputError(f"--out {args.out} has no name of its own: give a folder to make")
     if args.cycles is not None and "dsnot" not in args.refine:
         raise InputError(f"--cycles {args.cycles} is an option of DSnoT, which --refine {args.refine} leaves out")
     args.calib, args.data = args.calib or text or "c4", args.data or text or "wikitext2"

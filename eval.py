@@ -258,8 +258,10 @@ def check(args):
         raise InputError("--limit and --tasks-dir tell how to run tasks: they need --tasks")
     if args.by_method and not args.compare:
         raise InputError("--by-method tells how to print a table: it needs --compare")
-    if args.plot and (not args.compare or Path(args.plot).suffix not in (".png", ".svg")):
-        raise InputError(f"--plot {args.plot} needs --compare, and a file that ends in .png or .svg")
+    if args.plot and not args.compare:
+        raise InputError(f"--plot {args.plot} draws what is compared: it needs --compare")
+    if args.plot and Path(args.plot).suffix not in (".png", ".svg"):
+        raise InputError(f"--plot {args.plot} must end in .png or .svg")
     for name in args.tasks or []:
         if name not in TASKS:
             raise InputError(f"--tasks {name}: there is no such task; there are {', '.join(TASKS)}")

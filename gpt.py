@@ -783,9 +783,11 @@ def main():
                    help="keep 2:4 layers compressed and compute with them (sparse_matmul.py)")
     args = p.parse_args()
     start(args)
-    if args.max_new_tokens < 1 or not 0 <= args.temperature < math.inf or args.top_k < 1:
-        raise InputError(f"--max-new-tokens {args.max_new_tokens} and --top-k {args.top_k} must be at least 1, "
-                         f"--temperature {args.temperature} a number from 0")
+    for name in "max_new_tokens", "top_k":
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    if not 0 <= args.temperature < math.inf:
+        raise InputError(f"--temperature {args.temperature} must be a number from 0")
     model = GPT.from_pretrained(args.model, device=args.device, sparse=args.sparse)
     tokenizer = load_tokenizer(args.model)
     ids = tokenizer.encode(args.prompt)

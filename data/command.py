@@ -116,5 +116,5 @@ def run(main):
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; finished work is kept where the command keeps it", file=sys.stderr)
+        print("interrupted: the same command goes on from what is finished", file=sys.stderr)
         sys.exit(130)

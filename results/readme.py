@@ -18,7 +18,7 @@ from results.compare import markdown, merge, plot, read_rows, table_by_method
 OPENING = {  # the methods of the first picture, as compare.py names them and as they are called there
     "dense": "dense", "magnitude": "magnitude", "wanda": "Wanda", "wanda + dsnot (refine layers all, sign check)": "Wanda + DSnoT",
     "sparsegpt": "SparseGPT", "wanda + swap (propagate)": "Wanda + swaps", "wanda + swap + refit": "Wanda + swaps + refit",
-    "wanda + swap + refit (allocate sensitivity)": "the same, shares by sensitivity", "AST": "AST", "AST + SLoRB": "AST + SLoRB"}
+    "wanda + swap + refit (allocate sensitivity)": "Wanda + swaps + refit, by sensitivity", "AST": "AST", "AST + SLoRB": "AST + SLoRB"}
 ABLATION = {  # file: what it is called, and the row of its table
     "seed0": ("AST", "AST"), "no-distillation": ("no distillation", "AST"), "static-decay": ("static decay", "AST"),
     "no-decay": ("no decay", "AST"), "fixed-mask": ("fixed mask", "AST"), "wanda": ("mask by Wanda score", "AST"),
@@ -95,7 +95,7 @@ def retrained():
         spread = f" ± {statistics.stdev(values):.3f}" if len(set(values)) > 1 else ""
         closed = statistics.mean(gap_closed(found, found[name]["perplexity"]) for found in tables if name in found)
         lines.append([name, f"{statistics.mean(values):.3f}{spread}", f"{closed:.1%}", f"{row['tokens']:,}"])
-    return markdown(["tiny, 2:4", "test perplexity", "gap closed", "training tokens"], lines)
+    return markdown(["tiny, 2:4", "test perplexity", "gap closed", "tokens read"], lines)
 
 
 def ablation():

@@ -604,6 +604,7 @@ BAD = {
     "nothing to allocate": (["--pattern", "2:4", "--allocate", "owl"], "--allocate owl"),
     "no pattern": (["--pattern", "half"], "half"),
     "does not divide": (["--pattern", "3:7"], "7"),
+    "no name": (["--out", "/"], "--out /"),
     "no cycles in it": (["--refine", "swap", "--cycles", "9"], "--cycles 9"),
     "unknown model": (["--model", "llama9"], "llama9"),
     "no such folder": (["--model", "./nothing/here"], "nothing/here"),
