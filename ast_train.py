@@ -427,8 +427,8 @@ def load_state(work, model, optimizer, mean, options):
     for name, value in options.items():
         if (old := state["options"].get(name)) != value:
             option = f"--{name.replace('_', '-')}"
-            told = ("of another model" if name == "model" else
-                    f"without {option}" if old in (None, "None") else f"with {option} {old}, not {value.replace('None', 'without')}")
+            told = f"without {option}" if old in (None, "None") else f"with {option} {old}" + f", not {value}" * (value != "None")
+            told = "of another model" if name == "model" else told
             raise InputError(f"{work} holds a run {told}: give the options it had, choose another --out, or delete it")
     weights, moments = get_state_dict(model, optimizer)
     dcp.load({"model": weights, "optimizer": moments, "mean": mean}, checkpoint_id=found[-1])

@@ -49,7 +49,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import calibration_windows, load_tokenizer, windows
-from data.command import InputError, parser, record, run, start, timed, write_atomically
+from data.command import InputError, at_least, parser, record, run, start, timed, write_atomically
 from data.hub import model_folder
 from data.text import SOURCES, evaluation_ids, usual_text
 from eval import default_seqlen, free_memory, perplexity
@@ -267,8 +267,8 @@ def swap_refine(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = 
         left = torch.full_like(rows, w.shape[1] if max_swaps is None else max_swaps)
         least = 1e-6 * square.amax(1)  # a smaller gain is rounding
         while len(rows):
-            alone = torch.addcmul(square, slope, g)  # what it adds to flip one weight and no other
-            column, made = _swap_round(alone, mask, barred, slope, G, left, least, candidates, pattern)
+            price = torch.addcmul(square, slope, g) + barred  # what it adds to prune or grow one weight and no other
+            column, made = _swap_round(price, mask, slope, G, left, least, candidates, pattern)
             used, row, at = made.sum(1) // 2, made.nonzero()[:, 0], column[made]
             if not len(at):
                 new[rows] = mask
@@ -282,16 +282,15 @@ def swap_refine(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = 
     return new
 
 
-def _swap_round(alone, mask, barred, slope, G, left, least, candidates, pattern):
+def _swap_round(price, mask, slope, G, left, least, candidates, pattern):
     """A few swaps in each of some rows, of which at most `left` [rows], that lower the error by more than `least` [rows]:
     the columns that flip, pruned and grown by turns [rows, 2 swaps], and which of these flips are made (bool, the same).
-    alone, mask, slope [rows, in], barred [2, rows, in], G: as in swap_refine."""
-    prune, grow = _candidates(alone, mask, barred, candidates, pattern)
+    price [2, rows, in] of pruning and of growing, mask, slope [rows, in], G: as in swap_refine."""
+    prune, grow = _candidates(price, mask, candidates, pattern)
     (rows, groups, a), b = prune.shape, grow.shape[2]
     prune, grow, k, columns, made = prune.flatten(1), grow.flatten(1), groups * a, [], []
     both = torch.cat([prune, grow], 1)
-    step, cost = slope.gather(1, both), alone.gather(1, both)
-    cost += torch.cat([barred[0].gather(1, prune), barred[1].gather(1, grow)], 1)
+    step, cost = slope.gather(1, both), torch.cat([price[0].gather(1, prune), price[1].gather(1, grow)], 1)
 
     def pairs(x):  # what of each row belongs to the weights of a pair, to be broadcast: [rows, groups, a, 1], [.., 1, b]
         return x[:, :k].view(rows, groups, a, 1), x[:, k:].view(rows, groups, 1, b)
@@ -331,15 +330,14 @@ def lowest(x, k):
     return among.gather(1, x.gather(1, among).topk(k, dim=1, largest=False)[1])
 
 
-def _candidates(alone, keep, barred, candidates, pattern):
-    """The weights of each row that may be pruned and grown for each other [rows, groups, a] and [rows, groups, b]: those whose
-    flip `alone` costs least, as one group, or the most promising groups of a pattern."""
-    rows, width = alone.shape
-    sides = alone + barred
+def _candidates(price, keep, candidates, pattern):
+    """The weights of each row that may be pruned and grown for each other [rows, groups, a] and [rows, groups, b]: those with
+    the lowest price, as one group, or the most promising groups of a pattern."""
+    rows, width = keep.shape
     if pattern is None:  # a side that has fewer is filled up with others, which _swap_round leaves alone
-        return [lowest(side, min(candidates, width))[:, None] for side in sides]
+        return [lowest(side, min(candidates, width))[:, None] for side in price]
     n, m = pattern
-    promise = sides.view(2, rows, -1, m).amin(-1).sum(0)
+    promise = price.view(2, rows, -1, m).amin(-1).sum(0)
     group = lowest(promise, min(max(1, candidates // n), width // m))  # [rows, groups]
     member = group[:, :, None] * m + keep.view(rows, -1, m).gather(1, group[:, :, None].expand(-1, -1, m)).long().argsort(-1)
     return member[:, :, m - n:], member[:, :, :m - n]
@@ -762,9 +760,7 @@ def check(args, config, text):
     measure on if none is given, None: C4 and WikiText-2."""
     if not 0 <= args.sparsity < 1:
         raise InputError(f"--sparsity {args.sparsity} must be at least 0 and below 1 (0.7 prunes 70 %)")
-    for name, low in ("nsamples", processes()[1]), ("seqlen", 2), ("cycles", 0), ("threshold", 0):
-        if (value := getattr(args, name)) is not None and value < low:
-            raise InputError(f"--{name} {value} must be at least {low}")
+    at_least(args, nsamples=processes()[1], seqlen=2, cycles=0, threshold=0)
     if args.pattern:
         with torch.device("meta"):
             for layer in prunable(Block(config)).values():
@@ -852,7 +848,7 @@ def main():
     def load(folder):
         return GPT.from_pretrained(folder, device=args.device, stream=True)
 
-    tokenizer, batch, source = load_tokenizer(args.model), max(1, 8192 // args.seqlen), load(args.model).source
+    tokenizer, batch, source = load_tokenizer(folder), max(1, 8192 // args.seqlen), load(folder).source
     files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(set(source.files.values()))]
     shared = Path(args.data).resolve() == Path(args.calib).resolve()
     split = args.split if args.data in SOURCES or shared else None  # a file of its own is read whole
@@ -861,7 +857,7 @@ def main():
     calibration = calibration_windows(args.calib, tokenizer, args.nsamples, args.seqlen, args.seed)
     talk(f"{args.model}: {amount} pruned, calibration {args.nsamples} x {args.seqlen} tokens of {args.calib}, "
          f"perplexity on {data} ({len(windows(ids, args.seqlen))} windows of {args.seqlen} tokens)")
-    passes = [("dense", args.model, None), (title, out, method)]
+    passes = [("dense", folder, None), (title, out, method)]
     if args.compare:
         plain = method | dict(refine="none", refit=False, propagate=False)
         passes.insert(1, (args.score, out.with_name(out.name + ".unrefined"), plain))
@@ -875,7 +871,7 @@ def main():
         if how:
             noted = {option: getattr(args, option) for option in ("calib", "nsamples", "seqlen", "seed")} | how
             noted |= dict(model=str(source.folder.resolve()), files=files, pattern=args.pattern)
-            layers = prune(load(args.model), calibration, place, noted, batch=batch, **how)
+            layers = prune(load(folder), calibration, place, noted, batch=batch, **how)
             seconds = json.loads((Path(place) / "pruning.json").read_text())["seconds"]
         weights = max(1, sum(layer["weights"] for layer in layers))
         zeros = sum(layer["weights"] * layer["sparsity"] for layer in layers) / weights

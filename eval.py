@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import load_tokenizer, windows
-from data.command import InputError, parser, record, run, start
+from data.command import InputError, at_least, parser, record, run, start
 from data.tasks import SEVEN, TASKS, encode_pair, load_task
 from data.text import SOURCES, evaluation_ids, usual_text
 from gpt import GPT, rotary
@@ -251,9 +251,7 @@ def options():
 
 def check(args):
     """Raise InputError for options that can't be meant."""
-    for name, low in ("seqlen", 2), ("batch", 1), ("limit", 1):
-        if (value := getattr(args, name)) is not None and value < low:
-            raise InputError(f"--{name} {value} must be at least {low}")
+    at_least(args, seqlen=2, batch=1, limit=1)
     if (args.limit or args.tasks_dir) and args.tasks is None:
         raise InputError("--limit and --tasks-dir tell how to run tasks: they need --tasks")
     if args.by_method and not args.compare:

@@ -38,7 +38,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data import load_tokenizer
-from data.command import InputError, parser, record, run, start, write_atomically
+from data.command import InputError, at_least, parser, record, run, start, write_atomically
 from data.hub import model_folder
 
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh")}
@@ -783,9 +783,7 @@ def main():
                    help="keep 2:4 layers compressed and compute with them (sparse_matmul.py)")
     args = p.parse_args()
     start(args)
-    for name in "max_new_tokens", "top_k":
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    at_least(args, max_new_tokens=1, top_k=1)
     if not 0 <= args.temperature < math.inf:
         raise InputError(f"--temperature {args.temperature} must be a number from 0")
     model = GPT.from_pretrained(args.model, device=args.device, sparse=args.sparse)

@@ -61,6 +61,13 @@ def start(args):
             raise InputError(f"--json {args.json}: the folder {Path(args.json).parent} does not exist")
 
 
+def at_least(args, **lowest):
+    """Raise InputError for an option that is given and lower than its lowest value: at_least(args, seqlen=2)."""
+    for name, low in lowest.items():
+        if (value := getattr(args, name)) is not None and value < low:
+            raise InputError(f"--{name.replace('_', '-')} {value} must be at least {low}")
+
+
 def timed(work, device):
     """(seconds that work() takes, what it returns)."""
     begin = time.perf_counter()

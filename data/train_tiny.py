@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data.command import InputError, parser, record, run, start, write_atomically
+from data.command import InputError, at_least, parser, record, run, start, write_atomically
 from data.stdlib import package_source, stdlib_source, stdlib_text
 from data.text import windows
 from data.tokenizer import SentencePiece
@@ -166,9 +166,7 @@ def main():
     start(args)
     if args.hidden_size < 128 or args.hidden_size % 128:
         raise InputError(f"--hidden-size {args.hidden_size} must be a multiple of 128")
-    for name in "layers", "steps", "batch", "seqlen", "save_every":
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    at_least(args, layers=1, steps=1, batch=1, seqlen=1, save_every=1)
     work = Path(args.out + ".training")  # the tokenizer and the state of an unfinished run
     work.mkdir(parents=True, exist_ok=True)
     tokenizer, streams = read(work, args.packages)

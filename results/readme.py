@@ -19,11 +19,11 @@ OPENING = {  # the methods of the first picture, as compare.py names them and as
     "dense": "dense", "magnitude": "magnitude", "wanda": "Wanda", "wanda + dsnot (refine layers all, sign check)": "Wanda + DSnoT",
     "sparsegpt": "SparseGPT", "wanda + swap (propagate)": "Wanda + swaps", "wanda + swap + refit": "Wanda + swaps + refit",
     "wanda + swap + refit (allocate sensitivity)": "Wanda + swaps + refit, by sensitivity", "AST": "AST", "AST + SLoRB": "AST + SLoRB"}
-ABLATION = {  # file: what it is called, and the row of its table
-    "seed0": ("AST", "AST"), "no-distillation": ("no distillation", "AST"), "static-decay": ("static decay", "AST"),
-    "no-decay": ("no decay", "AST"), "fixed-mask": ("fixed mask", "AST"), "wanda": ("mask by Wanda score", "AST"),
-    "swap-start": ("swap start", "AST"), "slorb": ("with SLoRB", "AST + SLoRB"), "decay": ("decay 0.01", "AST"),
-    "lr": ("learning rate 0.0005", "AST"), "batch": ("twice the steps of half the windows", "AST")}
+ABLATION = {  # what a run is called: its file, and the row of its table
+    "AST": ("seed0", "AST"), "no distillation": ("no-distillation", "AST"), "static decay": ("static-decay", "AST"),
+    "no decay": ("no-decay", "AST"), "fixed mask": ("fixed-mask", "AST"), "mask by Wanda score": ("wanda", "AST"),
+    "swap start": ("swap-start", "AST"), "with SLoRB": ("seed0", "AST + SLoRB"), "decay 0.01": ("decay", "AST"),
+    "learning rate 0.0005": ("lr", "AST"), "twice the steps of half the windows": ("batch", "AST")}
 
 
 def results(name, key="results"):
@@ -101,8 +101,8 @@ def retrained():
 def ablation():
     """{variant: (its perplexity, its share of the gap)} of seed 0."""
     first, found = results("ast-seed0")["table"], {}
-    for name, (said, row) in ABLATION.items():
-        if run := results("ast-seed0" if name == "slorb" else f"ast-{name}"):
+    for said, (name, row) in ABLATION.items():
+        if run := results(f"ast-{name}"):
             perplexity = run["table"][row]["perplexity"]
             found[said] = perplexity, gap_closed(first, perplexity)
     return found

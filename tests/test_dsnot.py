@@ -447,7 +447,9 @@ def test_interrupted_run_goes_on(monkeypatch, capsys, model, tmp_path, after, me
     with pytest.raises(SystemExit):
         command(monkeypatch, model, tmp_path / "cut", *method)
     assert not (tmp_path / "cut").exists()
-    calls.clear()
+    log, calls[:] = tmp_path / "cut.partial" / "pruning.json", []
+    if stopped_late := log.is_file():
+        log.write_text(json.dumps(json.loads(log.read_text()) | {"seconds": 1000}))
     monkeypatch.setattr(dsnot, "prune_layer", lambda *args, **options: (calls.append(1), real(*args, **options))[1])
     command(monkeypatch, model, tmp_path / "cut", *method)
     assert len(calls) == 14 - (after - 1) // 7 * 7, "a finished block was pruned again"
@@ -455,6 +457,8 @@ def test_interrupted_run_goes_on(monkeypatch, capsys, model, tmp_path, after, me
         assert (tmp_path / "cut" / file.name).read_bytes() == file.read_bytes()
     layers = [json.loads((tmp_path / run / "pruning.json").read_text())["layers"] for run in ("whole", "cut")]
     assert layers[0] == layers[1] and len(layers[0]) == 14 and all("error" in layer for layer in layers[0])
+    seconds = json.loads((tmp_path / "cut" / "pruning.json").read_text())["seconds"]
+    assert (seconds > 1000) == stopped_late == (after > 7), "the time before the stop counts, too"
 
 
 def test_a_finished_folder_is_made_anew_when_the_model_has_changed(monkeypatch, model, tmp_path):
@@ -683,7 +687,9 @@ def test_existing_folders_are_respected(monkeypatch, capsys, model, tmp_path):
 
 
 def test_time_is_kept(monkeypatch, model, tmp_path):
-    """Would catch a finished folder being told to have taken no time, or a stopped run only its last part."""
-    first, again = (command(monkeypatch, model, tmp_path / "out", "--json", str(tmp_path / "r.json")) or
-                    json.loads((tmp_path / "r.json").read_text())["results"]["rows"][-1]["seconds"] for _ in range(2))
-    assert first == again > 0
+    """Would catch a finished folder being told to have taken no time."""
+    seconds = []
+    for _ in range(2):
+        command(monkeypatch, model, tmp_path / "out", "--json", str(tmp_path / "result.json"))
+        seconds.append(json.loads((tmp_path / "result.json").read_text())["results"]["rows"][-1]["seconds"])
+    assert seconds[0] == seconds[1] > 0
