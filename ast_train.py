@@ -48,7 +48,7 @@ import os
 import shutil
 import tempfile
 import time
-from argparse import ArgumentParser, BooleanOptionalAction
+from argparse import BooleanOptionalAction
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -64,7 +64,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from data import load_tokenizer, windows
-from data.command import InputError, parser, record, run, start, write_atomically
+from data.command import InputError, Parser, parser, record, run, start, write_atomically
 from data.stream import Mixture, tokens
 from data.text import SOURCES, evaluation_ids
 from dsnot import InputStats, keep_mask, magnitude_score, parse_pattern, prunable, prune, wanda_score, watch
@@ -585,7 +585,7 @@ def results(args, test_ids, calibration, begin):
 
 def options():
     compiler = bool(shutil.which("g++") or shutil.which("clang++"))
-    early = ArgumentParser(add_help=False)
+    early = Parser(add_help=False)
     early.add_argument("--recipe", choices=RECIPES, default="tiny")
     p = parser(__doc__)
     p.add_argument("--recipe", choices=RECIPES, default="tiny", help="where the other options begin")
@@ -594,8 +594,9 @@ def options():
                    help="what to train, one after the other; dense: the same training without masks, the control")
     p.add_argument("--out", default="out/ast", help="the folder for a model of each method, their states and curve.png")
     g = p.add_argument_group("method")
-    g.add_argument("--pattern", default="2:4", metavar="N:M", help="N kept of every M")
-    g.add_argument("--sparsity", type=float, help="prune this share of every row instead")
+    how_many = g.add_mutually_exclusive_group()
+    how_many.add_argument("--pattern", default="2:4", metavar="N:M", help="N kept of every M")
+    how_many.add_argument("--sparsity", type=float, help="prune this share of every row instead")
     g.add_argument("--start-from", choices=["dense", "swap"],
                    help="the first weights: the model's, or what dsnot.py --refine swap --refit leaves of them")
     g.add_argument("--score", choices=["magnitude", "wanda"], default="magnitude", help="keep the highest |W| or |W| ||x||")
@@ -638,6 +639,8 @@ def options():
 def check(args):
     """Raise InputError for options that can't be."""
     world = dist.get_world_size()
+    if (Path(args.out) / "config.json").is_file():
+        raise InputError(f"--out {args.out} is a model: give a folder to hold the models that are trained")
     for names, right, rule in [
             ("steps batch micro_batch seqlen save_every slorb_k temperature clip lr", lambda v: v > 0, "must be above 0"),
             ("mask_every decay decay_steps warmup", lambda v: v >= 0, "can't be negative"),

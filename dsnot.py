@@ -34,6 +34,7 @@ Shapes: a weight W, its scores and masks are [out, in]; True in a mask = keep.
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import os
@@ -52,7 +53,7 @@ from data import calibration_windows, load_tokenizer, windows
 from data.command import InputError, at_least, parser, record, run, start, timed, write_atomically
 from data.hub import model_folder
 from data.text import SOURCES, evaluation_ids, usual_text
-from eval import default_seqlen, free_memory, perplexity
+from eval import free_memory, perplexity
 from gpt import GPT, Block, CheckpointWriter, Config, prunable, rotary, shard
 
 # With --propagate a layer's goal lies between what its dense weights make of the inputs that are really there (0) and the
@@ -722,8 +723,9 @@ def options():
     p.add_argument("--dry-run", action="store_true",
                    help="say what the run would take in memory, disk and time; fetches config.json alone")
     group = p.add_argument_group("what to prune")
-    group.add_argument("--sparsity", type=float, default=0.7, help="the share of weights pruned in every row")
-    group.add_argument("--pattern", help="n:m, such as 2:4: n kept of every m consecutive weights; replaces --sparsity")
+    how_many = group.add_mutually_exclusive_group()
+    how_many.add_argument("--sparsity", type=float, default=0.7, help="the share of weights pruned in every row")
+    how_many.add_argument("--pattern", metavar="N:M", help="such as 2:4: N kept of every M consecutive weights")
     group.add_argument("--score", default="wanda", choices=["magnitude", "wanda", "sparsegpt"], help="the first mask")
     group.add_argument("--allocate", default="uniform", choices=["uniform", "owl", "sensitivity"],
                        help="the same sparsity everywhere, less in blocks with more outliers, or less where it hurts")
@@ -772,7 +774,7 @@ def check(args, config, text):
     if args.cycles is not None and "dsnot" not in args.refine:
         raise InputError(f"--cycles {args.cycles} is an option of DSnoT, which --refine {args.refine} leaves out")
     args.calib, args.data = args.calib or text or "c4", args.data or text or "wikitext2"
-    args.seqlen = args.seqlen or default_seqlen(config)
+    args.seqlen = args.seqlen or config.window_length()
     usual = args.refit or "swap" in args.refine
     args.propagate = usual if args.propagate is None else args.propagate
     args.compare = text is not None and (args.refit or args.refine != "none") if args.compare is None else args.compare
@@ -786,8 +788,9 @@ def check(args, config, text):
 
 
 @torch.inference_mode()
-def dry_run(args, config, amount, method):
-    """Print what a run would take: from the configuration, and from a random block on which its steps are timed."""
+def dry_run(args, config, amount, methods):
+    """Print what a run would take: from the configuration, and from a random block on which the steps of its methods (the
+    options of prune, each) are timed."""
     with torch.device("meta"):
         whole = sum(p.numel() for p in GPT(config).parameters())
     stored = getattr(torch, config.raw.get("dtype") or config.raw.get("torch_dtype") or "", torch.float32)
@@ -809,21 +812,23 @@ def dry_run(args, config, amount, method):
     groups = readers(step, x, layers)  # this warms up, too
     watching, stats = timed(lambda: input_stats(step, [x], layers, groups, gram), args.device)
     running, _ = timed(lambda: step(x), args.device)
-    needed = (3 * running + 4 * watching if args.propagate else running + watching) * tokens / len(sample)
+    needed = sum(3 * running + 4 * watching if m["propagate"] else running + watching for m in methods) * tokens / len(sample)
     if args.allocate != "uniform":  # a pass through the dense model, and for "sensitivity" trials of 2048 tokens
         trials = len(layers) * 2048 if args.allocate == "sensitivity" else 0
-        needed += ((running + watching) * tokens + running * trials) / len(sample)
-    for name, layer in layers.items():
-        rows = len(layer.weight) if args.score == "sparsegpt" else 64  # only SparseGPT's time is not in proportion
-        spent, _ = timed(lambda: prune_layer(layer.weight[:rows], stats[name], **{k: method[k] for k in LAYER}), args.device)
-        needed += spent * len(layer.weight) / rows
+        needed += len(methods) * ((running + watching) * tokens + running * trials) / len(sample)
+    for method, name in itertools.product(methods, layers):
+        W = layers[name].weight
+        rows = len(W) if args.score == "sparsegpt" else 64  # only SparseGPT's time is not in proportion
+        spent, _ = timed(lambda: prune_layer(W[:rows], stats[name], **{k: method[k] for k in LAYER}), args.device)
+        needed += spent * len(W) / rows
 
     print(f"{args.model}, {amount} pruned: {blocks} blocks with {sum(sizes):,} weights to prune in each, {whole:,} parameters")
     for name, layer in layers.items():
         print(f"    {name:<18} {layer.out_features:>6} x {layer.in_features}")
     parts = ", ".join(f"{name} {size:.1f}" for name, size in gigabytes.items() if size)
     print(f"memory    {sum(gigabytes.values()):.1f} GB on {args.device}: {parts}")
-    print(f"disk      {whole * stored.itemsize / 1e9:.1f} GB to read, as much to write")
+    size = whole * stored.itemsize / 1e9
+    print(f"disk      {size:.1f} GB to read, {len(methods) * size:.1f} GB to write")
     print(f"time      {needed * blocks / 60:,.1f} minutes on {args.device}, estimated from a part of one of the {blocks} "
           f"blocks; reading, writing and evaluation come on top")
 
@@ -840,8 +845,9 @@ def main():
     config = Config.read(folder)
     amount, title = check(args, config, usual_text(folder, None))
     method = {name: getattr(args, name) for name in METHOD} | dict(pattern=args.pattern and parse_pattern(args.pattern))
+    plain = method | dict(refine="none", refit=False, propagate=False)
     if args.dry_run:
-        return dry_run(args, config, amount, method)
+        return dry_run(args, config, amount, [method] + [plain] * args.compare)
     (rank, _), out = processes(), Path(args.out)
     talk = print if rank == 0 else lambda *_, **__: None
 
@@ -856,10 +862,11 @@ def main():
     data = f"the last tenth of {args.data}" if shared and args.data not in SOURCES else args.data
     calibration = calibration_windows(args.calib, tokenizer, args.nsamples, args.seqlen, args.seed)
     talk(f"{args.model}: {amount} pruned, calibration {args.nsamples} x {args.seqlen} tokens of {args.calib}, "
-         f"perplexity on {data} ({len(windows(ids, args.seqlen))} windows of {args.seqlen} tokens)")
+         f"perplexity on {data} ({len(windows(ids, args.seqlen))} windows of {args.seqlen} tokens{config.remark(args.seqlen)})")
+    if (source.folder / "pruning.json").is_file():
+        talk(f"note: {args.model} has been pruned before; it is what is called dense here")
     passes = [("dense", folder, None), (title, out, method)]
     if args.compare:
-        plain = method | dict(refine="none", refit=False, propagate=False)
         passes.insert(1, (args.score, out.with_name(out.name + ".unrefined"), plain))
 
     talk(f"\n{'method':<24}{'sparsity':>10}{'perplexity':>14}{'seconds':>10}")

@@ -90,16 +90,6 @@ def perplexity(model: GPT, ids, seqlen: int, batch: int = 8, progress: bool = Fa
     return math.exp(min(total.item() / (len(x) * (seqlen - 1)), 700.0))  # a ruined model overflows nothing
 
 
-def default_seqlen(config):
-    """The papers' 2048 tokens, or what a smaller model was made for."""
-    return min(2048, context_length(config))
-
-
-def context_length(config):
-    """The most tokens that a model is made for."""
-    return config.positions or config.raw.get("max_position_embeddings") or 2048
-
-
 @torch.inference_mode()
 def log_likelihoods(model, pairs, max_length, batch=8, progress=False):
     """log P(continuation | context) in nats of every pair of ids (context, continuation) -> list of floats.
@@ -157,7 +147,7 @@ def zero_shot(model, tokenizer, names, folder=None, limit=None, batch=8):
     print(f"{'task':<16}{'questions':>10}{'acc':>18}{'acc_norm':>18}")
     for name, examples in tasks.items():
         pairs = [encode_pair(tokenizer, *pair) for example in examples for pair in example.pairs]
-        scores = log_likelihoods(model, pairs, context_length(model.config), batch, progress=True)
+        scores = log_likelihoods(model, pairs, model.config.context_length, batch, progress=True)
         results[name] = accuracy(examples, scores, TASKS[name].normalise)
         print(task_line(name, results[name]), flush=True)
     if len(results) > 1:
@@ -291,18 +281,18 @@ def main():
     tokenizer = load_tokenizer(args.model)
     row, results = describe(model, args.model) if args.json else {}, {}  # it reads every block once
     if args.data or (args.tasks is None and not args.speed):
-        seqlen = args.seqlen or default_seqlen(model.config)
+        seqlen = args.seqlen or model.config.window_length()
         ids = evaluation_ids(data, args.split if data in SOURCES else None, tokenizer, seqlen)  # a file is read whole
         begin = time.perf_counter()
         row["perplexity"] = perplexity(model, ids, seqlen, args.batch, progress=True)
         tokens = len(ids) // seqlen * seqlen
         results = {"data": data, "seqlen": seqlen, "tokens": tokens}
-        print(f"{args.model} on {data}: perplexity {row['perplexity']:.3f}  (seqlen {seqlen}, {tokens:,} of "
-              f"{len(ids):,} tokens, {time.perf_counter() - begin:.1f} s)")
+        print(f"{args.model} on {data}: perplexity {row['perplexity']:.3f}  (seqlen {seqlen}{model.config.remark(seqlen)}, "
+              f"{tokens:,} of {len(ids):,} tokens, {time.perf_counter() - begin:.1f} s)")
     if args.tasks is not None:
         row["tasks"] = zero_shot(model, tokenizer, args.tasks or SEVEN, args.tasks_dir, args.limit, args.batch)
     if args.speed:
-        text = torch.arange(max(1, min(512, context_length(model.config) - 64)), device=args.device) % model.config.vocab_size
+        text = torch.arange(max(1, min(512, model.config.context_length - 64)), device=args.device) % model.config.vocab_size
         row["speed"] = measured = speed(model, text[None])
         print(f"{args.model} on {args.device}: prefill {measured['prefill_tokens_per_second']:,.1f} tokens/s "
               f"({measured['prompt_tokens']} tokens), decode {measured['decode_tokens_per_second']:,.1f} tokens/s, "

@@ -114,6 +114,19 @@ class Config:
         config.check()
         return config
 
+    @property
+    def context_length(self):
+        """The most tokens that the model is made for."""
+        return self.positions or self.raw.get("max_position_embeddings") or 2048
+
+    def window_length(self):
+        """The pruning papers' 2048 tokens, or what a smaller model is made for."""
+        return min(2048, self.context_length)
+
+    def remark(self, tokens):
+        """Where so many tokens are more than the model is made for, that; else nothing."""
+        return f", more than the {self.context_length} that the model is made for" if tokens > self.context_length else ""
+
     def check(self):
         """Raise InputError where config.json asks for something that this file does not compute."""
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -802,7 +815,7 @@ def main():
             shown = len(text)
     seconds = time.perf_counter() - begin
     print(f"\n\n{args.max_new_tokens} tokens in {seconds:.2f} s, {args.max_new_tokens / seconds:.1f} tokens/s "
-          f"on {args.device}")
+          f"on {args.device}; {len(ids)} with the prompt{model.config.remark(len(ids))}")
     record(args, {"text": tokenizer.decode(ids), "tokens_per_second": args.max_new_tokens / seconds})
 
 

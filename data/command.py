@@ -27,9 +27,16 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
+class Parser(argparse.ArgumentParser):
+    """One whose complaints are one sentence, like all others."""
+
+    def error(self, message):
+        raise InputError(f"{message}; --help tells all options")
+
+
 def parser(description):
     """An argument parser with the options that all commands have."""
-    p = argparse.ArgumentParser(description=description.strip().split("\n\n")[0], formatter_class=HelpFormatter)
+    p = Parser(description=description.strip().split("\n\n")[0], formatter_class=HelpFormatter)
     group = p.add_argument_group("run")
     group.add_argument("--seed", type=int, default=0, help="seed of everything random")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
@@ -49,7 +56,8 @@ def start(args):
         if device.type == "cuda":
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as e:
-        raise InputError(f"--device {args.device} can't be used: {str(e).splitlines()[0]}") from None
+        usable = "cpu or cuda" if torch.cuda.is_available() else "cpu; this PyTorch sees no GPU"
+        raise InputError(f"--device {args.device} can't be used ({str(e).splitlines()[0]}): give {usable}") from None
     if args.json:
         try:
             folder, parent = Path(args.json).is_dir(), Path(args.json).absolute().parent.is_dir()
@@ -82,7 +90,10 @@ def write_atomically(path, write):
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        beside.touch()
+        mode = beside.stat().st_mode  # what the user's umask makes of it: safetensors lets nobody else read
         write(beside)
+        beside.chmod(mode)
         os.replace(beside, path)
     except OSError as e:
         raise InputError(f"can't write {path}: {e.strerror or e}") from None

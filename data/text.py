@@ -9,6 +9,7 @@ import random
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from data.command import InputError
 from data.hub import PRESETS
@@ -90,7 +91,7 @@ def windows(ids, seqlen: int) -> torch.Tensor:
 def calibration_windows(source: str, tokenizer, nsamples: int, seqlen: int, seed: int) -> torch.Tensor:
     """`nsamples` random windows [nsamples, seqlen] from the training split of a source, each within one document."""
     texts, rng, encoded, short = documents(source, "train"), random.Random(seed), {}, 0
-    samples = []
+    samples, bar = [], tqdm(total=nsamples, desc="calibration text", unit="window", leave=False, disable=None)
     while len(samples) < nsamples:
         i = rng.randrange(len(texts))
         ids = encoded[i] if i in encoded else tokenizer.encode(texts[i])
@@ -99,9 +100,11 @@ def calibration_windows(source: str, tokenizer, nsamples: int, seqlen: int, seed
         if len(ids) >= seqlen:
             begin = rng.randint(0, len(ids) - seqlen)
             samples.append(ids[begin:begin + seqlen])
+            bar.update()
         else:
             short += 1
             if len(texts) == 1 or short > 1000 * nsamples:
                 raise InputError(f"calibration text {source} has {len(ids)} tokens, fewer than one window of "
                                  f"--seqlen {seqlen}: give a longer text or a smaller --seqlen")
+    bar.close()
     return torch.tensor(samples)

@@ -174,6 +174,8 @@ def compare(args):
     if args.by_method and not any(row["perplexity"] for row in rows):
         raise InputError("--by-method: there is no perplexity in what is compared; leave the option out")
     print(table_by_method(rows) if args.by_method else table(rows))
+    if not any(row["perplexity"] for row in rows):
+        print("\nno perplexity: a pruned folder holds none; compare the files that --json wrote")
     if args.plot:
         plot(rows, args.plot)
         print(f"\nsaved {args.plot}")

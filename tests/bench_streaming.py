@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from data.command import parser, record, start
+from data.command import parser, record, run, start
 from gpt import GPT, Block, Config
 
 RAW = dict(model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=32000, hidden_size=4096, intermediate_size=11008,
@@ -115,4 +115,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

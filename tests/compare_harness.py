@@ -18,7 +18,7 @@ from data import load_tokenizer
 from data.command import parser, record, run, start
 from data.hub import model_folder
 from data.tasks import TASKS, encode_pair, load_task
-from eval import accuracy, context_length, log_likelihoods
+from eval import accuracy, log_likelihoods
 from gpt import GPT
 
 try:
@@ -58,7 +58,7 @@ def main():
     folder, manager = model_folder(args.model), TaskManager()
     model, tokenizer = GPT.from_pretrained(folder), load_tokenizer(folder)
     theirs = HFLM(str(folder), device="cpu", dtype="float32", batch_size=4)
-    assert context_length(model.config) == theirs.max_length
+    assert model.config.context_length == theirs.max_length
     tasks = {}
     ROWS["boolq"].append(dict(passage=STORY * 40, question="is this too long", label=0, idx=3))  # has to be cut
     with tempfile.TemporaryDirectory() as temporary:
@@ -66,7 +66,7 @@ def main():
         for name in ROWS:
             examples = load_task(name, data)
             pairs = [encode_pair(tokenizer, *pair) for example in examples for pair in example.pairs]
-            scores = log_likelihoods(model, pairs, context_length(model.config))
+            scores = log_likelihoods(model, pairs, model.config.context_length)
             task = harness_task(manager, name, data)
             task.build_all_requests(limit=None)
             assert [i.args for i in task.instances] == [pair for example in examples for pair in example.pairs], name
@@ -82,7 +82,7 @@ def main():
                 assert abs(found[metric] - sum(hits) / len(hits)) < 1e-12, (name, metric)
                 assert abs(found[f"{metric}_stderr"] - mean_stderr(hits)) < 1e-12, (name, metric)
             assert expected.keys() == {m for m in found if m in ("acc", "acc_norm")}, (name, list(expected))
-            cut = sum(len(a) + len(b) > context_length(model.config) + 1 for a, b in pairs)
+            cut = sum(len(a) + len(b) > model.config.context_length + 1 for a, b in pairs)
             print(f"{name:<14} {len(pairs):3} pairs, {cut:2} cut from the left: prompts and accuracies are equal, "
                   f"log-likelihoods differ by {difference:.1e} at most")
             tasks[name] = {"pairs": len(pairs), "cut_from_the_left": cut, "largest_difference": difference}

@@ -14,7 +14,7 @@ from data import load_tokenizer, windows
 from data.command import parser, record, run, start
 from data.hub import model_folder
 from data.text import SOURCES, evaluation_ids
-from eval import default_seqlen, perplexity
+from eval import perplexity
 from gpt import GPT
 
 
@@ -27,7 +27,7 @@ def main():
     start(args)
     folder = model_folder(args.model)
     model = GPT.from_pretrained(folder, stream=True)
-    args.seqlen = args.seqlen or default_seqlen(model.config)
+    args.seqlen = args.seqlen or model.config.window_length()
     ids = evaluation_ids(args.data, "test" if args.data in SOURCES else None, load_tokenizer(folder), args.seqlen)
     ours = perplexity(model, ids, args.seqlen, batch=max(1, 4096 // args.seqlen))
     plain = plain_perplexity(folder, ids, args.seqlen)

@@ -607,6 +607,8 @@ BAD = {
     "pattern": (["--pattern", "5:4"], "5:4"),
     "nothing to allocate": (["--pattern", "2:4", "--allocate", "owl"], "--allocate owl"),
     "no pattern": (["--pattern", "half"], "half"),
+    "a sparsity and a pattern": (["--sparsity", "0.5", "--pattern", "2:4"], "--pattern: not allowed with argument --sparsity"),
+    "no such refinement": (["--refine", "swaps"], "invalid choice: 'swaps'"),
     "does not divide": (["--pattern", "3:7"], "7"),
     "no name": (["--out", "/"], "--out /"),
     "no cycles in it": (["--refine", "swap", "--cycles", "9"], "--cycles 9"),
@@ -684,6 +686,14 @@ def test_existing_folders_are_respected(monkeypatch, capsys, model, tmp_path):
     for sparsity in "0.5", "0.6":
         command(monkeypatch, model, tmp_path / "new", "--sparsity", sparsity)
     assert json.loads((tmp_path / "new" / "pruning.json").read_text())["run"]["sparsity"] == 0.6
+
+
+def test_what_was_pruned_before_is_said(monkeypatch, capsys, model, tmp_path):
+    """Would catch a pruned model being measured as the dense one without a word; windows that are too long, likewise."""
+    command(monkeypatch, model, tmp_path / "once")
+    assert "pruned before" not in (said := capsys.readouterr().out) and "made for" not in said
+    command(monkeypatch, model, tmp_path / "twice", "--model", str(tmp_path / "once"), "--seqlen", "65")
+    assert "pruned before" in (said := capsys.readouterr().out) and "65 tokens, more than the 64 that the model is made for" in said
 
 
 def test_time_is_kept(monkeypatch, model, tmp_path):

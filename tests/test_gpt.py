@@ -382,6 +382,14 @@ def test_damaged_pytorch_files(folder, monkeypatch, capsys):
     assert "index" in refused(monkeypatch, capsys, folder)
 
 
+def test_others_may_read_what_is_written(folder, tmp_path):
+    """Would catch weights that only their owner may read, which is what safetensors makes of them by itself."""
+    before = os.umask(0o022)
+    GPT.from_pretrained(folder).save_pretrained(tmp_path / "copy")
+    os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "copy").iterdir()} == {0o644}
+
+
 def test_nothing_half_written(folder, monkeypatch):
     """A full disk while saving: one sentence, and neither a folder nor a rest of one."""
     model = GPT.from_pretrained(folder)
