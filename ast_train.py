@@ -73,9 +73,9 @@ from gpt import GPT, CheckpointWriter
 
 RECIPES = {  # the authors' for LLaMA2-7B and GPT-2 (`c4` is one file: give more as a .bin), ours for the model that ships
     "tiny": dict(
-        model="tiny", methods=["ast", "ast-slorb"], data=["tiny"], eval_data="tiny", steps=500, batch=8, micro_batch=8,
-        seqlen=256, start_from="dense", lr=3e-4, lr_end=1.0, average=0.6, warmup=25, decay=3e-3, decay_steps=125,
-        kl_weight=1.0, temperature=4.0, save_every=125),
+        model="tiny", methods=["ast", "ast-slorb"], data=["tiny"], eval_data="tiny", steps=400, batch=8, micro_batch=8,
+        seqlen=256, start_from="dense", lr=3e-4, lr_end=1.0, average=0.6, warmup=20, decay=3e-3, decay_steps=100,
+        kl_weight=1.0, temperature=4.0, save_every=100),
     "llama2-7b": dict(
         model="llama2-7b", methods=["ast-slorb"], data=["c4"], eval_data="wikitext2", steps=15000, batch=128, micro_batch=1,
         seqlen=4096, lr=2e-5, warmup=500, decay=6e-5, decay_steps=3000, kl_weight=0.5, temperature=2.0,
@@ -88,7 +88,6 @@ RECIPES = {  # the authors' for LLaMA2-7B and GPT-2 (`c4` is one file: give more
 BETAS = (0.9, 0.95)
 CHUNK = 512  # tokens whose logits are float32 at a time
 CALIBRATION, LOG_EVERY = 128, 10  # windows, steps
-NEVER = 2**32  # a step that no training reaches: the windows of calibration
 NEUTRAL = {"recipe", "methods", "out", "json", "device", "micro_batch", "save_every", "one_shot", "compile", "shard",
            "checkpoint_activations"}  # options that may change when a run goes on
 
@@ -607,7 +606,7 @@ def options():
     g.add_argument("--temperature", type=float, help="T of the distillation")
     g.add_argument("--slorb-k", type=int, default=16, help="inputs that SLoRB sums")
     g = p.add_argument_group("data")
-    g.add_argument("--data", nargs="+", metavar="SOURCE[:WEIGHT]", help="tiny, c4, wikitext2, text or .bin file")
+    g.add_argument("--data", nargs="+", metavar="SOURCE[:WEIGHT]", help="tiny, tiny-code, c4, wikitext2, text or .bin file")
     g.add_argument("--eval-data", metavar="SOURCE", help="validation and test text")
     g.add_argument("--seqlen", type=int, help="tokens a window")
     g = p.add_argument_group("training")
@@ -675,13 +674,13 @@ def process_group(args):
 
 
 def main():
-    args = options()
+    args, started = options(), time.perf_counter()
     with process_group(args):
         check(args)
         amount(args)
         tokenizer = load_tokenizer(args.model)
         mixture = Mixture(args.data, tokenizer, args.seqlen, args.batch)
-        calibration = mixture.batch(args.seed, NEVER, CALIBRATION, stream=0)[:, :-1]  # Wanda's and SparseGPT's inputs
+        calibration = mixture.batch(args.seed, 0, CALIBRATION, stream=0)[:, :-1]  # Wanda's and SparseGPT's inputs
         held_out = windows(tokens(args.eval_data, tokenizer, "validation"), args.seqlen + 1)
         test_ids = (evaluation_ids(args.eval_data, "test", tokenizer, args.seqlen) if args.eval_data in SOURCES
                     else tokens(args.eval_data, tokenizer, "test"))
@@ -696,7 +695,8 @@ def main():
                 plot(Path(args.out) / "curve.png", runs)
         if dist.get_rank() > 0:
             return
-    record(args, {"runs": runs, "table": results(args, test_ids, calibration, begin)})
+    table = results(args, test_ids, calibration, begin)
+    record(args, {"seconds": time.perf_counter() - started, "runs": runs, "table": table})
 
 
 if __name__ == "__main__":

@@ -221,7 +221,7 @@ def options():
     group = p.add_argument_group("perplexity")
     group.add_argument("--data", help=f"{', '.join(SOURCES)} or a text file (default: tiny or wikitext2; "
                                       f"with --tasks or --speed: none)")
-    group.add_argument("--split", default="test", choices=["validation", "test"], help="of tiny, wikitext2, ptb")
+    group.add_argument("--split", default="test", choices=["validation", "test"], help="of a named text")
     group.add_argument("--seqlen", type=int, help="tokens a window (default: 2048, or the model's limit if lower)")
     group = p.add_argument_group("zero-shot accuracy")
     group.add_argument("--tasks", nargs="*", metavar="TASK",

@@ -813,9 +813,9 @@ def main():
         if not text.endswith("\ufffd"):  # a character of several tokens is shown when it is whole
             print(text[shown:], end="", flush=True)
             shown = len(text)
-    seconds = time.perf_counter() - begin
+    seconds, beyond = time.perf_counter() - begin, model.config.remark(len(ids))
     print(f"\n\n{args.max_new_tokens} tokens in {seconds:.2f} s, {args.max_new_tokens / seconds:.1f} tokens/s "
-          f"on {args.device}; {len(ids)} with the prompt{model.config.remark(len(ids))}")
+          f"on {args.device}{beyond and f'; {len(ids)} with the prompt{beyond}'}")
     record(args, {"text": tokenizer.decode(ids), "tokens_per_second": args.max_new_tokens / seconds})
 
 

@@ -19,11 +19,11 @@ import torch
 from tqdm import tqdm
 
 from data.command import InputError, parser, record, run, start, write_atomically
-from data.stdlib import stdlib_source, stdlib_text
 from data.text import SOURCES, documents, load_text
 from data.tokenizer import load_tokenizer
 
 HEADER, MARK = struct.Struct("<8sQQQ"), b"TOKENBIN"
+GOLDEN = (5 ** 0.5 - 1) / 2
 PIECE = 50_000  # characters that are tokenized at a time: SentencePiece is slower on long texts
 CUTS = {"train": (0, 90), "validation": (90, 95), "test": (95, 100)}  # percent of a file's tokens
 
@@ -113,11 +113,12 @@ def tokens(source, tokenizer, split):
 
 
 class Mixture:
-    """Training batches: windows drawn at random from several streams, each stream as often as its weight says."""
+    """Training batches: windows from several streams, each stream as often as its weight says. Where they begin moves on by
+    the golden ratio of a stream's length, from a random place: that spreads them evenly, however many there are, so most of
+    a stream is read before any of it is read again."""
 
     def __init__(self, names, tokenizer, seqlen, batch):
-        """names: sources, each with or without `:weight`. `tiny` is two streams, three parts of documentation to seven
-        of source code, as its model was trained. Raises InputError for a stream shorter than one batch."""
+        """names: sources, each with or without `:weight`. Raises InputError for a stream shorter than one batch."""
         self.seqlen, self.streams, weights = seqlen, [], []
         for name in names:
             source, _, weight = name.rpartition(":") if ":" in name else (name, "", "1")
@@ -127,27 +128,21 @@ class Mixture:
                 raise InputError(f"--data {name}: the weight {weight!r} is not a number") from None
             if not 0 < weight < float("inf"):
                 raise InputError(f"--data {name}: the weight must be a positive number")
-            if source == "tiny":
-                texts = [(0.3, stdlib_text("train"), "documentation"), (0.7, stdlib_source(), "source code")]
-                parts = [(share, np.concatenate(list(encode([text], tokenizer, label))))
-                         for share, text, label in texts]
-            else:
-                parts = [(1.0, tokens(source, tokenizer, "train"))]
-            for share, ids in parts:
-                if len(ids) < batch * seqlen + 1:
-                    raise InputError(f"{source} has {len(ids)} tokens for training, fewer than one batch of {batch} "
-                                     f"windows of {seqlen}: give a longer text, or a smaller --batch or --seqlen")
-                self.streams.append(ids)
-                weights.append(weight * share)
+            ids = tokens(source, tokenizer, "train")
+            if len(ids) < batch * seqlen + 1:
+                raise InputError(f"{source} has {len(ids)} tokens for training, fewer than one batch of {batch} "
+                                 f"windows of {seqlen}: give a longer text, or a smaller --batch or --seqlen")
+            self.streams.append(ids)
+            weights.append(weight)
         self.weights, self.tokens = np.array(weights) / sum(weights), sum(map(len, self.streams))
 
     def batch(self, seed, step, windows, stream=None):
         """ids [windows, seqlen + 1], of one stream or of all. Seed and step alone decide them, so a resumed run reads
         what it would have read."""
-        rng = np.random.default_rng([seed % 2**32, step])
-        rows = []
+        rng, begin, rows = np.random.default_rng([seed % 2**32, step]), np.random.default_rng(seed % 2**32).random(), []
         for i in rng.choice(len(self.streams), windows, p=self.weights) if stream is None else [stream] * windows:
-            at = rng.integers(len(self.streams[i]) - self.seqlen)
+            place = (begin + (step * windows + len(rows)) * GOLDEN) % 1
+            at = int(place * (len(self.streams[i]) - self.seqlen))
             rows.append(self.streams[i][at:at + self.seqlen + 1].astype(np.int64))
         return torch.from_numpy(np.stack(rows))
 

@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from data.command import InputError
 from data.hub import PRESETS
-from data.stdlib import stdlib_text
+from data.stdlib import stdlib_source, stdlib_text
 
-SOURCES = ("tiny", "wikitext2", "ptb", "c4")
+SOURCES = ("tiny", "tiny-code", "wikitext2", "ptb", "c4")
 
 
 def hub_rows(path, name, split, data_files=None, revision=None):
@@ -35,6 +35,8 @@ def documents(source, split, shard=0):
     """The documents of a source as a list of texts; a running text is a single one. shard: which file of C4's 1024."""
     if source == "tiny":
         return [stdlib_text(split or "test")]
+    if source == "tiny-code":
+        return [stdlib_source(split or "test")]
     if source == "wikitext2":  # rows as the Hub serves them joined by "\n\n": the protocol of the papers
         return ["\n\n".join(hub_rows("Salesforce/wikitext", "wikitext-2-raw-v1", split or "test")["text"])]
     if source == "ptb":  # Penn Treebank, joined as the papers do; the branch with files, because main holds a script

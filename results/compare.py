@@ -234,7 +234,7 @@ def perplexity_panel(axis, what):
     for r in rows:
         if r["method"] == "dense":
             axis.axvline(r["perplexity"], color=GREY, label=f"dense, {r['perplexity']:.2f}")
-    axis.set_yticks(range(len(methods)), [textwrap.fill(method, 36) for method in methods])
+    axis.set_yticks(range(len(methods)), [textwrap.fill(method, 42) for method in methods], fontsize=7.5)
     axis.set(xlabel="perplexity (log scale)", xscale="log",
              title=f"{rows[0]['model']} on {rows[0]['data']}, windows of {rows[0]['seqlen']} tokens")
     axis.xaxis.set_major_formatter(LogFormatter())

@@ -10,7 +10,7 @@ mkdir -p results/small
     --compile --out out/small --json results/small/train.json
 bash results/study.sh small out/small tiny
 [ -f results/small/ast.json ] || python ast_train.py --model out/small --methods dense ast ast-slorb --out out/ast-small \
-    --steps 1000 --batch 64 --micro-batch 64 --warmup 50 --decay-steps 250 --json results/small/ast.json
+    --data tiny:3 tiny-code:7 --steps 1000 --batch 64 --micro-batch 64 --warmup 50 --decay-steps 250 --json results/small/ast.json
 
 measure() { [ -f "results/small/speed-$1.json" ] || python eval.py --model "$2" --data tiny --speed --json "results/small/speed-$1.json"; }
 measure dense out/small

@@ -22,8 +22,8 @@ OPENING = {  # the methods of the first picture, as compare.py names them and as
 ABLATION = {  # what a run is called: its file, and the row of its table
     "AST": ("seed0", "AST"), "no distillation": ("no-distillation", "AST"), "static decay": ("static-decay", "AST"),
     "no decay": ("no-decay", "AST"), "fixed mask": ("fixed-mask", "AST"), "mask by Wanda score": ("wanda", "AST"),
-    "swap start": ("swap-start", "AST"), "with SLoRB": ("seed0", "AST + SLoRB"), "decay 0.01": ("decay", "AST"),
-    "learning rate 0.0005": ("lr", "AST"), "twice the steps of half the windows": ("batch", "AST")}
+    "swap start": ("swap-start", "AST"), "temperature 2": ("temperature", "AST"), "3 parts text, 7 parts code": ("code", "AST"),
+    "with SLoRB": ("seed0", "AST + SLoRB")}
 
 
 def results(name, key="results"):
@@ -108,17 +108,6 @@ def ablation():
     return found
 
 
-def tuning():
-    """The short runs on validation text that chose the defaults, the best first."""
-    runs = [run for run in results("ast-tuning", "runs") if run["tokens"] == 204800]
-    return markdown(["AST, 204,800 tokens", "validation perplexity"], [
-        [f"{run['start']} start, "
-         + (f"distillation at T = {run['temperature']:g}" if run["kl_weight"] else "cross-entropy alone")
-         + f", lr {run['lr']:g}, {run['steps']} x {run['batch']} windows"
-         + (f", {run['also']}" if "also" in run else ""), f"{run['validation_perplexity']:.2f}"]
-        for run in sorted(runs, key=lambda run: run["validation_perplexity"])])
-
-
 def compressed():
     """The dense and the compressed models: perplexity and size."""
     names = {"dense": "dense", "2of4": "2:4 (Wanda, swaps, refit)", "bf16": "the same compressed, bf16", "int8": "int8", "int4": "int4"}
@@ -147,7 +136,8 @@ def streamed():
 
 
 def ablated():
-    return markdown(["AST, 1,024,000 tokens, seed 0", "test perplexity", "gap closed"], [
+    tokens = results("ast-seed0")["table"]["AST"]["tokens"]
+    return markdown([f"AST, {tokens:,} tokens, seed 0", "test perplexity", "gap closed"], [
         [said, f"{perplexity:.3f}", f"{closed:.1%}"] for said, (perplexity, closed) in ablation().items()])
 
 
@@ -156,7 +146,7 @@ def tables():
     return {
         "tables": table_by_method(pruned("tiny/*", "stories260K/*")), "settings": table_by_method(pruned("settings/*")),
         "goal": goal(), "cost": cost(), "cost of swaps": cost_of_swaps(), "retrained": retrained(), "ablation": ablated(),
-        "tuning": tuning(), "compressed": compressed(), "streamed": streamed(), "texts": texts()}
+        "compressed": compressed(), "streamed": streamed(), "texts": texts()}
 
 
 def draw_ast(path):

@@ -244,6 +244,7 @@ def test_a_bin_file_returns_the_tokens(files, tmp_path, monkeypatch, capsys):
 
 
 def test_a_mixture_draws_by_weight_and_by_step_alone(files, tmp_path):
+    """Would catch a resumed run that reads other windows, and text that is read often while other text is never read."""
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": "a" * 50}) for _ in range(500)))
     (tmp_path / "b.txt").write_text("b\n" * 20000)
     tokenizer = load_tokenizer(files / "model")
@@ -253,6 +254,10 @@ def test_a_mixture_draws_by_weight_and_by_step_alone(files, tmp_path):
     assert ids.shape == (400, 17) and 0.68 < share < 0.82
     assert torch.equal(ids, mixture.batch(0, 5, 400))
     assert not torch.equal(ids, mixture.batch(0, 6, 400)) and not torch.equal(ids, mixture.batch(1, 5, 400))
+    alone = stream.Mixture([str(tmp_path / "b.txt")], tokenizer, 16, 4)
+    alone.streams = [np.arange(10016)]  # a window's first token tells where it begins
+    begin = torch.cat([alone.batch(3, step, 4)[:, 0] for step in range(100)]).sort()[0]
+    assert begin.diff().max() < 2 * 10000 / 400 and begin[0] < 50 and begin[-1] > 9950
     with pytest.raises(InputError, match="weight 'x' is not a number"):
         stream.Mixture([f"{tmp_path / 'b.txt'}:x"], tokenizer, 16, 4)
 
@@ -401,6 +406,8 @@ def test_two_processes_follow_one(files, tmp_path, train):
     (["--kl-weight", "1.5"], "--kl-weight 1.5 must lie between 0 and 1"),
     (["--pattern", "4:2"], "--pattern 4:2 is no n:m"),
     (["--shard", "3"], "--shard 3 must divide the 1 process"),
+    (["--out", str(ROOT / "data" / "tiny")], "data/tiny is a model: give a folder"),
+    (["--sparsity", "0.5", "--pattern", "2:4"], "--pattern: not allowed with argument --sparsity"),
     (["--methods", "ast-slorb", "--slorb-k", "7"], "--slorb-k 7 does not divide"),
     (["--eval-data", "nowhere.txt"], "no text source 'nowhere.txt'"),
     (["--eval-data", "nowhere.bin"], "nowhere.bin can't be read"),

@@ -3,6 +3,7 @@ pair at a time, prompts against texts written by hand, tables against numbers wo
 
 import json
 import math
+import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -11,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, SHARED, make_checkpoint
 
-from data import load_text, load_tokenizer
+from data import load_text, load_tokenizer, stdlib
 from data.command import InputError, run
 from data.tasks import SEVEN, TASKS, Example, encode_pair, load_task
 from data.text import evaluation_ids
@@ -123,6 +124,18 @@ def plain_perplexity(folder, ids, seqlen):
             logits = model(window).logits[0, :-1]
             losses.append(torch.nn.functional.cross_entropy(logits, window[0, 1:]).double())
     return math.exp(torch.stack(losses).mean())
+
+
+def test_splits_of_tiny_share_nothing():
+    """Would catch test text that is trained on: a module in two splits, or a docstring that a training module has, too."""
+    names = {split: re.findall(r"^Help on module (\S+)$", load_text("tiny", split), re.M) for split in ("train", "validation", "test")}
+    assert all(names.values()) and sum(map(len, names.values())) == len(set(sum(names.values(), [])))
+    trained = {doc for name in names["train"] for _, doc in stdlib.documentation()[name]}
+    for split in "validation", "test":
+        code, text = load_text("tiny-code", split), load_text("tiny", split)
+        assert all(stdlib.modules()[name] in code for name in names[split])
+        own = {doc.replace("\n", "\n    ").replace("    \n", "\n") + "\n\n" for doc in trained if len(doc) > 60}
+        assert not any(doc in text for doc in own)
 
 
 def test_perplexity_is_that_of_a_plain_loop_also_streamed(checkpoint):
