@@ -637,9 +637,9 @@ def options():
 
 def check(args):
     """Raise InputError for options that can't be."""
-    world = dist.get_world_size()
-    if (Path(args.out) / "config.json").is_file():
-        raise InputError(f"--out {args.out} is a model: give a folder to hold the models that are trained")
+    world, out = dist.get_world_size(), Path(args.out)
+    if any(map(os.path.isfile, (out / "config.json", out, *out.parents))):
+        raise InputError(f"--out {args.out} is a model or a file: give a folder to hold the models that are trained")
     for names, right, rule in [
             ("steps batch micro_batch seqlen save_every slorb_k temperature clip lr", lambda v: v > 0, "must be above 0"),
             ("mask_every decay decay_steps warmup", lambda v: v >= 0, "can't be negative"),

@@ -710,10 +710,15 @@ class CheckpointWriter:
         self.family = FAMILIES[raw_config["model_type"]]
         self.partial = self.folder.with_name((self.folder.name or "root") + ".partial")
         self.tokenizer_from = tokenizer_from
-        if tokenizer_from and self.folder.exists() and self.folder.samefile(tokenizer_from):
+        try:
+            read = tokenizer_from and self.folder.exists() and self.folder.samefile(tokenizer_from)
+            taken = self.folder.is_file() or (self.folder.is_dir() and any(self.folder.iterdir())
+                                              and not (self.folder / "run.json").is_file())
+        except OSError as e:  # a name that is too long, a folder that may not be read
+            raise InputError(f"can't write {folder}: {e.strerror}") from None
+        if read:
             raise InputError(f"{folder} is the model that is being read: choose another output folder")
-        if self.folder.is_file() or (self.folder.is_dir() and any(self.folder.iterdir())
-                                     and not (self.folder / "run.json").is_file()):
+        if taken:
             raise InputError(f"{folder} exists and is no model that was written here: choose another output folder")
 
     def __enter__(self):

@@ -611,6 +611,7 @@ BAD = {
     "no such refinement": (["--refine", "swaps"], "invalid choice: 'swaps'"),
     "does not divide": (["--pattern", "3:7"], "7"),
     "no name": (["--out", "/"], "--out /"),
+    "a long name": (["--out", "a" * 300], "File name too long"),
     "no cycles in it": (["--refine", "swap", "--cycles", "9"], "--cycles 9"),
     "unknown model": (["--model", "llama9"], "llama9"),
     "no such folder": (["--model", "./nothing/here"], "nothing/here"),
