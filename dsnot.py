@@ -855,6 +855,7 @@ def main():
         return GPT.from_pretrained(folder, device=args.device, stream=True)
 
     tokenizer, batch, source = load_tokenizer(folder), max(1, 8192 // args.seqlen), load(folder).source
+    source.check_dense()
     files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(set(source.files.values()))]
     shared = Path(args.data).resolve() == Path(args.calib).resolve()
     split = args.split if args.data in SOURCES or shared else None  # a file of its own is read whole

@@ -72,7 +72,7 @@ def start(args):
 def at_least(args, **lowest):
     """Raise InputError for an option that is given and lower than its lowest value: at_least(args, seqlen=2)."""
     for name, low in lowest.items():
-        if (value := getattr(args, name)) is not None and value < low:
+        if (value := getattr(args, name)) is not None and not value >= low:  # NaN, too
             raise InputError(f"--{name.replace('_', '-')} {value} must be at least {low}")
 
 

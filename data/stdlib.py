@@ -111,7 +111,8 @@ def stdlib_text(split):
 
 def stdlib_source(split="train"):
     """The source code of a split: "train", "validation" or "test"."""
-    return "\n\n".join(code for name, code in modules().items() if split_of(name) == split)
+    return "\n\n".join(code for name, code in modules().items() if split_of(name) == split
+                       and (split == "train" or name.split(".")[0] not in NOT_EVERYWHERE))
 
 
 def package_source():

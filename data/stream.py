@@ -72,6 +72,8 @@ def write_bin(path, shards, tokenizer, label):
                 for ids in encode(texts, tokenizer, label):
                     f.write(ids.tobytes())
                     count += len(ids)
+            if not count:
+                raise InputError(f"{label} has no text")
             f.seek(0)
             f.write(HEADER.pack(MARK, tokenizer.vocab_size, 2 if tokenizer.vocab_size <= 1 << 16 else 4, count))
     write_atomically(path, write)
@@ -83,8 +85,10 @@ def open_bin(path, tokenizer):
     try:
         with open(path, "rb") as f:
             mark, vocabulary, width, count = HEADER.unpack(f.read(HEADER.size))
-    except (OSError, struct.error) as e:
+    except OSError as e:
         raise InputError(f"{path} can't be read: {e}") from None
+    except struct.error:
+        mark = None
     if mark != MARK or Path(path).stat().st_size != HEADER.size + width * count:
         raise InputError(f"{path} is damaged or was not made by `python -m data.stream`: make it anew")
     if vocabulary != tokenizer.vocab_size:
@@ -113,9 +117,9 @@ def tokens(source, tokenizer, split):
 
 
 class Mixture:
-    """Training batches: windows from several streams, each stream as often as its weight says. Where they begin moves on by
-    the golden ratio of a stream's length, from a random place: that spreads them evenly, however many there are, so most of
-    a stream is read before any of it is read again."""
+    """Training batches: windows from several streams, drawn at random as often as their weights say. Where windows begin
+    moves on by the golden ratio of a stream's length, from a random place: that spreads those of a single stream evenly,
+    however many there are, so most of it is read before any of it is read again (of several streams, less evenly)."""
 
     def __init__(self, names, tokenizer, seqlen, batch):
         """names: sources, each with or without `:weight`. Raises InputError for a stream shorter than one batch."""
@@ -150,7 +154,7 @@ class Mixture:
 def main():
     p = parser(__doc__)
     p.add_argument("--model", required=True, help="whose tokenizer: a preset, a Hub id or a folder")
-    p.add_argument("--data", required=True, help="c4, wikitext2, a text file or a .jsonl file")
+    p.add_argument("--data", required=True, help="c4 or another named text, a text file or a .jsonl file")
     p.add_argument("--shards", type=int, default=1, help="files of C4 to take, of 1024 with about 0.17 billion tokens each")
     p.add_argument("--out", required=True, help="the .bin file")
     args = p.parse_args()

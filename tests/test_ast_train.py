@@ -403,6 +403,7 @@ def test_two_processes_follow_one(files, tmp_path, train):
 @pytest.mark.parametrize("options, message", [
     (["--batch", "10000"], "fewer than one batch of 10000 windows"),
     (["--batch", "5"], "--batch 5 must be a multiple of --micro-batch"),
+    (["--temperature", "inf"], "--temperature inf must be above 0 and finite"),
     (["--kl-weight", "1.5"], "--kl-weight 1.5 must lie between 0 and 1"),
     (["--pattern", "4:2"], "--pattern 4:2 is no n:m"),
     (["--shard", "3"], "--shard 3 must divide the 1 process"),
@@ -427,6 +428,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_state(tmp_path, t
     with pytest.raises(InputError, match="the loss is nan.* at step 5: lower --lr .* the state of step 3 is kept"):
         train(tmp_path)
     assert (tmp_path / "ast.training" / "step-0000003").is_dir() and (tmp_path / "ast" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("file", ["run.json", "__0_0.distcp", ".metadata"])
+def test_a_damaged_state_gets_a_sentence(tmp_path, train, file):
+    train(tmp_path, "--steps", 3)
+    state = tmp_path / "ast.training" / "step-0000003"
+    (state / file).write_bytes((state / file).read_bytes()[:20])
+    with pytest.raises(InputError, match="step-0000003 is damaged: delete it"):
+        train(tmp_path, "--steps", 3)
 
 
 def test_running_out_of_memory_gets_a_sentence(tmp_path, train, monkeypatch):
