@@ -66,17 +66,18 @@ from torch.utils.checkpoint import checkpoint
 
 from data import load_tokenizer, windows
 from data.command import InputError, Parser, parser, record, run, start, write_atomically
+from data.hub import model_folder
 from data.stream import Mixture, tokens
 from data.text import SOURCES, evaluation_ids
 from dsnot import InputStats, keep_mask, magnitude_score, parse_pattern, prunable, prune, wanda_score, watch
 from eval import perplexity
-from gpt import GPT, CheckpointWriter
+from gpt import GPT, CheckpointWriter, Config
 
 RECIPES = {  # the authors' for LLaMA2-7B and GPT-2 (`c4` is one file: give more as a .bin), ours for the model that ships
     "tiny": dict(
-        model="tiny", methods=["ast", "ast-slorb"], data=["tiny"], eval_data="tiny", steps=400, batch=8, micro_batch=8,
+        model="tiny", methods=["ast", "ast-slorb"], data=["tiny"], eval_data="tiny", steps=250, batch=8, micro_batch=8,
         seqlen=256, start_from="dense", lr=3e-4, lr_end=1.0, average=0.6, warmup=20, decay=3e-3, decay_steps=100,
-        kl_weight=1.0, temperature=4.0, save_every=100),
+        kl_weight=1.0, temperature=1.0, save_every=100),
     "llama2-7b": dict(
         model="llama2-7b", methods=["ast-slorb"], data=["c4"], eval_data="wikitext2", steps=15000, batch=128, micro_batch=1,
         seqlen=4096, lr=2e-5, warmup=500, decay=6e-5, decay_steps=3000, kl_weight=0.5, temperature=2.0,
@@ -431,8 +432,12 @@ def load_state(work, model, optimizer, mean, options):
     for name, value in options.items():
         if (old := state["options"].get(name)) != value:
             option = f"--{name.replace('_', '-')}"
-            told = f"without {option}" if old in (None, "None") else f"with {option} {old}" + f", not {value}" * (value != "None")
-            told = "of another model" if name == "model" else told
+            if name == "model":
+                told = "of another model"
+            elif old in (None, "None"):
+                told = f"without {option}"
+            else:
+                told = f"with {option} {old}" + f", not {value}" * (value != "None")
             raise InputError(f"{work} holds a run {told}: give the options it had, choose another --out, or delete it")
     weights, moments = get_state_dict(model, optimizer)
     try:
@@ -479,7 +484,6 @@ def train(method, args, begin, mixture, held_out, calibration):
     is the folder `args.out / method`."""
     work = Path(args.out) / f"{method}.training"
     source = GPT.from_pretrained(args.model, stream=True).source
-    CheckpointWriter(Path(args.out) / method, source.config.raw, source.folder)  # refuses a folder that it can't fill
     student, which = new_student(args, method, begin, source, calibration)
     options = {name: str(value) for name, value in vars(args).items() if name not in NEUTRAL} | {"model": which}
     layers = [layer for layer in student.modules() if isinstance(layer, SparseLinear)]
@@ -646,10 +650,11 @@ def options():
 def check(args):
     """Raise InputError for options that can't be."""
     world, out = dist.get_world_size(), Path(args.out)
-    if any(map(os.path.isfile, (out / "config.json", out, *out.parents))):
-        raise InputError(f"--out {args.out} is a model or a file: give a folder to hold the models that are trained")
+    if (out / "config.json").is_file():
+        raise InputError(f"--out {args.out} is a model: give a folder to hold the models that are trained")
     for names, right, rule in [
-            ("steps batch micro_batch seqlen save_every slorb_k temperature clip lr", lambda v: 0 < v < math.inf, "must be above 0 and finite"),
+            ("steps batch micro_batch seqlen save_every slorb_k temperature clip lr", lambda v: 0 < v < math.inf,
+             "must be above 0 and finite"),
             ("mask_every decay decay_steps warmup", lambda v: 0 <= v < math.inf, "can't be negative or infinite"),
             ("kl_weight lr_end average", lambda v: 0 <= v <= 1, "must lie between 0 and 1"),
             ("sparsity", lambda v: v is None or 0 < v < 1, "must lie between 0 and 1"),
@@ -686,7 +691,10 @@ def main():
     with process_group(args):
         check(args)
         amount(args)
-        tokenizer = load_tokenizer(args.model)
+        folder = model_folder(args.model)
+        config, tokenizer = Config.read(folder), load_tokenizer(folder)
+        for method in args.methods:
+            CheckpointWriter(Path(args.out) / method, config.raw, folder)  # refuses a folder that it can't fill
         mixture = Mixture(args.data, tokenizer, args.seqlen, args.batch)
         calibration = mixture.batch(args.seed, 0, CALIBRATION, stream=0)[:, :-1]  # Wanda's and SparseGPT's inputs
         held_out = windows(tokens(args.eval_data, tokenizer, "validation"), args.seqlen + 1)
@@ -695,7 +703,10 @@ def main():
         if len(held_out) < args.micro_batch * dist.get_world_size():
             raise InputError(f"the validation text of {args.eval_data} has {len(held_out)} windows, fewer than "
                              f"--micro-batch {args.micro_batch} in each process: give a longer text or a smaller --micro-batch")
-        say(f"{mixture.tokens:,} tokens of training text, {args.steps * args.batch * args.seqlen:,} will be read")
+        say(f"{mixture.tokens:,} tokens of training text, {args.steps * args.batch * args.seqlen:,} will be read in windows of "
+            f"{args.seqlen} tokens{config.remark(args.seqlen)}")
+        if (folder / "pruning.json").is_file():
+            say(f"note: {args.model} has been pruned before; it is what is called dense here")
         begin, runs = first_weights(args, calibration), {}
         for method in args.methods:
             runs[method] = train(method, args, begin, mixture, held_out, calibration)

@@ -146,7 +146,8 @@ def fits(pattern, width):
     """The pattern (n, m), or InputError where m does not divide a row of `width` weights."""
     n, m = pattern
     if width % m:
-        raise InputError(f"the pattern {n}:{m} needs rows that {m} divides, but a layer has {width} inputs")
+        raise InputError(f"--pattern {n}:{m} needs rows that {m} divides, but a layer has {width} inputs: "
+                         f"give another, or a --sparsity")
     return pattern
 
 
@@ -258,7 +259,7 @@ def swap_refine(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = 
 
     W, keep [out, in]; gram [in, in]: sum of x x^T over the inputs x that the sparse layer gets; goal [out, in]: sum of y x^T
     over the outputs y that it should give, None: those of W. Then g is the goal less what the kept weights make of it.
-    max_swaps: per row, None: until none helps, or as many as the row is wide. pattern: (n, m) of the mask, which stays intact."""
+    max_swaps: per row, None: until none helps, or as many as the row is wide. pattern: (n, m) of the mask, which stays."""
     new, W, G = keep.clone(), W.float(), gram
     for rows in torch.arange(len(W), device=W.device).split(1024):
         w, mask = W[rows], keep[rows]
@@ -363,16 +364,17 @@ def refit_weights(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None 
     return new
 
 
-def swap_and_refit(W, keep, gram, *, goal=None, pattern=None, rounds=1):
+def swap_and_refit(W, keep, gram, *, goal=None, max_swaps=None, pattern=None, rounds=1):
     """The weights that are left when swaps and refit take turns (arguments as in swap_refine, keep the mask to start from).
     After the first refit, swaps are made among values that suit it: of a kept weight the refitted one, of a pruned one the
     value that would lower the error most if it came back alone, (goal - sparse W G)_i / G_ii. The error never rises."""
     goal = W.float() @ gram if goal is None else goal
-    keep = swap_refine(W, keep, gram, goal=goal, pattern=pattern)
+    swap = partial(swap_refine, gram=gram, goal=goal, max_swaps=max_swaps, pattern=pattern)
+    keep = swap(W, keep)
     new = refit_weights(W, keep, gram, goal=goal)
     for _ in range(rounds):
         back = (goal - new @ gram) / gram.diagonal().clamp(min=1e-20)
-        keep = swap_refine(torch.where(keep, new, back), keep, gram, goal=goal, pattern=pattern)
+        keep = swap(torch.where(keep, new, back), keep)
         new = refit_weights(W, keep, gram, goal=goal)
     return new
 
@@ -505,14 +507,14 @@ def prune_layer(W, stats, *, score, refine, sparsity=None, pattern=None, refit=F
     else:
         keep = keep_mask(scores, **amount)
     if "dsnot" in refine:
-        cycles = max(1, round(W.shape[1] * 50 / 4096)) if cycles is None else cycles
-        keep = dsnot_refine(W, keep, stats, scores, pattern=pattern, cycles=cycles, **dsnot_options)
+        few = max(1, round(W.shape[1] * 50 / 4096)) if cycles is None else cycles
+        keep = dsnot_refine(W, keep, stats, scores, pattern=pattern, cycles=few, **dsnot_options)
     if refit and "swap" in refine:
-        return swap_and_refit(W, keep, stats.gram, goal=goal, pattern=pattern)
+        return swap_and_refit(W, keep, stats.gram, goal=goal, max_swaps=cycles, pattern=pattern)
     if refit:
         return refit_weights(W, keep, stats.gram, goal=goal)
     if "swap" in refine:
-        keep = swap_refine(W, keep, stats.gram, goal=goal, pattern=pattern)
+        keep = swap_refine(W, keep, stats.gram, goal=goal, max_swaps=cycles, pattern=pattern)
     if score == "sparsegpt":  # its correction belongs to a mask: make it for the refined one
         return sparsegpt(aim, stats.gram, keep=keep)
     return torch.where(keep, W.float(), 0)
@@ -737,10 +739,11 @@ def options():
     group.add_argument("--propagate", action=argparse.BooleanOptionalAction, default=None,
                        help="prune layer after layer on what the pruned ones leave, and make up for it (default: with swap or "
                             "--refit)")
-    group.add_argument("--cycles", type=int, help="DSnoT: swaps per row at most (default: as many as 50 are to 4096 inputs)")
-    group.add_argument("--threshold", type=float, default=0.1, help="DSnoT: a row's expected error that is small enough")
-    group.add_argument("--sign-check", action=argparse.BooleanOptionalAction, default=True,
-                       help="DSnoT: stop a row before its expected error changes sign")
+    group.add_argument("--cycles", type=int, help="swaps per row at most (default: of DSnoT's as many as 50 are to 4096 "
+                                                  "inputs, of exact ones until none helps)")
+    group.add_argument("--threshold", type=float, help="DSnoT: a row's expected error that is small enough (default: 0.1)")
+    group.add_argument("--sign-check", action=argparse.BooleanOptionalAction, default=None,
+                       help="DSnoT: stop a row before its expected error changes sign (default: yes)")
     group.add_argument("--refine-layers", default="all", choices=["attn", "all"], help="which layers of a block")
     group = p.add_argument_group("calibration and evaluation")
     group.add_argument("--calib", help=f"text: {', '.join(SOURCES)} or a file (default: tiny for tiny's relatives, else c4)")
@@ -771,8 +774,13 @@ def check(args, config, text):
             raise InputError(f"--allocate {args.allocate} can't change the pattern {args.pattern}: give a --sparsity")
     if args.out is not None and not Path(args.out).name:
         raise InputError(f"--out {args.out} has no name of its own: give a folder to make")
-    if args.cycles is not None and "dsnot" not in args.refine:
-        raise InputError(f"--cycles {args.cycles} is an option of DSnoT, which --refine {args.refine} leaves out")
+    if args.cycles is not None and args.refine == "none":
+        raise InputError(f"--cycles {args.cycles} is for swaps, which --refine none leaves out")
+    for name, usual in dict(threshold=0.1, sign_check=True).items():
+        if getattr(args, name) is None:
+            setattr(args, name, usual)
+        elif "dsnot" not in args.refine:
+            raise InputError(f"--{name.replace('_', '-')} is an option of DSnoT, which --refine {args.refine} leaves out")
     args.calib, args.data = args.calib or text or "c4", args.data or text or "wikitext2"
     args.seqlen = args.seqlen or config.window_length()
     usual = args.refit or "swap" in args.refine

@@ -246,6 +246,8 @@ def check(args):
         raise InputError("--limit and --tasks-dir tell how to run tasks: they need --tasks")
     if args.by_method and not args.compare:
         raise InputError("--by-method tells how to print a table: it needs --compare")
+    if args.compare and (args.data or args.tasks is not None or args.speed):
+        raise InputError("--compare prints what was measured before: leave out --data, --tasks and --speed")
     if args.plot and not args.compare:
         raise InputError(f"--plot {args.plot} draws what is compared: it needs --compare")
     if args.plot and Path(args.plot).suffix not in (".png", ".svg"):
@@ -278,7 +280,7 @@ def main():
         return compare(args)
     model = load(args)
     data = args.data or usual_text(model.source.folder, "wikitext2")
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(model.source.folder)
     row, results = describe(model, args.model) if args.json else {}, {}  # it reads every block once
     if args.data or (args.tasks is None and not args.speed):
         seqlen = args.seqlen or model.config.window_length()

@@ -712,12 +712,14 @@ class CheckpointWriter:
         self.tokenizer_from = tokenizer_from
         try:
             read = tokenizer_from and self.folder.exists() and self.folder.samefile(tokenizer_from)
-            taken = self.folder.is_file() or (self.folder.is_dir() and any(self.folder.iterdir())
-                                              and not (self.folder / "run.json").is_file())
+            file = next((place for place in (self.folder, *self.folder.parents) if place.is_file()), None)
+            taken = self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / "run.json").is_file()
         except OSError as e:  # a name that is too long, a folder that may not be read
             raise InputError(f"can't write {folder}: {e.strerror}") from None
         if read:
             raise InputError(f"{folder} is the model that is being read: choose another output folder")
+        if file:
+            raise InputError(f"can't write {folder}: {file} is a file: choose another output folder")
         if taken:
             raise InputError(f"{folder} exists and is no model that was written here: choose another output folder")
 
@@ -805,7 +807,7 @@ def main():
     if not 0 <= args.temperature < math.inf:
         raise InputError(f"--temperature {args.temperature} must be a number from 0")
     model = GPT.from_pretrained(args.model, device=args.device, sparse=args.sparse)
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(model.source.folder)
     ids = tokenizer.encode(args.prompt)
     if not ids:
         raise InputError(f"--prompt {args.prompt!r} has no tokens")
@@ -819,8 +821,9 @@ def main():
             print(text[shown:], end="", flush=True)
             shown = len(text)
     seconds, beyond = time.perf_counter() - begin, model.config.remark(len(ids))
+    remark = f"; {len(ids)} with the prompt{beyond}" if beyond else ""
     print(f"\n\n{args.max_new_tokens} tokens in {seconds:.2f} s, {args.max_new_tokens / seconds:.1f} tokens/s "
-          f"on {args.device}{beyond and f'; {len(ids)} with the prompt{beyond}'}")
+          f"on {args.device}{remark}")
     record(args, {"text": tokenizer.decode(ids), "tokens_per_second": args.max_new_tokens / seconds})
 
 

@@ -60,13 +60,14 @@ def start(args):
         raise InputError(f"--device {args.device} can't be used ({str(e).splitlines()[0]}): give {usable}") from None
     if args.json:
         try:
-            folder, parent = Path(args.json).is_dir(), Path(args.json).absolute().parent.is_dir()
+            folder = Path(args.json).is_dir()
+            above = next(parent for parent in Path(args.json).absolute().parents if parent.exists())
         except OSError as e:
             raise InputError(f"--json {args.json} can't be written: {e.strerror}") from None
         if folder:
             raise InputError(f"--json {args.json} is a folder: give a file")
-        if not parent:
-            raise InputError(f"--json {args.json}: the folder {Path(args.json).parent} does not exist")
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise InputError(f"--json {args.json} can't be written: {above} is no folder that you may write to")
 
 
 def at_least(args, **lowest):
@@ -86,10 +87,11 @@ def timed(work, device):
 
 
 def write_atomically(path, write):
-    """Call `write(beside)` on a path beside `path`, then rename: the file is either whole or not there."""
+    """Call `write(beside)` on a path beside `path`, then rename: the file is either whole or not there. Makes its folder."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         beside.touch()
         mode = beside.stat().st_mode  # what the user's umask makes of it: safetensors lets nobody else read
         write(beside)

@@ -143,10 +143,11 @@ class Mixture:
     def batch(self, seed, step, windows, stream=None):
         """ids [windows, seqlen + 1], of one stream or of all. Seed and step alone decide them, so a resumed run reads
         what it would have read."""
-        rng, begin, rows = np.random.default_rng([seed % 2**32, step]), np.random.default_rng(seed % 2**32).random(), []
-        for i in rng.choice(len(self.streams), windows, p=self.weights) if stream is None else [stream] * windows:
-            place = (begin + (step * windows + len(rows)) * GOLDEN) % 1
-            at = int(place * (len(self.streams[i]) - self.seqlen))
+        seed, rows = seed % 2**32, []
+        begin, drawn = np.random.default_rng(seed).random(), np.random.default_rng([seed, step])
+        which = [stream] * windows if stream is not None else drawn.choice(len(self.streams), windows, p=self.weights)
+        for n, i in enumerate(which, step * windows):
+            at = int((begin + n * GOLDEN) % 1 * (len(self.streams[i]) - self.seqlen))
             rows.append(self.streams[i][at:at + self.seqlen + 1].astype(np.int64))
         return torch.from_numpy(np.stack(rows))
 

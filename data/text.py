@@ -85,7 +85,7 @@ def windows(ids, seqlen: int) -> torch.Tensor:
     """Token ids -> non-overlapping windows [n, seqlen]; the tail that fills none is dropped."""
     n = len(ids) // seqlen
     if n == 0:
-        raise InputError(f"the text has {len(ids)} tokens, fewer than one window of --seqlen {seqlen}: "
+        raise InputError(f"the text has {len(ids)} tokens, fewer than one window of {seqlen}: "
                          f"give a longer text or a smaller --seqlen")
     return torch.tensor(ids[:n * seqlen]).view(n, seqlen)
 

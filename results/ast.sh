@@ -7,14 +7,16 @@ cd "$(dirname "$0")/.."
 run() { [ -f "results/ast-$1.json" ] || python ast_train.py --out "out/ast-$1" --json "results/ast-$1.json" "${@:2}"; }
 ablate() { run "$1" --methods ast --no-one-shot "${@:2}"; }
 for seed in 0 1 2; do run seed$seed --seed $seed; done  # the first is the default run
-for seed in 0 1; do run control$seed --seed $seed --methods dense --no-one-shot; done
+for seed in 0 1 2; do run control$seed --seed $seed --methods dense --no-one-shot; done
 ablate no-distillation --kl-weight 0
 ablate static-decay --decay-steps 0
 ablate no-decay --decay 0
 ablate fixed-mask --mask-every 0
 ablate wanda --score wanda
 ablate swap-start --start-from swap
-ablate temperature --temperature 2
+for T in 2 4; do ablate temperature$T --temperature $T; done
 ablate code --data tiny:3 tiny-code:7
-run long --steps 2000 --warmup 100 --decay-steps 500 --save-every 500 --data tiny tiny-code --methods ast-slorb --no-one-shot
+longer="--steps 1000 --warmup 50 --decay-steps 250 --save-every 250 --data tiny tiny-code --no-one-shot"
+run long --methods ast-slorb $longer
+run control-long --methods dense $longer
 [ -f results/bench_ast.json ] || python tests/bench_ast.py --json results/bench_ast.json

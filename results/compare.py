@@ -218,7 +218,8 @@ def plot(rows, path):
 
 
 def perplexity_panel(axis, what):
-    """Perplexity of one model on one text: methods in the order of from_the_worst, and the spread over seeds. what: the rows, and a colour for each amount."""
+    """Perplexity of one model on one text: methods in the order of from_the_worst, and the spread over seeds. what: the rows,
+    and a colour for each amount."""
     from matplotlib.ticker import LogFormatter
     rows, colours = what
     pruned = [r for r in rows if r["amount"] != "0%"]

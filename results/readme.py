@@ -16,13 +16,16 @@ sys.path.insert(0, str(ROOT))
 from results.compare import markdown, merge, plot, read_rows, table_by_method
 
 OPENING = {  # the methods of the first picture, as compare.py names them and as they are called there
-    "dense": "dense", "magnitude": "magnitude", "wanda": "Wanda", "wanda + dsnot (refine layers all, sign check)": "Wanda + DSnoT",
-    "sparsegpt": "SparseGPT", "wanda + swap (propagate)": "Wanda + swaps", "wanda + swap + refit": "Wanda + swaps + refit",
-    "wanda + swap + refit (allocate sensitivity)": "Wanda + swaps + refit, by sensitivity", "AST": "AST", "AST + SLoRB": "AST + SLoRB"}
+    "dense": "dense", "magnitude": "magnitude", "wanda": "Wanda",
+    "wanda + dsnot (refine layers all, sign check)": "Wanda + DSnoT", "sparsegpt": "SparseGPT",
+    "wanda + swap (propagate)": "Wanda + swaps", "wanda + swap + refit": "Wanda + swaps + refit",
+    "wanda + swap + refit (allocate sensitivity)": "Wanda + swaps + refit, by sensitivity",
+    "AST": "AST", "AST + SLoRB": "AST + SLoRB"}
 ABLATION = {  # what a run is called: its file, and the row of its table
     "AST": ("seed0", "AST"), "no distillation": ("no-distillation", "AST"), "static decay": ("static-decay", "AST"),
     "no decay": ("no-decay", "AST"), "fixed mask": ("fixed-mask", "AST"), "mask by Wanda score": ("wanda", "AST"),
-    "swap start": ("swap-start", "AST"), "temperature 2": ("temperature", "AST"), "3 parts text, 7 parts code": ("code", "AST"),
+    "swap start": ("swap-start", "AST"), "temperature 2": ("temperature2", "AST"),
+    "temperature 4": ("temperature4", "AST"), "3 parts text, 7 parts code": ("code", "AST"),
     "with SLoRB": ("seed0", "AST + SLoRB")}
 
 
@@ -79,11 +82,11 @@ def gap_closed(table, perplexity):
 
 def ast_tables():
     """The tables of ast_train.py for seeds 0, 1, 2 as far as they have been run, with their controls; beside the first the
-    longer run."""
-    tables = [found["table"] for seed in range(3) if (found := results(f"ast-seed{seed}"))]
-    tables = [table | (results(f"ast-control{seed}") or {"table": {}})["table"] for seed, table in enumerate(tables)]
-    if long := results("ast-long"):
-        tables[0] |= {f"{name}, longer": row for name, row in long["table"].items() if name.startswith("AST")}
+    longer run and its control."""
+    tables = [found["table"] | (results(f"ast-control{seed}") or {"table": {}})["table"]
+              for seed in range(3) if (found := results(f"ast-seed{seed}"))]
+    for long in filter(None, map(results, ("ast-long", "ast-control-long"))):
+        tables[0] |= {f"{name}, longer": row for name, row in long["table"].items() if name != "dense"}
     return tables
 
 
@@ -110,7 +113,8 @@ def ablation():
 
 def compressed():
     """The dense and the compressed models: perplexity and size."""
-    names = {"dense": "dense", "2of4": "2:4 (Wanda, swaps, refit)", "bf16": "the same compressed, bf16", "int8": "int8", "int4": "int4"}
+    names = {"dense": "dense", "2of4": "2:4 (Wanda, swaps, refit)", "bf16": "the same compressed, bf16", "int8": "int8",
+             "int4": "int4"}
     sizes = {kind: results(f"sparse-bytes-{kind}")["after"] for kind in ("bf16", "int8", "int4")}
     sizes |= dict.fromkeys(("dense", "2of4"), results("sparse-bytes-bf16")["before"])
     return markdown(["`tiny` on its test text (256 tokens)", "perplexity", "MB on disk"], [
@@ -121,7 +125,8 @@ def compressed():
 def texts():
     """What each model makes of one prompt, as it came."""
     names = {"dense": "dense", "70": "70 %, Wanda + DSnoT", "2of4": "2:4, swaps + refit", "ast": "2:4, AST"}
-    return "```text\n" + "\n\n".join(f"[{said}]\n{results(f'text-{name}')['text'].rstrip()}" for name, said in names.items()) + "\n```"
+    made = [f"[{said}]\n{results(f'text-{name}')['text'].rstrip()}" for name, said in names.items()]
+    return "```text\n" + "\n\n".join(made) + "\n```"
 
 
 def streamed():
@@ -162,7 +167,7 @@ def draw_ast(path):
             left.plot([step * options["batch"] * options["seqlen"] / 1000 for step in steps], values, marker=".",
                       label=method + ", longer" * (name == "long"))
     left.set(xlabel="thousand training tokens", ylabel="validation perplexity", xscale="log")
-    left.set_xticks([200, 600, 2000, 6000], ["200", "600", "2,000", "6,000"])
+    left.set_xticks([200, 500, 1000, 2000], ["200", "500", "1,000", "2,000"])
     left.minorticks_off()
     left.legend()
     closed = {said: 100 * share for said, (_, share) in ablation().items()}

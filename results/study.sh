@@ -53,6 +53,7 @@ for amount in $amounts; do
     run sparsegpt-refit --score sparsegpt --refine none --refit --no-compare
     run sparsegpt-swap-refit --score sparsegpt --refine swap --refit --no-compare
     if [ $option = --sparsity ]; then
+        run wanda-swap-sensitivity --refine swap --no-compare --allocate sensitivity
         for allocate in owl sensitivity; do
             run wanda-swap-refit-$allocate --refine swap --refit --no-compare --allocate $allocate
         done

@@ -14,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from data.command import parser, record, run, start, timed
 from dsnot import InputStats, dsnot_refine, keep_mask, magnitude_score, relative_error, sparsegpt, swap_refine, wanda_score
 
+AMOUNTS = {"50 %": dict(sparsity=0.5), "70 %": dict(sparsity=0.7), "2:4": dict(pattern=(2, 4)), "4:8": dict(pattern=(4, 8))}
+
 
 def main():
     p = parser(__doc__)
@@ -36,13 +38,14 @@ def main():
 
     results = []
     for score in "wanda", "magnitude":
-        for label, amount in ("50 %", dict(sparsity=0.5)), ("70 %", dict(sparsity=0.7)), ("2:4", dict(pattern=(2, 4))), ("4:8", dict(pattern=(4, 8))):
+        for label, amount in AMOUNTS.items():
             taken = [[timed(job, device)[0] for job in (lambda: torch.sort(W), lambda: work(score, amount))]
                      for _ in range(args.repeats)]  # in turns, so that other load on the machine meets both
             sort, ours = map(statistics.median, zip(*taken))
             results.append({"method": f"{score} + dsnot", "amount": label, "against": "torch.sort", "ratio": ours / sort})
             print(f"{score:<10} {label:>5}  50 cycles: {ours / sort:5.2f} x torch.sort", flush=True)
-    for label, amount in ("70 %", dict(sparsity=0.7)), ("2:4", dict(pattern=(2, 4))):
+    for label in "70 %", "2:4":
+        amount = AMOUNTS[label]
         keep = keep_mask(wanda_score(W, stats), **amount)
 
         def best_of(work):  # a GPU's kernels are loaded by the first
@@ -50,7 +53,7 @@ def main():
 
         theirs, corrected = best_of(lambda: sparsegpt(W, stats.gram, **amount))
         goal = relative_error(W, corrected, stats.gram)
-        for most in n // 64, None:
+        for most in n // 64, n // 32, None:
             ours, new = best_of(lambda: swap_refine(W, keep, stats.gram, pattern=amount.get("pattern"), max_swaps=most))
             error = relative_error(W, W * new, stats.gram)
             results.append({"method": "wanda + swap", "amount": label, "against": "sparsegpt", "max_swaps": most,

@@ -126,7 +126,7 @@ def outcome(main, words):
         return 0, None, ""
     except SystemExit as stop:
         lines = err.getvalue().strip().splitlines()
-        wrong = None if stop.code == 2 and lines and ("usage:" in lines[0] or len(lines) == 1) else f"exit code {stop.code}: {lines}"
+        wrong = None if stop.code == 2 and len(lines) == 1 else f"exit code {stop.code}: {lines}"
         return stop.code, wrong, lines[-1] if lines else ""
     except BaseException:
         return None, traceback.format_exc(), ""

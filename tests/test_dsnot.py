@@ -267,6 +267,17 @@ def test_few_candidates_do_as_well_as_all(amount):
     assert ((one != keep).sum(1) <= 2).all() and (one != keep).any()
 
 
+@pytest.mark.parametrize("refine,refit", [("dsnot", False), ("swap", False), ("swap", True), ("dsnot+swap", False)])
+def test_cycles_bound_the_swaps(refine, refit):
+    """Would catch a --cycles that one of the refinements does not hear: a swap flips two weights of a row."""
+    W, _, _, stats = inputs_case(4, False, rows=20, width=64, tokens=64)
+    options = dict(score="wanda", refine=refine, refit=refit, sparsity=0.5)
+    keep = keep_mask(wanda_score(W, stats), sparsity=0.5)
+    flips = [((dsnot.prune_layer(W, stats, cycles=c, **options) != 0) != keep).sum(1).max().item() for c in (0, 1, None)]
+    turns = 2 if refit or "+" in refine else 1
+    assert flips[0] == 0 and 0 < flips[1] <= 2 * turns and (flips[2] > flips[1] or refine == "dsnot")
+
+
 def test_swaps_of_uneven_rows():
     """Would catch rows of a SparseGPT mask, which keep different numbers of weights, trading theirs; full and empty rows."""
     W, inputs, _, gram, _, _ = swap_case(2, dict(sparsity=0.5), False, rows=12, width=100)
@@ -402,9 +413,12 @@ def tensors(folder):
     return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
 
 
-@pytest.mark.parametrize("options", [("--sparsity", "0.6", "--compare"), ("--sparsity", "0.6", "--propagate"), ("--pattern", "2:4", "--refine", "dsnot+swap", "--refit"), ("--pattern", "2:4", "--score", "magnitude"),
-                                     ("--pattern", "4:8", "--score", "sparsegpt", "--refine-layers", "attn"),
-                                     ("--sparsity", "0.5", "--score", "sparsegpt", "--refine", "none")])
+@pytest.mark.parametrize("options", [
+    ("--sparsity", "0.6", "--compare"), ("--sparsity", "0.6", "--propagate"),
+    ("--pattern", "2:4", "--refine", "dsnot+swap", "--refit"), ("--pattern", "2:4", "--score", "magnitude"),
+    ("--pattern", "4:8", "--score", "sparsegpt", "--refine-layers", "attn"),
+    ("--sparsity", "0.5", "--score", "sparsegpt", "--refine", "none"),
+])
 def test_command(monkeypatch, capsys, model, tmp_path, options):
     """Would catch a checkpoint that transformers can't load or reads differently, layers that are not pruned or not
     exactly, embeddings or norms that changed, and a table without its numbers."""
@@ -480,7 +494,8 @@ def test_every_family_is_pruned(family, changes, tmp_path):
     transformers = pytest.importorskip("transformers")
     theirs(family, changes).save_pretrained(tmp_path / "m")
     windows, ids = ids_for(batch=6), ids_for(seed=2)
-    for score, refine, amount in ("wanda", "dsnot", dict(sparsity=0.6)), ("sparsegpt", "dsnot", dict(pattern=(2, 4))), ("magnitude", "swap", dict(pattern=(4, 8))):
+    for score, refine, amount in [("wanda", "dsnot", dict(sparsity=0.6)), ("sparsegpt", "dsnot", dict(pattern=(2, 4))),
+                                  ("magnitude", "swap", dict(pattern=(4, 8)))]:
         dense = dsnot.GPT.from_pretrained(tmp_path / "m")
         dsnot.prune(dsnot.GPT.from_pretrained(tmp_path / "m", stream=True), windows, tmp_path / "out", {"run": score}, batch=4,
                     score=score, refine=refine, propagate=refine == "swap", **amount)
@@ -505,8 +520,9 @@ def test_two_processes_prune_as_one(monkeypatch, capsys, model, tmp_path, option
     """Would catch statistics that are not those of all sequences, rows that nobody or two prune, and two writers."""
     command(monkeypatch, model, tmp_path / "one", *options, "--json", str(tmp_path / "one.json"))
     one = sys.argv[1:-3]
-    two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", ROOT / "dsnot.py", *one[:one.index("--out")],
-                          "--out", tmp_path / "two", *options, "--json", tmp_path / "two.json"], capture_output=True, text=True, timeout=300)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    two = subprocess.run([*torchrun, ROOT / "dsnot.py", *one[:one.index("--out")], "--out", tmp_path / "two", *options,
+                          "--json", tmp_path / "two.json"], capture_output=True, text=True, timeout=300)
     assert two.returncode == 0, two.stderr
     assert two.stdout.count("saved") == 1
     same, total = 0, 0
@@ -609,10 +625,11 @@ BAD = {
     "no pattern": (["--pattern", "half"], "half"),
     "a sparsity and a pattern": (["--sparsity", "0.5", "--pattern", "2:4"], "--pattern: not allowed with argument --sparsity"),
     "no such refinement": (["--refine", "swaps"], "invalid choice: 'swaps'"),
-    "does not divide": (["--pattern", "3:7"], "7"),
+    "does not divide": (["--pattern", "3:7"], "--pattern 3:7 needs rows"),
     "no name": (["--out", "/"], "--out /"),
     "a long name": (["--out", "a" * 300], "File name too long"),
-    "no cycles in it": (["--refine", "swap", "--cycles", "9"], "--cycles 9"),
+    "no cycles in it": (["--refine", "none", "--cycles", "9"], "--cycles 9 is for swaps"),
+    "no signs to check": (["--refine", "swap", "--no-sign-check"], "--sign-check is an option of DSnoT"),
     "unknown model": (["--model", "llama9"], "llama9"),
     "no such folder": (["--model", "./nothing/here"], "nothing/here"),
     "a folder, no Hub id": (["--model", "tests/nothing"], "there is no folder tests/nothing"),
@@ -622,7 +639,8 @@ BAD = {
     "Hub out of reach, model": (["--model", "llama2-7b"], "meta-llama/Llama-2-7b-hf"),
     "Hub out of reach, text": (["--data", "wikitext2"], "Salesforce/wikitext"),
     "device": (["--device", "tpu9"], "tpu9"),
-    "json": (["--json", "/nowhere/at/all.json"], "/nowhere/at"),
+    "json": (["--json", "README.md/all.json"], "README.md is no folder"),
+    "out": (["--out", "README.md/out"], "README.md is a file"),
 }
 
 
@@ -642,7 +660,8 @@ def test_bad_options(monkeypatch, capsys, model, tmp_path, name):
 
 def test_bad_texts_and_files(monkeypatch, capsys, model, tmp_path):
     """An empty text, one that is too short, one that is no text; a missing and a truncated weight file."""
-    for name, content, said in [("empty.txt", b"", "empty"), ("short.txt", b"the words", "fewer than one window"), ("no.txt", b"\xff\xfe\x00", "UTF-8")]:
+    for name, content, said in [("empty.txt", b"", "empty"), ("short.txt", b"the words", "fewer than one window"),
+                                ("no.txt", b"\xff\xfe\x00", "UTF-8")]:
         (tmp_path / name).write_bytes(content)
         for option in "--calib", "--data":
             expect_refusal(monkeypatch, capsys, model, tmp_path / "out", [option, str(tmp_path / name)], said)
@@ -701,6 +720,6 @@ def test_time_is_kept(monkeypatch, model, tmp_path):
     """Would catch a finished folder being told to have taken no time."""
     seconds = []
     for _ in range(2):
-        command(monkeypatch, model, tmp_path / "out", "--json", str(tmp_path / "result.json"))
-        seconds.append(json.loads((tmp_path / "result.json").read_text())["results"]["rows"][-1]["seconds"])
+        command(monkeypatch, model, tmp_path / "out", "--json", str(tmp_path / "new" / "result.json"))
+        seconds.append(json.loads((tmp_path / "new" / "result.json").read_text())["results"]["rows"][-1]["seconds"])
     assert seconds[0] == seconds[1] > 0
