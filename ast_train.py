@@ -49,7 +49,9 @@ import shutil
 import tempfile
 import time
 from argparse import BooleanOptionalAction
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -686,6 +688,20 @@ def process_group(args):
         dist.destroy_process_group()
 
 
+def texts(args, tokenizer):
+    """What training reads: a mixture, validation windows, and Wanda's and SparseGPT's inputs [CALIBRATION, seqlen]."""
+    mixture = Mixture(args.data, tokenizer, args.seqlen, args.batch)
+    held_out = windows(tokens(args.eval_data, tokenizer, "validation"), args.seqlen + 1)
+    return mixture, held_out, mixture.batch(args.seed, 0, CALIBRATION, stream=0)[:, :-1]
+
+
+def train_in_a_process(method, args, begin, threads):
+    """`train` in a process of its own, on so many threads."""
+    torch.set_num_threads(threads)
+    with process_group(args):
+        return train(method, args, begin, *texts(args, load_tokenizer(args.model)))
+
+
 def main():
     args, started = options(), time.perf_counter()
     with process_group(args):
@@ -695,9 +711,7 @@ def main():
         config, tokenizer = Config.read(folder), load_tokenizer(folder)
         for method in args.methods:
             CheckpointWriter(Path(args.out) / method, config.raw, folder)  # refuses a folder that it can't fill
-        mixture = Mixture(args.data, tokenizer, args.seqlen, args.batch)
-        calibration = mixture.batch(args.seed, 0, CALIBRATION, stream=0)[:, :-1]  # Wanda's and SparseGPT's inputs
-        held_out = windows(tokens(args.eval_data, tokenizer, "validation"), args.seqlen + 1)
+        mixture, held_out, calibration = texts(args, tokenizer)
         test_ids = (evaluation_ids(args.eval_data, "test", tokenizer, args.seqlen) if args.eval_data in SOURCES
                     else tokens(args.eval_data, tokenizer, "test"))
         if len(held_out) < args.micro_batch * dist.get_world_size():
@@ -708,10 +722,17 @@ def main():
         if (folder / "pruning.json").is_file():
             say(f"note: {args.model} has been pruned before; it is what is called dense here")
         begin, runs = first_weights(args, calibration), {}
-        for method in args.methods:
-            runs[method] = train(method, args, begin, mixture, held_out, calibration)
-            if dist.get_rank() == 0:
-                plot(Path(args.out) / "curve.png", runs)
+        threads = torch.get_num_threads() // len(args.methods)
+        if args.device == "cpu" and dist.get_world_size() == 1 < len(args.methods) and threads:
+            # side by side: two processes of one thread get more done than two threads that wait for each other
+            with ProcessPoolExecutor(len(args.methods), get_context("spawn")) as pool:
+                one = functools.partial(train_in_a_process, args=args, begin=begin, threads=threads)
+                runs = dict(zip(args.methods, pool.map(one, args.methods)))
+        else:
+            for method in args.methods:
+                runs[method] = train(method, args, begin, mixture, held_out, calibration)
+        if dist.get_rank() == 0:
+            plot(Path(args.out) / "curve.png", runs)
         if dist.get_rank() > 0:
             return
     table = results(args, test_ids, calibration, begin)
