@@ -47,11 +47,12 @@ import math
 import os
 import shutil
 import tempfile
+import threading
 import time
 from argparse import BooleanOptionalAction
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import torch
@@ -696,7 +697,8 @@ def texts(args, tokenizer):
 
 
 def train_in_a_process(method, args, begin, threads):
-    """`train` in a process of its own, on so many threads."""
+    """`train` in a process of its own, on so many threads; it ends when the one that began it is killed."""
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(threads)
     with process_group(args):
         return train(method, args, begin, *texts(args, load_tokenizer(args.model)))

@@ -398,6 +398,20 @@ def test_two_processes_follow_one(files, tmp_path, train):
     assert abs(one["history"][-1]["loss"] - resumed["history"][-1]["loss"]) < 1e-4
 
 
+def test_methods_side_by_side_are_those_one_after_the_other(files, tmp_path, train, monkeypatch):
+    """Would catch a process that reads other text, and an error in one that is not told."""
+    methods = "--methods", "ast", "dense", "--steps", 3
+    for threads in 2, 1:  # 1: no room for two processes
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        train(tmp_path / str(threads), *methods)
+    for method in "ast", "dense":
+        beside, alone = (load_file(tmp_path / run / method / "model.safetensors") for run in "21")
+        assert all(torch.allclose(beside[name], alone[name], rtol=1e-4, atol=1e-6) for name in alone)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with pytest.raises(InputError, match="holds a run with --lr"):
+        train(tmp_path / "2", *methods, "--lr", 1e-3)
+
+
 # what users get wrong
 
 @pytest.mark.parametrize("options, message", [
