@@ -725,16 +725,18 @@ def main():
             say(f"note: {args.model} has been pruned before; it is what is called dense here")
         begin, runs = first_weights(args, calibration), {}
         threads = torch.get_num_threads() // len(args.methods)
-        if args.device == "cpu" and dist.get_world_size() == 1 < len(args.methods) and threads:
-            # side by side: two processes of one thread get more done than two threads that wait for each other
-            with ProcessPoolExecutor(len(args.methods), get_context("spawn")) as pool:
+        # on a CPU side by side: two processes of one thread get more done than two threads that wait for each other
+        beside = args.device == "cpu" and dist.get_world_size() == 1 and len(args.methods) > 1 and threads > 0
+        with ProcessPoolExecutor(len(args.methods), get_context("spawn")) if beside else nullcontext() as pool:
+            if beside:
                 one = functools.partial(train_in_a_process, args=args, begin=begin, threads=threads)
-                runs = dict(zip(args.methods, pool.map(one, args.methods)))
-        else:
-            for method in args.methods:
-                runs[method] = train(method, args, begin, mixture, held_out, calibration)
-        if dist.get_rank() == 0:
-            plot(Path(args.out) / "curve.png", runs)
+                trained = pool.map(one, args.methods)
+            else:
+                trained = (train(method, args, begin, mixture, held_out, calibration) for method in args.methods)
+            for method, state in zip(args.methods, trained):
+                runs[method] = state
+                if dist.get_rank() == 0:
+                    plot(Path(args.out) / "curve.png", runs)
         if dist.get_rank() > 0:
             return
     table = results(args, test_ids, calibration, begin)
