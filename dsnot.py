@@ -56,9 +56,10 @@ from data.text import SOURCES, evaluation_ids, usual_text
 from eval import free_memory, perplexity
 from gpt import GPT, Block, CheckpointWriter, Config, prunable, rotary, shard
 
-# With --propagate a layer's goal lies between what its dense weights make of the inputs that are really there (0) and the
-# dense model's output (1); half-way is best or close to it (tests/compare_goal.py).
-TOWARDS_DENSE = 0.5
+# What a layer's output aims at with --propagate: a place between what its dense weights make of the inputs that are really
+# there (0) and what it is in the dense model (1); a layer whose output is added to the hidden state, also at such a share of
+# what the hidden state lacks by then. Where only the mask can be chosen less is best (tests/compare_goal.py).
+AIM = {"mask": (0.5, 0.0), "weights": (1.0, 1.0)}
 
 # ------------------------------------------------------------------------------------------------- many processes
 
@@ -84,17 +85,18 @@ def wait():
 
 class InputStats:
     """What a linear layer's inputs look like, in float32: `sum`, `square` [in] as s and q above, `variance` as v, and on
-    demand `gram` [in, in], the sum of x x^T over all tokens, and `cross` [in, in], the sum of z x^T, where z is what the
-    layer would get in the dense model."""
+    demand `gram` [in, in], the sum of x x^T over all tokens, and as far as they are given, sums over the same tokens for z,
+    what the layer gets in the dense model, `cross` [in, in] of z x^T, and for `lack`, how much the hidden state to which the
+    layer's output is added is short of the dense model's, `lack` [out, in] of lack x^T."""
 
     def __init__(self, in_features: int, device="cpu", gram: bool = False):
         self.sequences = 0
         self._sum, self._square, self._variance = (torch.zeros(in_features, device=device) for _ in range(3))
         self.gram = torch.zeros(in_features, in_features, device=device) if gram else None
-        self.cross = None
+        self.cross = self.lack = None
 
-    def add(self, x: Tensor, z: Tensor | None = None):
-        """x [tokens, in]: one calibration sequence; z: the same one in the dense model."""
+    def add(self, x: Tensor, z: Tensor | None = None, lack: Tensor | None = None):
+        """x [tokens, in]: one calibration sequence; z [tokens, in], lack [tokens, out]: as above, for the same one."""
         x = x.float()
         self.sequences += 1
         self._sum += x.sum(0)
@@ -103,13 +105,14 @@ class InputStats:
         if self.gram is not None:
             self.gram.addmm_(x.T, x)
         if z is not None:
-            self.cross = torch.zeros_like(self.gram) if self.cross is None else self.cross
-            self.cross.addmm_(z.float().T, x)
+            self.cross = z.float().T @ x if self.cross is None else self.cross.addmm_(z.float().T, x)
+        if lack is not None:
+            self.lack = lack.float().T @ x if self.lack is None else self.lack.addmm_(lack.float().T, x)
 
     def all_reduce(self):
         """Add up what all processes have seen."""
         count = torch.tensor(self.sequences, device=self._sum.device)
-        for tensor in (count, self._sum, self._square, self._variance, self.gram, self.cross):
+        for tensor in (count, self._sum, self._square, self._variance, self.gram, self.cross, self.lack):
             if tensor is not None:
                 add_up(tensor)
         self.sequences = count.item()
@@ -366,17 +369,21 @@ def refit_weights(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None 
 
 def swap_and_refit(W, keep, gram, *, goal=None, max_swaps=None, pattern=None, rounds=1):
     """The weights that are left when swaps and refit take turns (arguments as in swap_refine, keep the mask to start from).
-    After the first refit, swaps are made among values that suit it: of a kept weight the refitted one, of a pruned one the
-    value that would lower the error most if it came back alone, (goal - sparse W G)_i / G_ii. The error never rises."""
+    After the first refit, swaps are made among values that suit it, those of `with_pruned`. The error never rises."""
     goal = W.float() @ gram if goal is None else goal
     swap = partial(swap_refine, gram=gram, goal=goal, max_swaps=max_swaps, pattern=pattern)
     keep = swap(W, keep)
     new = refit_weights(W, keep, gram, goal=goal)
     for _ in range(rounds):
-        back = (goal - new @ gram) / gram.diagonal().clamp(min=1e-20)
-        keep = swap(torch.where(keep, new, back), keep)
+        keep = swap(with_pruned(new, keep, gram, goal), keep)
         new = refit_weights(W, keep, gram, goal=goal)
     return new
+
+
+def with_pruned(new, keep, gram, goal):
+    """Corrected weights [out, in] to swap among: the kept ones of `new`, and of each pruned one the value that would lower the
+    error most if it alone came back, (goal - new G)_i / G_ii. Arguments as in swap_refine."""
+    return torch.where(keep, new, (goal - new @ gram) / gram.diagonal().clamp(min=1e-20))
 
 
 def dense_weights(W, gram, goal, damp=0.01):
@@ -473,9 +480,10 @@ def readers(step, x, linears):
     return list(together.values())
 
 
-def input_stats(step, hidden, linears, groups, gram=False, teacher=None):
+def input_stats(step, hidden, linears, groups, gram=False, teacher=None, adds=False):
     """{name: InputStats} of some groups of linear layers of a step that is called with each [sequences, tokens, C] of
-    `hidden`, over all processes. teacher: (step, hidden, linears) of the dense model, to know what they get there."""
+    `hidden`, over all processes. teacher: (step, hidden, linears) of the dense model, to know what they get there; adds:
+    their output is added to `hidden`, so that it matters what that lacks."""
     names, stats = [group[0] for group in groups], {}
     for i, x in enumerate(hidden):
         inputs, targets = {}, {}
@@ -486,49 +494,64 @@ def input_stats(step, hidden, linears, groups, gram=False, teacher=None):
                 teacher[0](teacher[1][i])
         for name in names:
             one = stats.setdefault(name, InputStats(inputs[name].shape[-1], inputs[name].device, gram))
+            lack = (teacher[1][i].float() - x.float()).to(inputs[name].device) if adds else None
             for n, sequence in enumerate(inputs[name]):
-                one.add(sequence, targets[name][n] if teacher else None)
+                one.add(sequence, targets[name][n] if teacher else None, lack[n] if adds else None)
     for one in stats.values():
         one.all_reduce()
     return {name: stats[group[0]] for group in groups for name in group}
 
 
-def prune_layer(W, stats, *, score, refine, sparsity=None, pattern=None, refit=False, cycles=None, **dsnot_options):
-    """One layer's pruned weight [out, in] in float32, from its InputStats. refine: "none", "dsnot", "swap", "dsnot+swap"."""
-    amount = dict(pattern=pattern) if pattern else dict(sparsity=sparsity)
-    goal = None if stats.cross is None else W.float() @ torch.lerp(stats.gram, stats.cross, TOWARDS_DENSE)
+def layer_goal(W, stats, free):
+    """The goal [out, in] of a layer, as in swap_refine, from its InputStats; None: what its dense weights make of its inputs.
+    free: "mask" or "weights", what can be chosen (see AIM)."""
+    if stats.cross is None:
+        return None
+    towards_dense, share = AIM[free]
+    goal = W.float() @ torch.lerp(stats.gram, stats.cross, towards_dense)
+    return goal if stats.lack is None else goal.add_(stats.lack, alpha=share)
+
+
+def prune_layer(W, stats, *, score, refine, goal=None, sparsity=None, pattern=None, refit=False, cycles=None, **dsnot_options):
+    """One layer's pruned weight [out, in] in float32, from its InputStats and its goal as in swap_refine. refine: "none",
+    "dsnot", "swap", "dsnot+swap"."""
+    W, amount = W.float(), dict(pattern=pattern) if pattern else dict(sparsity=sparsity)
     scores = magnitude_score(W) if score == "magnitude" else wanda_score(W, stats)
     if score == "sparsegpt":
-        aim = W if goal is None else dense_weights(W, stats.gram, goal)
-        corrected = sparsegpt(aim, stats.gram, **amount)
-        if refine == "none" and not refit:
-            return corrected
-        keep = corrected != 0
+        settle = partial(sparsegpt, W if goal is None else dense_weights(W, stats.gram, goal), stats.gram)
+        new = settle(**amount)
+        keep = new != 0
     else:
+        settle = lambda keep: torch.where(keep, W, 0)
         keep = keep_mask(scores, **amount)
+        new = settle(keep=keep)
     if "dsnot" in refine:
         few = max(1, round(W.shape[1] * 50 / 4096)) if cycles is None else cycles
         keep = dsnot_refine(W, keep, stats, scores, pattern=pattern, cycles=few, **dsnot_options)
+        new = settle(keep=keep)
+    swap = dict(max_swaps=cycles, pattern=pattern)
     if refit and "swap" in refine:
-        return swap_and_refit(W, keep, stats.gram, goal=goal, max_swaps=cycles, pattern=pattern)
+        return swap_and_refit(W, keep, stats.gram, goal=goal, **swap)
     if refit:
         return refit_weights(W, keep, stats.gram, goal=goal)
+    if "swap" in refine and score == "sparsegpt":
+        goal = W @ stats.gram if goal is None else goal
+        return settle(keep=swap_refine(with_pruned(new, keep, stats.gram, goal), keep, stats.gram, goal=goal, **swap))
     if "swap" in refine:
-        keep = swap_refine(W, keep, stats.gram, goal=goal, max_swaps=cycles, pattern=pattern)
-    if score == "sparsegpt":  # its correction belongs to a mask: make it for the refined one
-        return sparsegpt(aim, stats.gram, keep=keep)
-    return torch.where(keep, W.float(), 0)
+        return settle(keep=swap_refine(W, keep, stats.gram, goal=goal, **swap))
+    return new
 
 
 def prune_rows(W, stats, **options):
     """prune_layer, each process taking its share of the rows. Unstructured SparseGPT, whose threshold spans all rows, is
     done whole by each."""
     rank, world = processes()
+    goal = layer_goal(W, stats, "weights" if options["refit"] or options["score"] == "sparsegpt" else "mask")
     if world == 1 or (options["score"] == "sparsegpt" and not options.get("pattern")):
-        return prune_layer(W, stats, **options)
+        return prune_layer(W, stats, goal=goal, **options)
     rows = torch.arange(len(W), device=W.device).tensor_split(world)[rank]
     new = torch.zeros_like(W, dtype=torch.float32)
-    new[rows] = prune_layer(W[rows], stats, **options)
+    new[rows] = prune_layer(W[rows], stats, goal=None if goal is None else goal[rows], **options)
     add_up(new)
     return new
 
@@ -545,14 +568,15 @@ def prune_block(block, where, hidden, dense, prefix, dtype, *, score, refine, sp
     `propagate` also `dense`, what flows in the dense model. where: (rope, positions) for `steps`; sparsity: {layer's name:
     share}; dtype: layer's name -> its dtype on disk. Returns a record per layer.
 
-    With propagate each layer is pruned on what the pruned layers before it really leave, else all on what they leave dense."""
+    With propagate each layer is pruned on what the pruned layers before it really leave, else all on what they leave dense;
+    the last one of either half of a block is the one that adds to the hidden state."""
     gram = propagate or score == "sparsegpt" or "swap" in refine or refit
     linears, records, original = prunable(block), [], copy.deepcopy(block) if propagate else None
     for half, step in enumerate(steps(block, *where, halves=propagate)):
         teacher = (steps(original, *where, halves=True)[half], dense, prunable(original)) if propagate else None
         groups = readers(step, hidden[0][:1], linears)
         for stage in [[group] for group in groups] if propagate else [groups]:
-            stats = input_stats(step, hidden, linears, stage, gram, teacher)
+            stats = input_stats(step, hidden, linears, stage, gram, teacher, adds=propagate and stage == groups[-1:])
             for name in (name for group in stage for name in group):
                 layer, weight = f"{prefix}.{name}", linears[name].weight
                 if not stats[name].square.isfinite().all():

@@ -57,5 +57,6 @@ for amount in $amounts; do
         for allocate in owl sensitivity; do
             run wanda-swap-refit-$allocate --refine swap --refit --no-compare --allocate $allocate
         done
+        run sparsegpt-swap-refit-sensitivity --score sparsegpt --refine swap --refit --no-compare --allocate sensitivity
     fi
 done

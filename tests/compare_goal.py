@@ -1,7 +1,7 @@
-"""What the layers of a propagated run should aim at: perplexity of validation text after swaps and refit, for goals between what
-dense weights make of the inputs that are there (0) and the dense model's output (1).
+"""What the layers of a propagated run should aim at: perplexity of validation text after swaps alone and after swaps and refit,
+for the places and shares that dsnot.AIM may name.
 
-    python tests/compare_goal.py --json results/goal-tiny.json                      (two minutes for each of the six)
+    python tests/compare_goal.py --json results/goal-tiny.json                      (half a minute for each of the twenty)
     python tests/compare_goal.py --model FOLDER --data TEXT_FILE --json results/goal-NAME.json
 """
 
@@ -28,14 +28,15 @@ def main():
     calibration = calibration_windows(args.data, tokenizer, 128, 256, args.seed)
     ids = evaluation_ids(args.data, "validation", tokenizer, 256)
     for label, amount in ("70%", dict(sparsity=0.7)), ("2:4", dict(pattern=(2, 4))):
-        for dsnot.TOWARDS_DENSE in 0.0, 0.5, 1.0:
-            with tempfile.TemporaryDirectory() as folder:
-                dense = GPT.from_pretrained(args.model, device=args.device, stream=True)
-                dsnot.prune(dense, calibration, Path(folder) / "out", {}, score="wanda", refine="swap", refit=True, propagate=True,
-                            **amount)
-                found = perplexity(GPT.from_pretrained(Path(folder) / "out", device=args.device), ids, 256)
-            rows.append({"amount": label, "towards_dense": dsnot.TOWARDS_DENSE, "perplexity": found})
-            print(f"{label}, {dsnot.TOWARDS_DENSE} of the way to the dense model's output: perplexity {found:.2f}", flush=True)
+        for free in dsnot.AIM:
+            for dsnot.AIM[free] in (0.0, 0.0), (0.5, 0.0), (1.0, 0.0), (0.5, 0.5), (1.0, 1.0):
+                with tempfile.TemporaryDirectory() as folder:
+                    dense = GPT.from_pretrained(args.model, device=args.device, stream=True)
+                    dsnot.prune(dense, calibration, Path(folder) / "out", {}, score="wanda", refine="swap",
+                                refit=free == "weights", propagate=True, **amount)
+                    found = perplexity(GPT.from_pretrained(Path(folder) / "out", device=args.device), ids, 256)
+                rows.append({"amount": label, "free": free, "aim": dsnot.AIM[free], "perplexity": found})
+                print(f"{label}, {free}, aiming at {dsnot.AIM[free]}: perplexity {found:.2f}", flush=True)
     record(args, rows)
 
 

@@ -362,14 +362,28 @@ def test_sparsegpt_equals_slow_loop(amount):
     assert torch.allclose(sparsegpt(W, gram, keep=new != 0, block=16), new, atol=1e-5)  # the same mask, the same correction
 
 
+def test_pruned_weights_come_back_with_their_best_values():
+    """Would catch a wrong slope or a wrong goal: alone, no other value of a pruned weight lowers its row's error as much."""
+    W, inputs, z, stats = inputs_case(7, True, rows=3, width=12, tokens=32)
+    keep = keep_mask(W.abs(), 0.5)
+    new, goal = torch.where(keep, W, 0), W @ stats.cross
+    values = dsnot.with_pruned(new, keep, stats.gram, goal)
+    assert torch.equal(values[keep], W[keep])
+    for r, i in (~keep).nonzero().tolist():
+        def error(value):
+            other = new.clone()
+            other[r, i] = value
+            return squared_error(W, other, inputs, z)[r]
+        best = values[r, i].item()
+        assert error(best) < min(error(best - 0.05), error(best + 0.05), error(0))
+
+
 def test_sparsegpt_aims_for_what_propagation_says():
-    """Would catch a correction that ignores what the pruned layers before have done: the goal is half-way between the dense
-    model's output and what dense weights make of the inputs that are there."""
+    """Would catch a correction that ignores what the pruned layers before have done: the goal is the dense model's output."""
     W, inputs, z, stats = inputs_case(6, True, rows=10, width=32, tokens=64)
-    goal = (inputs + z) / 2 @ W.T
-    aimed = dsnot.prune_layer(W, stats, score="sparsegpt", refine="none", sparsity=0.5)
+    aimed = dsnot.prune_rows(W, stats, score="sparsegpt", refine="none", refit=False, sparsity=0.5)
     plain = sparsegpt(W, stats.gram, sparsity=0.5)
-    assert (inputs @ aimed.T - goal).square().sum() < 0.9 * (inputs @ plain.T - goal).square().sum()
+    assert (inputs @ aimed.T - z @ W.T).square().sum() < 0.8 * (inputs @ plain.T - z @ W.T).square().sum()
 
 
 def test_sparsegpt_survives_dead_inputs():
@@ -510,6 +524,41 @@ def test_every_family_is_pruned(family, changes, tmp_path):
         assert all(name in layers or torch.equal(value, dense.state_dict()[name]) for name, value in pruned.state_dict().items())
         other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
         torch.testing.assert_close(pruned(ids), other(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family, changes", ALL)
+@pytest.mark.parametrize("refit", [False, True])
+def test_layers_aim_at_the_dense_model(monkeypatch, family, changes, refit, tmp_path):
+    """Would catch inputs of the wrong model in a goal, and a hidden state that is made up for in the wrong layer or with the
+    wrong sign: with refit, a layer that adds to it aims at all that is missing in the dense one; masks aim half-way."""
+    pytest.importorskip("transformers")
+    theirs(family, changes).save_pretrained(tmp_path)
+    model, goals = dsnot.GPT.from_pretrained(tmp_path), []
+    monkeypatch.setattr(dsnot, "prune_layer", lambda W, stats, goal, **_: (goals.append(goal), W)[1])
+    block, ids = model.model.layers[1], ids_for(batch=4)
+    dense = model.embed(ids)
+    sparse = dense + 0.2 * torch.randn(dense.shape, generator=torch.Generator().manual_seed(0))
+    where = dsnot.rotary(model.config, torch.arange(ids.shape[1])), torch.arange(ids.shape[1])
+    linears, expected, x, z = dsnot.prunable(block), [], sparse, dense
+    with torch.no_grad():
+        for step in dsnot.steps(block, *where, halves=True):
+            seen, wanted = {}, {}
+            with dsnot.watch(linears, seen.__setitem__):
+                after = step(x)
+            with dsnot.watch(linears, wanted.__setitem__):
+                step(z)
+            for i, name in enumerate(seen):
+                W = linears[name].weight
+                y = wanted[name] @ W.T if refit else (wanted[name] + seen[name]) / 2 @ W.T
+                if refit and i == len(seen) - 1:
+                    y = y + z - x
+                expected.append(torch.einsum("nto,nti->oi", y, seen[name]))
+            x, z = after, step(z)
+        dsnot.prune_block(block, where, list(sparse.split(2)), list(dense.split(2)), "b", lambda name: torch.float32, score="wanda",
+                          refine="swap", refit=refit, propagate=True, sparsity={f"b.{name}": 0.5 for name in linears})
+    assert len(goals) == len(linears)
+    for goal, found in zip(expected, goals):
+        torch.testing.assert_close(found, goal, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("options, alike", [(("--sparsity", "0.6"), 0.999),
