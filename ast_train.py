@@ -12,10 +12,10 @@ A decay pulls pruned weights to zero, weak at first so that masks can still chan
 The loss is a * T^2 KL(teacher || student), both at temperature T, + (1 - a) * cross-entropy; the dense model teaches.
 SLoRB adds a few dense parameters, y = x W~^T + (x X^T) S^T: X [in/k, in] sums k neighbouring inputs, S [out, in/k]
 begins as the mean of the pruned weights of each group. X is trained where it isn't zero and kept as a vector [in], so
-x X^T stays a grouped sum. Merged into the weights it makes them dense, W~ + (S, each column repeated k times) * X: so it
-is trained, with one product a layer; a finished model keeps the two apart, so that W~ stays sparse.
-Not in the paper: with --average the result is the mean of W over the last steps, which evens out what single windows did to
-it; with --start-from swap W begins as dsnot.py's exact swaps and refit leave it, pruned weights and S at 0.
+x X^T stays a grouped sum. Merged into the weights it makes them dense, W~ + (S, each column repeated k times) * X: so
+it is trained, with one product a layer; a finished model keeps the two apart, so that W~ stays sparse.
+Not in the paper: with --average the result is the mean of W over the last steps, which evens out what single windows
+did to it; with --start-from swap W begins as dsnot.py's exact swaps and refit leave it, pruned weights and S at 0.
 
 Where we differ from the authors' code, and why. Their GPT-2 code negates an integer mask with `~` (1 becomes -2, 0
 becomes -1), so its decay makes weights grow: our mask is a bool. It divides the decay, too, by 1 - b1^t, which is 1
@@ -23,8 +23,8 @@ after a few dozen steps: ours follows the formula. It keeps the mask as an attri
 lose: ours is a buffer. It trains all of X, a dense matrix. As there, weights without a mask take plain Adam steps; V is
 the mean of u^2, not of g^2, so where g is mostly noise the steps of masked weights are up to 4.4 times as long.
 
-Precision, and bytes for LLaMA2-7B (6.74 G parameters) on one GPU; activations come on top (--checkpoint-activations), and
-27.0 GB with --average.
+Precision, and bytes for LLaMA2-7B (6.74 G parameters) on one GPU; activations come on top (--checkpoint-activations),
+and 27.0 GB with --average.
     student W            float32    27.0 GB     small steps would be lost in bf16
     its gradient         float32    27.0 GB     also holds u, so the update needs no memory of its own
     M and V              float32    53.9 GB
@@ -33,7 +33,7 @@ Precision, and bytes for LLaMA2-7B (6.74 G parameters) on one GPU; activations c
                                    127.9 GB     on N GPUs: 121.4 / N + 6.5 GB each; at the start each holds all of W
 
     python ast_train.py                                                  (the model that ships, 2:4)
-    torchrun --nproc-per-node 8 ast_train.py --recipe llama2-7b --data c4.bin:0.7 arxiv.bin:0.3     (made by data.stream)
+    torchrun --nproc-per-node 8 ast_train.py --recipe llama2-7b --data c4.bin:0.7 arxiv.bin:0.3    (of data.stream)
 
 A run that was stopped goes on when the same command is given again, on as many processes as you like, and ends with the
 same weights (with another number of processes but for rounding): nothing is random but the windows that are read, and
@@ -43,6 +43,7 @@ Letters: B windows, T tokens of a window, N = B * T, V vocabulary (of logits).
 
 import functools
 import json
+import logging
 import math
 import os
 import shutil
@@ -76,18 +77,18 @@ from dsnot import InputStats, keep_mask, magnitude_score, parse_pattern, prunabl
 from eval import perplexity
 from gpt import GPT, CheckpointWriter, Config
 
-RECIPES = {  # the authors' for LLaMA2-7B and GPT-2 (`c4` is one file: give more as a .bin), ours for the model that ships
+RECIPES = {  # ours for the model that ships, the authors' for the others (`c4` is one file: give more as a .bin)
     "tiny": dict(
         model="tiny", methods=["ast", "ast-slorb"], data=["tiny"], eval_data="tiny", steps=250, batch=8, micro_batch=8,
         seqlen=256, start_from="dense", lr=3e-4, lr_end=1.0, average=0.6, warmup=20, decay=3e-3, decay_steps=100,
         kl_weight=1.0, temperature=1.0, save_every=100),
     "llama2-7b": dict(
-        model="llama2-7b", methods=["ast-slorb"], data=["c4"], eval_data="wikitext2", steps=15000, batch=128, micro_batch=1,
-        seqlen=4096, lr=2e-5, warmup=500, decay=6e-5, decay_steps=3000, kl_weight=0.5, temperature=2.0,
+        model="llama2-7b", methods=["ast-slorb"], data=["c4"], eval_data="wikitext2", steps=15000, batch=128,
+        micro_batch=1, seqlen=4096, lr=2e-5, warmup=500, decay=6e-5, decay_steps=3000, kl_weight=0.5, temperature=2.0,
         save_every=500, start_from="dense", checkpoint_activations=True),
     "gpt2": dict(
-        model="openai-community/gpt2", methods=["ast-slorb"], data=["c4"], eval_data="wikitext2", steps=40000, batch=128,
-        micro_batch=8, seqlen=1024, lr=2e-4, warmup=2000, decay=1e-4, decay_steps=10000, kl_weight=0.67,
+        model="openai-community/gpt2", methods=["ast-slorb"], data=["c4"], eval_data="wikitext2", steps=40000,
+        batch=128, micro_batch=8, seqlen=1024, lr=2e-4, warmup=2000, decay=1e-4, decay_steps=10000, kl_weight=0.67,
         temperature=2.0, start_from="dense", save_every=1000),
 }
 BETAS = (0.9, 0.95)
@@ -344,7 +345,7 @@ def make_sparse(model, args, slorb_k, calibration):
 
 def first_weights(args, calibration):
     """Where the student's first weights are. "swap": the folder of the model with the mask that exact swaps find and
-    the weights that suit it best. Its pruned weights are 0 and return when their gradients have moved them far enough."""
+    the weights that suit it. Its pruned weights are 0 and return when their gradients have moved them far enough."""
     if args.start_from == "dense" or args.methods == ["dense"]:
         return args.model
     folder = Path(args.out) / "start"
@@ -357,8 +358,8 @@ def first_weights(args, calibration):
 
 
 def new_student(args, method, begin, source, calibration):
-    """The model that a method trains, with the first weights from the folder `begin` (dense: its own), and what tells it from
-    others: the configuration of its dense checkpoint `source` and the sum of its weights."""
+    """The model that a method trains, with the first weights from the folder `begin` (dense: its own), and what tells
+    it from others: the configuration of its dense checkpoint `source` and the sum of its weights."""
     student = GPT.from_pretrained(args.model if method == "dense" else begin, args.device, torch.float32)
     which = f"{source.config.raw} {sum(p.double().sum().item() for p in student.parameters()):.6g}"
     if method != "dense":
@@ -388,8 +389,8 @@ def set_up(model, args, checkpoint_activations=False):
 def save_model(folder, model, source):
     """Write the student as a Hugging Face folder in the dtypes of its dense checkpoint `source`; pruned weights are 0.
 
-    SLoRB's S and X stand beside each weight. `transformers` does not know them; there, add them to the weights, with k the
-    "slorb_k" of config.json:      weight += slorb_S.repeat_interleave(k, 1) * slorb_X"""
+    SLoRB's S and X stand beside each weight. `transformers` does not know them; there, add them to the weights, with k
+    the "slorb_k" of config.json:      weight += slorb_S.repeat_interleave(k, 1) * slorb_X"""
     masks = {f"{name}.weight": layer.mask for name, layer in model.named_modules() if isinstance(layer, SparseLinear)}
     k = next((layer.slorb_k for layer in model.modules() if isinstance(layer, SparseLinear)), None)
     tensors = {}
@@ -425,15 +426,17 @@ def load_state(work, model, optimizer, mean, options):
     """The last state in `work`, loaded into model, optimizer and mean; where there is none, that of step 0.
     Raises InputError if it belongs to a run with other options."""
     found = sorted(path for path in work.glob("step-*") if path.suffix != ".partial")
+    first = dict(step=0, options=options, flips=[0, 0], history=[], validation=[])
     if not found:
-        return dict(step=0, options=options, flips=[0, 0], history=[], validation=[])
+        return first
     damaged = InputError(f"{found[-1]} is damaged: delete it or choose another --out")
     try:
         state = json.loads((found[-1] / "run.json").read_text())
-    except (OSError, ValueError):
+        before = dict({name: state[name] for name in first}["options"])
+    except (OSError, ValueError, KeyError, TypeError):
         raise damaged from None
     for name, value in options.items():
-        if (old := state["options"].get(name)) != value:
+        if (old := before.get(name)) != value:
             option = f"--{name.replace('_', '-')}"
             if name == "model":
                 told = "of another model"
@@ -443,10 +446,13 @@ def load_state(work, model, optimizer, mean, options):
                 told = f"with {option} {old}" + f", not {value}" * (value != "None")
             raise InputError(f"{work} holds a run {told}: give the options it had, choose another --out, or delete it")
     weights, moments = get_state_dict(model, optimizer)
+    logging.disable(logging.WARNING)  # PyTorch logs a traceback of what is a sentence here
     try:
         dcp.load({"model": weights, "optimizer": moments, "mean": mean}, checkpoint_id=found[-1])
     except (CheckpointException, OSError):
         raise damaged from None
+    finally:
+        logging.disable(logging.NOTSET)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     say(f"going on at step {state['step']}")
     return state
@@ -516,7 +522,8 @@ def train(method, args, begin, mixture, held_out, calibration):
         norm = whole(nn.utils.clip_grad_norm_(student.parameters(), args.clip)).item()
         if not math.isfinite(loss + norm):
             kept = f"; the state of step {state['step']} is kept in {work}" if state["step"] else ""
-            raise InputError(f"the loss is {loss}, its gradient's norm {norm} at step {step}: lower --lr ({args.lr}){kept}")
+            raise InputError(f"the loss is {loss}, its gradient's norm {norm} at step {step}: "
+                             f"lower --lr ({args.lr}){kept}")
         optimizer.step()
         optimizer.zero_grad()
 
@@ -527,13 +534,15 @@ def train(method, args, begin, mixture, held_out, calibration):
             flips, flips_all = state["flips"]
             state["history"].append(dict(step=done, loss=loss, lr=lr, decay=decay, flips=flips, flips_all=flips_all))
             say(f"{method} step {done:6d}/{args.steps}  loss {loss:7.4f}  lr {lr:.1e}  decay {decay:.1e}  "
-                f"flips {flips:6.2%} (since start {flips_all:6.2%})  {args.batch * args.seqlen / seconds:8,.0f} tokens/s  "
+                f"flips {flips:6.2%} (since start {flips_all:6.2%})  "
+                f"{args.batch * args.seqlen / seconds:8,.0f} tokens/s  "
                 f"{seconds * (args.steps - done) / 60:6.1f} min left")
         if done % args.save_every == 0 or done == args.steps:
             with averaged(student, mean, args.mask_every) if done > average_from else nullcontext():
                 ppl = validation_perplexity(student, held_out, args)
                 best = ppl < min([p for _, p in state["validation"]], default=math.inf)
-                say(f"{method} step {done:6d}/{args.steps}  validation perplexity {ppl:.3f}{' (best so far)' if best else ''}")
+                say(f"{method} step {done:6d}/{args.steps}  validation perplexity {ppl:.3f}"
+                    f"{' (best so far)' if best else ''}")
                 state |= dict(step=done, validation=[*state["validation"], (done, ppl)],
                               tokens_per_second=args.batch * args.seqlen / seconds)
                 if args.device.startswith("cuda"):
@@ -613,7 +622,8 @@ def options():
     how_many.add_argument("--sparsity", type=float, help="prune this share of every row instead")
     g.add_argument("--start-from", choices=["dense", "swap"],
                    help="the first weights: the model's, or what dsnot.py --refine swap --refit leaves of them")
-    g.add_argument("--score", choices=["magnitude", "wanda"], default="magnitude", help="keep the highest |W| or |W| ||x||")
+    g.add_argument("--score", choices=["magnitude", "wanda"], default="magnitude",
+                   help="keep the highest |W| or |W| ||x||")
     g.add_argument("--mask-every", type=int, default=10, help="steps between choices of the mask; 0: it stays")
     g.add_argument("--decay", type=float, help="lambda; 0: none")
     g.add_argument("--decay-steps", type=int, help="T0, steps until the decay is lambda; 0: from the start")
@@ -621,7 +631,8 @@ def options():
     g.add_argument("--temperature", type=float, help="T of the distillation")
     g.add_argument("--slorb-k", type=int, default=16, help="inputs that SLoRB sums")
     g = p.add_argument_group("data")
-    g.add_argument("--data", nargs="+", metavar="SOURCE[:WEIGHT]", help="tiny, tiny-code, c4, wikitext2, text or .bin file")
+    g.add_argument("--data", nargs="+", metavar="SOURCE[:WEIGHT]",
+                   help="tiny, tiny-code, c4, wikitext2, text or .bin file")
     g.add_argument("--eval-data", metavar="SOURCE", help="validation and test text")
     g.add_argument("--seqlen", type=int, help="tokens a window")
     g = p.add_argument_group("training")
@@ -638,7 +649,8 @@ def options():
     g.add_argument("--one-shot", action=BooleanOptionalAction, default=True, help="one-shot masks in the table")
     g = p.add_argument_group("machine")
     g.add_argument("--dtype", choices=["float32", "bfloat16"], help="arithmetic (default: bfloat16 where it is fast)")
-    g.add_argument("--compile", action=BooleanOptionalAction, default=compiler, help="torch.compile; needs a C++ compiler")
+    g.add_argument("--compile", action=BooleanOptionalAction, default=compiler,
+                   help="torch.compile; needs a C++ compiler")
     g.add_argument("--checkpoint-activations", action=BooleanOptionalAction, default=False,
                    help="compute activations twice instead of keeping them")
     g.add_argument("--shard", type=int, default=0,
@@ -671,7 +683,8 @@ def check(args):
 
 @contextmanager
 def process_group(args):
-    """Inside, the processes that torchrun began know each other (or there is one), and running out of memory is said."""
+    """Inside, the processes that torchrun began know each other (or there is one), and running out of memory is
+    said."""
     torchrun, cuda = "RANK" in os.environ, args.device.startswith("cuda")
     if torchrun and cuda:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -683,8 +696,8 @@ def process_group(args):
     except (torch.OutOfMemoryError, RuntimeError) as e:
         if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
             raise
-        raise InputError(f"out of memory: lower --micro-batch ({args.micro_batch}), add --checkpoint-activations or take "
-                         f"more GPUs; the last state is kept in {args.out}") from None
+        raise InputError(f"out of memory: lower --micro-batch ({args.micro_batch}), add --checkpoint-activations or "
+                         f"take more GPUs; the last state is kept in {args.out}") from None
     finally:
         dist.destroy_process_group()
 
@@ -718,9 +731,10 @@ def main():
                     else tokens(args.eval_data, tokenizer, "test"))
         if len(held_out) < args.micro_batch * dist.get_world_size():
             raise InputError(f"the validation text of {args.eval_data} has {len(held_out)} windows, fewer than "
-                             f"--micro-batch {args.micro_batch} in each process: give a longer text or a smaller --micro-batch")
-        say(f"{mixture.tokens:,} tokens of training text, {args.steps * args.batch * args.seqlen:,} will be read in windows of "
-            f"{args.seqlen} tokens{config.remark(args.seqlen)}")
+                             f"--micro-batch {args.micro_batch} in each process: give a longer text or a smaller "
+                             f"--micro-batch")
+        say(f"{mixture.tokens:,} tokens of training text, {args.steps * args.batch * args.seqlen:,} will be read "
+            f"in windows of {args.seqlen} tokens{config.remark(args.seqlen)}")
         if (folder / "pruning.json").is_file():
             say(f"note: {args.model} has been pruned before; it is what is called dense here")
         begin, runs = first_weights(args, calibration), {}
@@ -744,4 +758,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, goes_on=True)

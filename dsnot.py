@@ -1,8 +1,8 @@
 """Prune a language model without training: score the weights, mask the lowest, refine the mask.
 
-DSnoT ("Dynamic Sparse No Training", Zhang et al., ICLR 2024, arXiv 2310.08915) starts from the mask of another method and
-lets pruned weights grow back while others are pruned in their place, one pair per row and cycle, so that the *expected*
-difference between dense and sparse output shrinks. In the letters of the code, for a linear layer y = x W^T:
+DSnoT ("Dynamic Sparse No Training", Zhang et al., ICLR 2024, arXiv 2310.08915) starts from the mask of another method
+and lets pruned weights grow back while others are pruned in their place, one pair per row and cycle, so that the
+*expected* difference between dense and sparse output shrinks. In the letters of the code, for a linear layer y = x W^T:
 
     s_k   average over the N calibration sequences of the sum of x_k over a sequence's tokens
     q_k   the same for x_k^2;  v_k: average over sequences of the variance of x_k inside the sequence
@@ -16,11 +16,11 @@ difference between dense and sparse output shrinks. In the letters of the code, 
 Starting masks: magnitude |W|; Wanda |W| sqrt(q) (Sun et al. 2023); SparseGPT (Frantar & Alistarh 2023), which also
 corrects the weights that remain.
 
-Where this differs from the authors' code: every linear layer is refined unless you ask for `--refine-layers attn` (their
-default silently skips the MLP); the sign check is an option (theirs is on with a pattern, off without one, whatever its flag
-says); a row without candidates stops instead of running off its lists, so layers of any size work; fifty swaps need only the
-fifty best candidates of each kind, so a row is sorted only where candidates tie; SparseGPT as the starting mask really uses
-its Hessian, and corrects the weights for the refined mask.
+Where this differs from the authors' code: every linear layer is refined unless you ask for `--refine-layers attn`
+(their default silently skips the MLP); the sign check is an option (theirs is on with a pattern, off without one,
+whatever its flag says); a row without candidates stops instead of running off its lists, so layers of any size work;
+fifty swaps need only the fifty best candidates of each kind, so a row is sorted only where candidates tie; SparseGPT as
+the starting mask really uses its Hessian, and corrects the weights for the refined mask.
 The threshold is in units of s, so its meaning depends on the sequence length, as in the paper.
 
 One block of the model is in memory at a time. A finished block on disk is the record of progress: start an interrupted
@@ -56,9 +56,9 @@ from data.text import SOURCES, evaluation_ids, usual_text
 from eval import free_memory, perplexity
 from gpt import GPT, Block, CheckpointWriter, Config, prunable, rotary, shard
 
-# What a layer's output aims at with --propagate: a place between what its dense weights make of the inputs that are really
-# there (0) and what it is in the dense model (1); a layer whose output is added to the hidden state, also at such a share of
-# what the hidden state lacks by then. Where only the mask can be chosen less is best (tests/compare_goal.py).
+# What a layer's output aims at with --propagate: a point between what its dense weights make of the inputs that are
+# really there (0) and what it is in the dense model (1), and, where it is added to the hidden state, a share of what
+# the hidden state is short of by then. Weights can make up for all of it, a mask alone can't (tests/compare_goal.py).
 AIM = {"mask": (0.5, 0.0), "weights": (1.0, 1.0)}
 
 # ------------------------------------------------------------------------------------------------- many processes
@@ -84,10 +84,11 @@ def wait():
 
 
 class InputStats:
-    """What a linear layer's inputs look like, in float32: `sum`, `square` [in] as s and q above, `variance` as v, and on
-    demand `gram` [in, in], the sum of x x^T over all tokens, and as far as they are given, sums over the same tokens for z,
-    what the layer gets in the dense model, `cross` [in, in] of z x^T, and for `lack`, how much the hidden state to which the
-    layer's output is added is short of the dense model's, `lack` [out, in] of lack x^T."""
+    """What a linear layer's inputs x look like, in float32: `sum`, `square`, `variance` [in] as s, q and v above, and
+        gram   [in, in]   on demand, the sum of x x^T over all tokens
+        cross  [in, in]   if z is given, the sum of z x^T; z: what the layer gets in the dense model
+        lack   [out, in]  if d is given, the sum of d x^T; d: the dense model's hidden state less the one that is there,
+                          to which the layer's output is added"""
 
     def __init__(self, in_features: int, device="cpu", gram: bool = False):
         self.sequences = 0
@@ -95,8 +96,8 @@ class InputStats:
         self.gram = torch.zeros(in_features, in_features, device=device) if gram else None
         self.cross = self.lack = None
 
-    def add(self, x: Tensor, z: Tensor | None = None, lack: Tensor | None = None):
-        """x [tokens, in]: one calibration sequence; z [tokens, in], lack [tokens, out]: as above, for the same one."""
+    def add(self, x: Tensor, z: Tensor | None = None, d: Tensor | None = None):
+        """One calibration sequence: x, z [tokens, in], d [tokens, out]."""
         x = x.float()
         self.sequences += 1
         self._sum += x.sum(0)
@@ -106,8 +107,8 @@ class InputStats:
             self.gram.addmm_(x.T, x)
         if z is not None:
             self.cross = z.float().T @ x if self.cross is None else self.cross.addmm_(z.float().T, x)
-        if lack is not None:
-            self.lack = lack.float().T @ x if self.lack is None else self.lack.addmm_(lack.float().T, x)
+        if d is not None:
+            self.lack = d.float().T @ x if self.lack is None else self.lack.addmm_(d.float().T, x)
 
     def all_reduce(self):
         """Add up what all processes have seen."""
@@ -135,8 +136,8 @@ def wanda_score(W: Tensor, stats: InputStats) -> Tensor:
 
 
 def extremes(key, k, largest=False):
-    """The k smallest entries of each row of key [rows, width] (largest: the k largest), best first: their indices [rows, k]
-    and how many are finite [rows]. The first columns of a stable sort (its last ones, backwards) for a selection's price."""
+    """The k smallest entries of each row of key [rows, width] (largest: the k largest), best first: their indices
+    [rows, k] and how many are finite [rows]. The first columns of a stable sort (its last ones, backwards), cheaper."""
     value, index = key.topk(min(k + 1, key.shape[1]), dim=1, largest=largest)
     tied = ((value[:, 1:] == value[:, :-1]) & value[:, 1:].isfinite()).any(1)
     if tied.any():
@@ -157,8 +158,8 @@ def fits(pattern, width):
 def keep_mask(score: Tensor, sparsity: float | None = None, pattern: tuple[int, int] | None = None) -> Tensor:
     """The mask that keeps the highest scores [out, in].
 
-    sparsity: in every row the int(in * sparsity) lowest are pruned. pattern (n, m): in every m consecutive ones n are kept.
-    Equal scores are pruned from the left. Raises InputError where m does not divide the row."""
+    sparsity: in every row the int(in * sparsity) lowest are pruned. pattern (n, m): in every m consecutive ones n are
+    kept. Equal scores are pruned from the left. Raises InputError where m does not divide the row."""
     assert (sparsity is None) != (pattern is None), "either a sparsity or a pattern"
     rows, width = score.shape
     if pattern is None:
@@ -186,10 +187,11 @@ def keep_mask(score: Tensor, sparsity: float | None = None, pattern: tuple[int, 
 # ---------------------------------------------------------------------------------------------------------- DSnoT
 
 def dsnot_refine(W: Tensor, keep: Tensor, stats: InputStats, score: Tensor, *, cycles: int = 50, threshold: float = 0.1,
-                 var_power: float = 1.0, sign_check: bool | None = None, pattern: tuple[int, int] | None = None) -> Tensor:
+                 var_power: float = 1.0, sign_check: bool | None = None,
+                 pattern: tuple[int, int] | None = None) -> Tensor:
     """Refine a mask by prune-and-grow (the rule at the top of this file); returns the new mask.
 
-    W, keep, score [out, in]: weights, starting mask and the scores that it came from (used for n:m); stats: of the inputs.
+    W, keep, score [out, in]: weights, starting mask and the scores that it came from (used for n:m).
     cycles: swaps per row at most; threshold: a row stops once |e| is no larger, in units of s; var_power: p.
     sign_check: stop a row also when a swap would turn the sign of e; None is the published choice: only for n:m.
     pattern: (n, m) of the mask, which stays intact; None: unstructured, the number kept in each row stays."""
@@ -197,7 +199,8 @@ def dsnot_refine(W: Tensor, keep: Tensor, stats: InputStats, score: Tensor, *, c
     cycles, s = min(cycles, W.shape[1]), stats.sum
     rows = 64 if W.device.type == "cpu" else len(W)  # on a CPU, what a few rows need stays in its cache
     chunks = list(zip(W.split(rows), keep.split(rows)))
-    e, grow, growable = map(torch.cat, zip(*(_grow_candidates(w.float(), k, stats, cycles, var_power) for w, k in chunks)))
+    found = [_grow_candidates(w.float(), k, stats, cycles, var_power) for w, k in chunks]
+    e, grow, growable = map(torch.cat, zip(*found))
     if pattern is None:
         prune, prunable = map(torch.cat, zip(*(_prune_candidates(w.float(), k, stats, cycles) for w, k in chunks)))
     new, row = keep.clone(), torch.arange(len(W), device=W.device)
@@ -231,7 +234,7 @@ def dsnot_refine(W: Tensor, keep: Tensor, stats: InputStats, score: Tensor, *, c
 
 
 def _grow_candidates(W, keep, stats, cycles, var_power):
-    """The rows' error e [rows]; the best weights to grow for e <= 0 and for e > 0 [rows, 2, cycles]; how many there are."""
+    """The rows' error e [rows]; the best weights to grow for e <= 0 and for e > 0 [rows, 2, cycles]; their number."""
     D = W * stats.sum
     gain = D / (stats.variance ** var_power).clamp(min=1e-30)  # a dead input's gain is 0, not 0 / 0
     low, count = extremes(gain.masked_fill(keep, torch.inf), cycles)
@@ -240,7 +243,7 @@ def _grow_candidates(W, keep, stats, cycles, var_power):
 
 
 def _prune_candidates(W, keep, stats, cycles):
-    """The best weights to prune for e <= 0 and for e > 0 [rows, 2, cycles], and how many of each there are [rows, 2]."""
+    """The best weights to prune for e <= 0 and for e > 0 [rows, 2, cycles], and the number of each [rows, 2]."""
     score = W * (stats.square.sqrt() * stats.sum.sign())  # the Wanda score with the sign of D
     above, above_count = extremes(torch.where(keep & (score > 0), score, torch.inf), cycles)
     below, below_count = extremes(torch.where(keep & (score < 0), -score, torch.inf), cycles)
@@ -253,16 +256,17 @@ def swap_refine(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = 
                 candidates: int = 16, pattern: tuple[int, int] | None = None) -> Tensor:
     """Refine a mask by swaps that lower the true squared error of each row the most; returns the new mask.
 
-    With G the Gram matrix and r what a row lacks, the error is r G r^T. Pruning weight j adds w_j to r_j and growing i takes
-    w_i from r_i, so with g = r G a swap adds exactly
+    With G the Gram matrix and r what a row lacks, the error is r G r^T. Pruning weight j adds w_j to r_j and growing i
+    takes w_i from r_i, so with g = r G a swap adds exactly
         (2 w_j g_j + w_j^2 G_jj) + (-2 w_i g_i + w_i^2 G_ii) - 2 w_i w_j G_ij,
     and the best one is taken until none lowers the error (SparseSwaps, arXiv 2512.10922, has the same idea).
-    It is searched among the `candidates` best weights of each side (n:m: among the groups that promise most); several swaps
-    are made among them, exactly, before g is made anew for all weights.
+    It is searched among the `candidates` best weights of each side (n:m: among the groups that promise most); several
+    swaps are made among them, exactly, before g is made anew for all weights.
 
-    W, keep [out, in]; gram [in, in]: sum of x x^T over the inputs x that the sparse layer gets; goal [out, in]: sum of y x^T
-    over the outputs y that it should give, None: those of W. Then g is the goal less what the kept weights make of it.
-    max_swaps: per row, None: until none helps, or as many as the row is wide. pattern: (n, m) of the mask, which stays."""
+    W, keep [out, in]; gram [in, in]: sum of x x^T over the inputs x that the sparse layer gets; goal [out, in]: sum of
+    y x^T over the outputs y that it should give, None: those of W. Then g is the goal less what the kept weights make.
+    max_swaps: per row, None: until none helps, or as many as the row is wide. pattern: (n, m) of the mask, which stays.
+    """
     new, W, G = keep.clone(), W.float(), gram
     for rows in torch.arange(len(W), device=W.device).split(1024):
         w, mask = W[rows], keep[rows]
@@ -278,26 +282,29 @@ def swap_refine(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = 
             if not len(at):
                 new[rows] = mask
                 break
-            g += F.embedding_bag(at, G, made.sum(1).cumsum(0) - made.sum(1), mode="sum", per_sample_weights=slope[row, at] / 2)
-            mask[row, at], slope[row, at], barred[:, row, at] = ~mask[row, at], -slope[row, at], barred[:, row, at].flip(0)
+            first = made.sum(1).cumsum(0) - made.sum(1)  # where a row's flips begin in `at`
+            g += F.embedding_bag(at, G, first, mode="sum", per_sample_weights=slope[row, at] / 2)
+            mask[row, at], slope[row, at] = ~mask[row, at], -slope[row, at]
+            barred[:, row, at] = barred[:, row, at].flip(0)
             go_on, left = (used > 0) & (used < left), left - used
             if go_on.sum() <= 0.8 * len(rows):  # often enough: it copies everything
                 new[rows], barred = mask, barred[:, go_on]
-                rows, mask, g, slope, square, left, least = (x[go_on] for x in (rows, mask, g, slope, square, left, least))
+                state = rows, mask, g, slope, square, left, least
+                rows, mask, g, slope, square, left, least = (x[go_on] for x in state)
     return new
 
 
 def _swap_round(price, mask, slope, G, left, least, candidates, pattern):
-    """A few swaps in each of some rows, of which at most `left` [rows], that lower the error by more than `least` [rows]:
-    the columns that flip, pruned and grown by turns [rows, 2 swaps], and which of these flips are made (bool, the same).
-    price [2, rows, in] of pruning and of growing, mask, slope [rows, in], G: as in swap_refine."""
+    """A few swaps in each of some rows, of which at most `left` [rows], that lower the error by more than `least`
+    [rows]: the columns that flip, pruned and grown by turns [rows, 2 swaps], and which of these flips are made (bool,
+    the same). price [2, rows, in] of pruning and of growing, mask, slope [rows, in], G: as in swap_refine."""
     prune, grow = _candidates(price, mask, candidates, pattern)
     (rows, groups, a), b = prune.shape, grow.shape[2]
     prune, grow, k, columns, made = prune.flatten(1), grow.flatten(1), groups * a, [], []
     both = torch.cat([prune, grow], 1)
     step, cost = slope.gather(1, both), torch.cat([price[0].gather(1, prune), price[1].gather(1, grow)], 1)
 
-    def pairs(x):  # what of each row belongs to the weights of a pair, to be broadcast: [rows, groups, a, 1], [.., 1, b]
+    def pairs(x):  # what of each row belongs to the weights of a pair, to be broadcast: [rows, groups, a, 1], [..1, b]
         return x[:, :k].view(rows, groups, a, 1), x[:, k:].view(rows, groups, 1, b)
 
     together = math.prod(pairs(step)) / 2 * entries(G, *pairs(both))
@@ -325,8 +332,8 @@ def entries(G, i, j):
 
 
 def lowest(x, k):
-    """The columns of the k smallest entries of each row of x [rows, width], in order. They lie among the k of 16 times fewer
-    sets of columns whose own smallest entries are smallest."""
+    """The columns of the k smallest entries of each row of x [rows, width], in order. They lie among the k of 16 times
+    fewer sets of columns whose own smallest entries are smallest."""
     rows, width = x.shape
     if width % 16 or width < 64 * k:
         return x.topk(k, dim=1, largest=False)[1]
@@ -336,15 +343,16 @@ def lowest(x, k):
 
 
 def _candidates(price, keep, candidates, pattern):
-    """The weights of each row that may be pruned and grown for each other [rows, groups, a] and [rows, groups, b]: those with
-    the lowest price, as one group, or the most promising groups of a pattern."""
+    """The weights of each row that may be pruned and grown for each other [rows, groups, a] and [rows, groups, b]:
+    those with the lowest price, as one group, or the most promising groups of a pattern."""
     rows, width = keep.shape
     if pattern is None:  # a side that has fewer is filled up with others, which _swap_round leaves alone
         return [lowest(side, min(candidates, width))[:, None] for side in price]
     n, m = pattern
     promise = price.view(2, rows, -1, m).amin(-1).sum(0)
     group = lowest(promise, min(max(1, candidates // n), width // m))  # [rows, groups]
-    member = group[:, :, None] * m + keep.view(rows, -1, m).gather(1, group[:, :, None].expand(-1, -1, m)).long().argsort(-1)
+    group = group[:, :, None].expand(-1, -1, m)
+    member = group * m + keep.view(rows, -1, m).gather(1, group).long().argsort(-1)  # the pruned ones first
     return member[:, :, m - n:], member[:, :, :m - n]
 
 
@@ -361,15 +369,16 @@ def refit_weights(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None 
             k = keep[rows].nonzero()[:, 1].view(-1, count)
             L, failed = torch.linalg.cholesky_ex(G[k[:, :, None], k[:, None, :]])
             if failed.any():
-                raise InputError("the calibration text is too short or too uniform to refit weights to: give more --nsamples")
+                raise InputError("the calibration text is too short or too uniform to refit weights to: "
+                                 "give more --nsamples")
             solved = torch.cholesky_solve(goal[rows[:, None], k][:, :, None], L)[:, :, 0]
             new[rows[:, None], k] = solved
     return new
 
 
 def swap_and_refit(W, keep, gram, *, goal=None, max_swaps=None, pattern=None, rounds=1):
-    """The weights that are left when swaps and refit take turns (arguments as in swap_refine, keep the mask to start from).
-    After the first refit, swaps are made among values that suit it, those of `with_pruned`. The error never rises."""
+    """The weights that are left when swaps and refit take turns: after the first refit, swaps are made among values
+    that suit it, those of `with_pruned`. The error never rises. Arguments as in swap_refine, keep: to start from."""
     goal = W.float() @ gram if goal is None else goal
     swap = partial(swap_refine, gram=gram, goal=goal, max_swaps=max_swaps, pattern=pattern)
     keep = swap(W, keep)
@@ -381,14 +390,14 @@ def swap_and_refit(W, keep, gram, *, goal=None, max_swaps=None, pattern=None, ro
 
 
 def with_pruned(new, keep, gram, goal):
-    """Corrected weights [out, in] to swap among: the kept ones of `new`, and of each pruned one the value that would lower the
-    error most if it alone came back, (goal - new G)_i / G_ii. Arguments as in swap_refine."""
+    """Corrected weights [out, in] to swap among: the kept ones of `new`, and of each pruned one the value that would
+    lower the error most if it alone came back, (goal - new G)_i / G_ii. Arguments as in swap_refine."""
     return torch.where(keep, new, (goal - new @ gram) / gram.diagonal().clamp(min=1e-20))
 
 
 def dense_weights(W, gram, goal, damp=0.01):
-    """The dense weights [out, in] that come closest to the goal, as in swap_refine: W + (goal - W G) G^-1, with G damped.
-    SparseGPT, which prunes towards the weights it is given, is given these."""
+    """The dense weights [out, in] that come closest to the goal, as in swap_refine: W + (goal - W G) G^-1, with G
+    damped. SparseGPT, which prunes towards the weights it is given, is given these."""
     change = goal - W.float() @ gram
     return W.float() + torch.cholesky_solve(change.T, torch.linalg.cholesky(damped(gram, damp))).T
 
@@ -404,13 +413,13 @@ def damped(gram, damp):
 
 def sparsegpt(W: Tensor, gram: Tensor, *, sparsity: float | None = None, pattern: tuple[int, int] | None = None,
               keep: Tensor | None = None, damp: float = 0.01, block: int = 128) -> Tensor:
-    """Prune and correct the weights that remain (Frantar & Alistarh 2023, arXiv 2301.00774); returns new weights, float32.
+    """Prune and correct the weights that remain (Frantar & Alistarh 2023, arXiv 2301.00774); returns them, float32.
 
     Columns are taken from left to right; what is lost by pruning one is made up for by the columns to its right, by the
-    inverse of the Hessian H, which is the Gram matrix up to a factor that cancels. W [out, in], gram [in, in] = sum x x^T.
-    sparsity: the lowest w^2 / U_kk^2 of each `block` of columns, over all rows together (as published, one more than the
-    share); pattern (n, m): within each group; keep [out, in]: for a given mask only correct. damp: added to H's diagonal,
-    times its mean."""
+    inverse of the Hessian H, which is the Gram matrix up to a factor that cancels. W [out, in]; gram [in, in]: the sum
+    of x x^T. sparsity: the lowest w^2 / U_kk^2 of each `block` of columns, over all rows together (as published, one
+    more than the share); pattern (n, m): within each group; keep [out, in]: for a given mask only correct.
+    damp: added to H's diagonal, times its mean."""
     assert (sparsity is None) + (pattern is None) + (keep is None) == 2, "one of sparsity, pattern, keep"
     W, H, width = W.float().clone(), gram.float().clone(), W.shape[1]
     if pattern:
@@ -447,7 +456,7 @@ def sparsegpt(W: Tensor, gram: Tensor, *, sparsity: float | None = None, pattern
 # --------------------------------------------------------------------------------------------- walking the blocks
 
 class watch:
-    """Context: while it is open, `seen(name, x)` is called for the input x [sequences, tokens, in] of each linear layer."""
+    """Context: while it is open, `seen(name, x)` is called for the input x [sequences, tokens, in] of each layer."""
 
     def __init__(self, linears, seen):
         self.linears, self.seen = linears, seen
@@ -482,8 +491,8 @@ def readers(step, x, linears):
 
 def input_stats(step, hidden, linears, groups, gram=False, teacher=None, adds=False):
     """{name: InputStats} of some groups of linear layers of a step that is called with each [sequences, tokens, C] of
-    `hidden`, over all processes. teacher: (step, hidden, linears) of the dense model, to know what they get there; adds:
-    their output is added to `hidden`, so that it matters what that lacks."""
+    `hidden`, over all processes. teacher: (step, hidden, linears) of the dense model, to know what they get there;
+    adds: their output is added to `hidden`, so that it matters what that lacks."""
     names, stats = [group[0] for group in groups], {}
     for i, x in enumerate(hidden):
         inputs, targets = {}, {}
@@ -494,17 +503,18 @@ def input_stats(step, hidden, linears, groups, gram=False, teacher=None, adds=Fa
                 teacher[0](teacher[1][i])
         for name in names:
             one = stats.setdefault(name, InputStats(inputs[name].shape[-1], inputs[name].device, gram))
-            lack = (teacher[1][i].float() - x.float()).to(inputs[name].device) if adds else None
-            for n, sequence in enumerate(inputs[name]):
-                one.add(sequence, targets[name][n] if teacher else None, lack[n] if adds else None)
+            z = targets[name] if teacher else [None] * len(x)
+            d = (teacher[1][i].float() - x.float()).to(inputs[name].device) if adds else [None] * len(x)
+            for sequence in zip(inputs[name], z, d):
+                one.add(*sequence)
     for one in stats.values():
         one.all_reduce()
     return {name: stats[group[0]] for group in groups for name in group}
 
 
 def layer_goal(W, stats, free):
-    """The goal [out, in] of a layer, as in swap_refine, from its InputStats; None: what its dense weights make of its inputs.
-    free: "mask" or "weights", what can be chosen (see AIM)."""
+    """The goal [out, in] of a layer, as in swap_refine, from its InputStats; None: what its dense weights make of its
+    inputs. free: "mask" or "weights", what can be chosen (see AIM)."""
     if stats.cross is None:
         return None
     towards_dense, share = AIM[free]
@@ -512,9 +522,10 @@ def layer_goal(W, stats, free):
     return goal if stats.lack is None else goal.add_(stats.lack, alpha=share)
 
 
-def prune_layer(W, stats, *, score, refine, goal=None, sparsity=None, pattern=None, refit=False, cycles=None, **dsnot_options):
-    """One layer's pruned weight [out, in] in float32, from its InputStats and its goal as in swap_refine. refine: "none",
-    "dsnot", "swap", "dsnot+swap"."""
+def prune_layer(W, stats, *, score, refine, goal=None, sparsity=None, pattern=None, refit=False, cycles=None,
+                **dsnot_options):
+    """One layer's pruned weight [out, in] in float32, from its InputStats and its goal as in swap_refine.
+    refine: "none", "dsnot", "swap", "dsnot+swap"."""
     W, amount = W.float(), dict(pattern=pattern) if pattern else dict(sparsity=sparsity)
     scores = magnitude_score(W) if score == "magnitude" else wanda_score(W, stats)
     if score == "sparsegpt":
@@ -543,8 +554,8 @@ def prune_layer(W, stats, *, score, refine, goal=None, sparsity=None, pattern=No
 
 
 def prune_rows(W, stats, **options):
-    """prune_layer, each process taking its share of the rows. Unstructured SparseGPT, whose threshold spans all rows, is
-    done whole by each."""
+    """prune_layer, each process taking its share of the rows. Unstructured SparseGPT, whose threshold spans all rows,
+    is done whole by each."""
     rank, world = processes()
     goal = layer_goal(W, stats, "weights" if options["refit"] or options["score"] == "sparsegpt" else "mask")
     if world == 1 or (options["score"] == "sparsegpt" and not options.get("pattern")):
@@ -564,12 +575,12 @@ def relative_error(W, pruned, gram):
 
 def prune_block(block, where, hidden, dense, prefix, dtype, *, score, refine, sparsity, refit=False, propagate=False,
                 refine_layers="all", **options):
-    """Prune the linear layers of one block in place and move `hidden`, a list of [sequences, tokens, C], through it; with
-    `propagate` also `dense`, what flows in the dense model. where: (rope, positions) for `steps`; sparsity: {layer's name:
-    share}; dtype: layer's name -> its dtype on disk. Returns a record per layer.
+    """Prune the linear layers of one block in place and move `hidden`, a list of [sequences, tokens, C], through it;
+    with `propagate` also `dense`, what flows in the dense model. where: (rope, positions) for `steps`; sparsity:
+    {layer's name: share}; dtype: layer's name -> its dtype on disk. Returns a record per layer.
 
-    With propagate each layer is pruned on what the pruned layers before it really leave, else all on what they leave dense;
-    the last one of either half of a block is the one that adds to the hidden state."""
+    With propagate each layer is pruned on what the pruned layers before it really leave, else all on what they leave
+    dense; the last one of either half of a block is the one that adds to the hidden state."""
     gram = propagate or score == "sparsegpt" or "swap" in refine or refit
     linears, records, original = prunable(block), [], copy.deepcopy(block) if propagate else None
     for half, step in enumerate(steps(block, *where, halves=propagate)):
@@ -581,8 +592,8 @@ def prune_block(block, where, hidden, dense, prefix, dtype, *, score, refine, sp
                 layer, weight = f"{prefix}.{name}", linears[name].weight
                 if not stats[name].square.isfinite().all():
                     raise InputError(f"the calibration activations that flow into {layer} are not finite")
-                refine_this = refine if refine_layers == "all" or "self_attn" in name else "none"
-                W = prune_rows(weight, stats[name], score=score, refine=refine_this, refit=refit, sparsity=sparsity[layer],
+                how = refine if refine_layers == "all" or "self_attn" in name else "none"
+                W = prune_rows(weight, stats[name], score=score, refine=how, refit=refit, sparsity=sparsity[layer],
                                **options)
                 W = W.to(dtype(f"{layer}.weight"))  # rounded as it will be read again
                 records.append({"layer": layer, "weights": W.numel(), "sparsity": (W == 0).double().mean().item()})
@@ -612,10 +623,10 @@ def place_for(config, windows, copies, device, dtype):
 def prune(model, windows, out, run, *, batch=8, propagate=False, sparsity=None, allocate="uniform", **options):
     """Prune a streamed model block by block into the checkpoint folder `out`.
 
-    windows [nsamples, seqlen]: calibration ids, of which each process takes its share. run: a dict that names this run; one
-    of the same name that was interrupted goes on where it stopped. propagate: see prune_block. Returns a record per layer,
-    {layer, weights, sparsity, error where it is known}, which is also written to out/pruning.json, with the seconds that it
-    took. Raises InputError where activations are not finite or the disk is too small."""
+    windows [nsamples, seqlen]: calibration ids, of which each process takes its share. run: a dict that names this run;
+    one of the same name that was interrupted goes on where it stopped. propagate: see prune_block. Returns a record per
+    layer, {layer, weights, sparsity, error where it is known}, which is also written to out/pruning.json, with the
+    seconds that it took. Raises InputError where activations are not finite or the disk is too small."""
     begin = time.perf_counter()
     source, device, count = model.source, model.place["device"], len(model.model.layers)
     source.check_dense()
@@ -664,12 +675,14 @@ def prune(model, windows, out, run, *, batch=8, propagate=False, sparsity=None, 
 def allocation(model, where, hidden, sparsity, kind):
     """{layer's name: the share of it to prune}, over all weights `sparsity`, from one pass of `hidden`, a list of
     [sequences, tokens, C], through the dense model. where: (rope, positions) for `steps`; kind:
-    "owl"          linear in how many of a block's Wanda scores are outliers, above 5 times its mean, from sparsity + 0.08 to
+    "owl"          linear in how many of a block's Wanda scores are outliers, above 5 times its mean, from sparsity +
+    0.08 to
                    - 0.08 before the mean is set right (Yin et al. 2024, arXiv 2310.05175)
-    "sensitivity"  each layer alone is pruned by Wanda, and the damage is the KL divergence of the model's output on 2048
+    "sensitivity"  each layer alone is pruned by Wanda, and the damage is the KL divergence of the model's output on
+    2048
                    tokens (one window, if that is longer). It grows as the layer's squared error does, known for every
-                   share from its Wanda scores, and the shares within 0.1 of `sparsity` are taken that make the sum of all
-                   damages least."""
+                   share from its Wanda scores, and the shares within 0.1 of `sparsity` are taken that make the sum of
+                   all damages least."""
     names = [f"model.layers.{i}.{name}" for i, block in enumerate(model.model.layers) for name in prunable(block)]
     if kind == "uniform":
         return dict.fromkeys(names, sparsity)
@@ -692,7 +705,7 @@ def allocation(model, where, hidden, sparsity, kind):
                 layer.weight.data = torch.where(keep_mask(scores[name], sparsity=sparsity), W, 0)
                 trials.append(step(probe))
                 layer.weight.data = W
-                lost = scores[name].square_().sort(1)[0].sum(0).double().cumsum(0).cpu()  # by pruning so many of each row
+                lost = scores[name].square_().sort(1)[0].sum(0).double().cumsum(0).cpu()  # by so many of each row
                 growth.append(lost[(grid * len(lost)).long()] / lost[int(sparsity * len(lost))].clamp(min=1e-30))
             probe = step(probe)
         move(step, hidden)
@@ -761,16 +774,19 @@ def options():
     group.add_argument("--refit", action=argparse.BooleanOptionalAction, default=False,
                        help="make the kept weights the best ones for the mask (least squares); with swaps, by turns")
     group.add_argument("--propagate", action=argparse.BooleanOptionalAction, default=None,
-                       help="prune layer after layer on what the pruned ones leave, and make up for it (default: with swap or "
-                            "--refit)")
-    group.add_argument("--cycles", type=int, help="swaps per row at most (default: of DSnoT's as many as 50 are to 4096 "
-                                                  "inputs, of exact ones until none helps)")
-    group.add_argument("--threshold", type=float, help="DSnoT: a row's expected error that is small enough (default: 0.1)")
+                       help="prune layer after layer on what the pruned ones leave, and make up for it "
+                            "(default: with swap or --refit)")
+    group.add_argument("--cycles", type=int,
+                       help="swaps per row at most (default: of DSnoT's as many as 50 are to 4096 inputs, of exact "
+                            "ones until none helps)")
+    group.add_argument("--threshold", type=float,
+                       help="DSnoT: a row's expected error that is small enough (default: 0.1)")
     group.add_argument("--sign-check", action=argparse.BooleanOptionalAction, default=None,
                        help="DSnoT: stop a row before its expected error changes sign (default: yes)")
     group.add_argument("--refine-layers", default="all", choices=["attn", "all"], help="which layers of a block")
     group = p.add_argument_group("calibration and evaluation")
-    group.add_argument("--calib", help=f"text: {', '.join(SOURCES)} or a file (default: tiny for tiny's relatives, else c4)")
+    group.add_argument("--calib",
+                       help=f"text: {', '.join(SOURCES)} or a file (default: tiny for tiny's relatives, else c4)")
     group.add_argument("--nsamples", type=int, default=128, help="calibration sequences")
     group.add_argument("--seqlen", type=int, help="tokens a sequence (default: 2048, or the model's limit if lower)")
     group.add_argument("--data", help="evaluation text, one of the same (default: tiny or wikitext2)")
@@ -780,8 +796,8 @@ def options():
     return p.parse_args()
 
 
-LAYER = ["score", "refine", "refit", "cycles", "threshold", "sign_check", "sparsity", "pattern"]  # what prune_layer takes
-METHOD = LAYER + ["propagate", "refine_layers", "allocate"]  # what prune takes
+LAYER = ["score", "refine", "refit", "cycles", "threshold", "sign_check", "sparsity", "pattern"]  # of prune_layer
+METHOD = LAYER + ["propagate", "refine_layers", "allocate"]  # of prune
 
 
 def check(args, config, text):
@@ -804,7 +820,7 @@ def check(args, config, text):
         if getattr(args, name) is None:
             setattr(args, name, usual)
         elif "dsnot" not in args.refine:
-            raise InputError(f"--{name.replace('_', '-')} is an option of DSnoT, which --refine {args.refine} leaves out")
+            raise InputError(f"--{name.replace('_', '-')} is for DSnoT, which --refine {args.refine} leaves out")
     args.calib, args.data = args.calib or text or "c4", args.data or text or "wikitext2"
     args.seqlen = args.seqlen or config.window_length()
     usual = args.refit or "swap" in args.refine
@@ -812,17 +828,17 @@ def check(args, config, text):
     args.compare = text is not None and (args.refit or args.refine != "none") if args.compare is None else args.compare
     amount = args.pattern or f"{args.sparsity:.0%}"
     steps = [args.score, *filter(None, args.refine.replace("none", "").split("+")), *["refit"] * args.refit]
-    name = [Path(args.model).name, args.score, args.refine + "+refit" * args.refit, amount.replace(":", "of").rstrip("%"),
-            *[args.allocate] * (args.allocate != "uniform"), *[f"seed{args.seed}"] * (args.seed != 0),
-            *["no-" * usual + "propagate"] * (args.propagate != usual)]
+    name = [Path(args.model).name, args.score, args.refine + "+refit" * args.refit,
+            amount.replace(":", "of").rstrip("%"), *[args.allocate] * (args.allocate != "uniform"),
+            *[f"seed{args.seed}"] * (args.seed != 0), *["no-" * usual + "propagate"] * (args.propagate != usual)]
     args.out = args.out or str(Path("out") / "-".join(name))
     return amount, " + ".join(steps)
 
 
 @torch.inference_mode()
 def dry_run(args, config, amount, methods):
-    """Print what a run would take: from the configuration, and from a random block on which the steps of its methods (the
-    options of prune, each) are timed."""
+    """Print what a run would take: from the configuration, and from a random block on which the steps of its methods
+    (the options of prune, each) are timed."""
     with torch.device("meta"):
         whole = sum(p.numel() for p in GPT(config).parameters())
     stored = getattr(torch, config.raw.get("dtype") or config.raw.get("torch_dtype") or "", torch.float32)
@@ -844,7 +860,8 @@ def dry_run(args, config, amount, methods):
     groups = readers(step, x, layers)  # this warms up, too
     watching, stats = timed(lambda: input_stats(step, [x], layers, groups, gram), args.device)
     running, _ = timed(lambda: step(x), args.device)
-    needed = sum(3 * running + 4 * watching if m["propagate"] else running + watching for m in methods) * tokens / len(sample)
+    needed = sum(3 * running + 4 * watching if method["propagate"] else running + watching for method in methods)
+    needed *= tokens / len(sample)
     if args.allocate != "uniform":  # a pass through the dense model, and for "sensitivity" trials of 2048 tokens
         trials = len(layers) * 2048 if args.allocate == "sensitivity" else 0
         needed += len(methods) * ((running + watching) * tokens + running * trials) / len(sample)
@@ -854,15 +871,16 @@ def dry_run(args, config, amount, methods):
         spent, _ = timed(lambda: prune_layer(W[:rows], stats[name], **{k: method[k] for k in LAYER}), args.device)
         needed += spent * len(W) / rows
 
-    print(f"{args.model}, {amount} pruned: {blocks} blocks with {sum(sizes):,} weights to prune in each, {whole:,} parameters")
+    print(f"{args.model}, {amount} pruned: {blocks} blocks with {sum(sizes):,} weights to prune in each, "
+          f"{whole:,} parameters")
     for name, layer in layers.items():
         print(f"    {name:<18} {layer.out_features:>6} x {layer.in_features}")
     parts = ", ".join(f"{name} {size:.1f}" for name, size in gigabytes.items() if size)
     print(f"memory    {sum(gigabytes.values()):.1f} GB on {args.device}: {parts}")
     size = whole * stored.itemsize / 1e9
     print(f"disk      {size:.1f} GB to read, {len(methods) * size:.1f} GB to write")
-    print(f"time      {needed * blocks / 60:,.1f} minutes on {args.device}, estimated from a part of one of the {blocks} "
-          f"blocks; reading, writing and evaluation come on top")
+    print(f"time      {needed * blocks / 60:,.1f} minutes on {args.device}, estimated from a part of one of the "
+          f"{blocks} blocks; reading, writing and evaluation come on top")
 
 
 def main():
@@ -895,7 +913,8 @@ def main():
     data = f"the last tenth of {args.data}" if shared and args.data not in SOURCES else args.data
     calibration = calibration_windows(args.calib, tokenizer, args.nsamples, args.seqlen, args.seed)
     talk(f"{args.model}: {amount} pruned, calibration {args.nsamples} x {args.seqlen} tokens of {args.calib}, "
-         f"perplexity on {data} ({len(windows(ids, args.seqlen))} windows of {args.seqlen} tokens{config.remark(args.seqlen)})")
+         f"perplexity on {data} ({len(windows(ids, args.seqlen))} windows of {args.seqlen} tokens"
+         f"{config.remark(args.seqlen)})")
     if (source.folder / "pruning.json").is_file():
         talk(f"note: {args.model} has been pruned before; it is what is called dense here")
     passes = [("dense", folder, None), (title, out, method)]
@@ -926,4 +945,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, goes_on=True)

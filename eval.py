@@ -289,12 +289,14 @@ def main():
         row["perplexity"] = perplexity(model, ids, seqlen, args.batch, progress=True)
         tokens = len(ids) // seqlen * seqlen
         results = {"data": data, "seqlen": seqlen, "tokens": tokens}
-        print(f"{args.model} on {data}: perplexity {row['perplexity']:.3f}  (seqlen {seqlen}{model.config.remark(seqlen)}, "
-              f"{tokens:,} of {len(ids):,} tokens, {time.perf_counter() - begin:.1f} s)")
+        print(f"{args.model} on {data}: perplexity {row['perplexity']:.3f}  "
+              f"(seqlen {seqlen}{model.config.remark(seqlen)}, {tokens:,} of {len(ids):,} tokens, "
+              f"{time.perf_counter() - begin:.1f} s)")
     if args.tasks is not None:
         row["tasks"] = zero_shot(model, tokenizer, args.tasks or SEVEN, args.tasks_dir, args.limit, args.batch)
     if args.speed:
-        text = torch.arange(max(1, min(512, model.config.context_length - 64)), device=args.device) % model.config.vocab_size
+        length = max(1, min(512, model.config.context_length - 64))
+        text = torch.arange(length, device=args.device) % model.config.vocab_size
         row["speed"] = measured = speed(model, text[None])
         print(f"{args.model} on {args.device}: prefill {measured['prefill_tokens_per_second']:,.1f} tokens/s "
               f"({measured['prompt_tokens']} tokens), decode {measured['decode_tokens_per_second']:,.1f} tokens/s, "

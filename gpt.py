@@ -125,7 +125,8 @@ class Config:
 
     def remark(self, tokens):
         """Where so many tokens are more than the model is made for, that; else nothing."""
-        return f", more than the {self.context_length} that the model is made for" if tokens > self.context_length else ""
+        most = self.context_length
+        return f", more than the {most} that the model is made for" if tokens > most else ""
 
     def check(self):
         """Raise InputError where config.json asks for something that this file does not compute."""
@@ -206,8 +207,8 @@ def rotate(x, cos, sin):
 
 
 def slorb(x, S, X):
-    """(x X^T) S^T of x [..., in]: AST's low-rank boost. X sums k neighbouring inputs, each scaled; only its nonzeros are
-    kept, [in]; S [out, in/k]."""
+    """(x X^T) S^T of x [..., in]: AST's low-rank boost. X sums k neighbouring inputs, each scaled; only its nonzeros
+    are kept, [in]; S [out, in/k]."""
     return F.linear((x * X).unflatten(-1, (S.shape[1], -1)).sum(-1), S)
 
 
@@ -354,7 +355,8 @@ class GPT(nn.Module):
     def embed(self, ids, positions=None):
         """ids [B, T] -> x [B, T, C]; learned positions [T] (None: from 0) are added where the model has them."""
         if ids.device.type == "cpu" and ids.max() >= self.config.vocab_size:  # a GPU's own complaint is none to read
-            raise InputError(f"token {ids.max()} is beyond the model's {self.config.vocab_size}: the tokenizer is not its own")
+            raise InputError(f"token {ids.max()} is beyond the model's {self.config.vocab_size}: "
+                             f"the tokenizer is not its own")
         x = self.model.embed_tokens(ids)
         if "project_in" in self.model:
             x = self.model.project_in(x)
@@ -396,7 +398,8 @@ class GPT(nn.Module):
         return [(w.new_zeros(shape), w.new_zeros(shape)) for _ in self.model.layers]
 
     @torch.inference_mode()
-    def stream(self, ids: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Iterator[Tensor]:
+    def stream(self, ids: Tensor, max_new_tokens: int, temperature: float = 1.0,
+               top_k: int | None = None) -> Iterator[Tensor]:
         """Yield `max_new_tokens` times the next token [B, 1] of ids [B, T]. temperature 0 takes the most likely token;
         top_k samples among the k most likely ones."""
         B, T = ids.shape
@@ -430,8 +433,8 @@ class GPT(nn.Module):
     # checkpoints
 
     @classmethod
-    def from_pretrained(cls, name_or_dir: str | Path, device="cpu", dtype: torch.dtype | None = None, stream: bool = False,
-                        sparse: bool = False) -> "GPT":
+    def from_pretrained(cls, name_or_dir: str | Path, device="cpu", dtype: torch.dtype | None = None,
+                        stream: bool = False, sparse: bool = False) -> "GPT":
         """Load a preset, a Hub id or a Hugging Face folder. dtype None: the checkpoint's own on a GPU, float32 on a
         CPU. stream=True leaves the blocks on disk for `blocks()` to read one by one; sparse=True keeps 2:4 layers
         compressed in memory (a folder written by sparse_matmul.py's save_compressed is so in any case).
@@ -645,13 +648,13 @@ class Checkpoint:
         self._dtypes = {name: value.dtype for name, (_, _, value) in here.items()}
 
     def expect(self, module, prefix=""):
-        """Give a module on the meta device compressed 2:4 layers (sparse_matmul.py) where this checkpoint holds them."""
+        """Give a module on the meta device compressed 2:4 layers (sparse_matmul.py) where the checkpoint has them."""
         if any(key.endswith(".values") for key in self._stored):
             from sparse_matmul import expect_compressed  # here: only such checkpoints need Triton
             expect_compressed(module, lambda name: self._stored.get(bare(self.family.name(name))), prefix)
 
     def check_dense(self):
-        """Raise InputError if layers are compressed, which is how a model is run and not how it is pruned or trained."""
+        """Raise InputError if layers are compressed: so a model is run, not pruned or trained."""
         if any(name.endswith(".values") for name in self.files):
             raise InputError(f"{self.folder} holds compressed 2:4 layers: give the folder that it was made from")
 
@@ -728,8 +731,8 @@ class CheckpointWriter:
         try:
             if self.keep is None or not marker.is_file() or json.loads(marker.read_text()) != self.keep:
                 if self.keep is not None and any(self.partial.glob("*.safetensors")):
-                    raise InputError(f"{self.partial} holds the finished blocks of another run: give the options that it had, "
-                                     f"choose another output folder, or delete it")
+                    raise InputError(f"{self.partial} holds the finished blocks of another run: give the options that "
+                                     f"it had, choose another output folder, or delete it")
                 shutil.rmtree(self.partial, ignore_errors=True)
                 self.partial.mkdir(parents=True)
                 write_atomically(marker, lambda path: path.write_text(json.dumps(self.keep)))
@@ -741,8 +744,8 @@ class CheckpointWriter:
         """Raise InputError if the disk can't hold a checkpoint of `size` bytes, of which some may be there already."""
         missing = size - sum(path.stat().st_size for path in self.partial.glob("*.safetensors"))
         if missing > (free := shutil.disk_usage(self.partial).free):
-            raise InputError(f"{self.folder} will need {missing / 1e9:,.1f} GB more and its disk has {free / 1e9:,.1f} GB "
-                             f"free: make room or choose another output folder")
+            raise InputError(f"{self.folder} will need {missing / 1e9:,.1f} GB more and its disk has "
+                             f"{free / 1e9:,.1f} GB free: make room or choose another output folder")
 
     def done(self, file):
         return (self.partial / file).is_file()

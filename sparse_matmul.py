@@ -333,7 +333,8 @@ def save_compressed(model: str, folder, bits: int | None = None) -> dict:
             found += sparsify(block, bits)
             if source.family.conv1d and len({type(getattr(block.self_attn, f"{x}_proj")) for x in "qkv"}) > 1:
                 raise InputError(f"{model}: q, k and v of block {i} share a tensor, but not all of them are 2:4")
-            out.write(shard(i, count), {f"model.layers.{i}.{name}": value for name, value in block.state_dict().items()})
+            held = {f"model.layers.{i}.{name}": value for name, value in block.state_dict().items()}
+            out.write(shard(i, count), held)
         if not found:
             raise InputError(f"{model}: no linear layer of the blocks is 2:4; prune it with a 2:4 pattern first")
         out.write(shard(count, count), source.rest())

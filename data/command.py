@@ -39,7 +39,8 @@ def parser(description):
     p = Parser(description=description.strip().split("\n\n")[0], formatter_class=HelpFormatter)
     group = p.add_argument_group("run")
     group.add_argument("--seed", type=int, default=0, help="seed of everything random")
-    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                       help="cpu, cuda, cuda:1, ...")
     group.add_argument("--json", metavar="FILE", help="record configuration, versions, seed and results here")
     return p
 
@@ -87,7 +88,8 @@ def timed(work, device):
 
 
 def write_atomically(path, write):
-    """Call `write(beside)` on a path beside `path`, then rename: the file is either whole or not there. Makes its folder."""
+    """Call `write(beside)` on a path beside `path`, then rename: the file is either whole or not there. Makes its
+    folder."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -128,13 +130,14 @@ def record(args, results):
     write_atomically(args.json, lambda path: path.write_text(json.dumps(entry, indent=1) + "\n"))
 
 
-def run(main):
-    """Run a command: bad input is one sentence on stderr and exit code 2, never a traceback."""
+def run(main, goes_on=False):
+    """Run a command: bad input is one sentence on stderr and exit code 2, never a traceback. goes_on: the command goes
+    on from what is finished when it is given again."""
     try:
         main()
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from what is finished", file=sys.stderr)
+        print("interrupted" + ": the same command goes on from what is finished" * goes_on, file=sys.stderr)
         sys.exit(130)

@@ -33,14 +33,15 @@ PYTORCH = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
 def model_folder(name, weights=True, config_only=False):
     """The local folder of a model: a folder, a preset, or a Hub id (downloaded to the Hub's cache; weights=False: only
-    the configuration and the tokenizer; config_only: config.json alone). Raises InputError with the way out where there is
-    none."""
+    the configuration and the tokenizer; config_only: config.json alone). Raises InputError with the way out where there
+    is none."""
     target = PRESETS.get(str(name), str(name))
     if Path(target).is_dir():
         if not (Path(target) / "config.json").is_file():
             raise InputError(f"{target} is no model folder: config.json is missing")
         return Path(target)
-    if Path(target).parent != Path() and Path(target).parent.is_dir():  # no Hub id begins with the name of a folder here
+    # no Hub id begins with the name of a folder here
+    if Path(target).parent != Path() and Path(target).parent.is_dir():
         raise InputError(f"there is no folder {target}: check its name")
     if target.count("/") != 1 or target.startswith((".", "/", "~")):
         near = difflib.get_close_matches(target, PRESETS, n=5, cutoff=0.4) or ["tiny", "llama2-7b", "opt-125m"]

@@ -117,9 +117,10 @@ def tokens(source, tokenizer, split):
 
 
 class Mixture:
-    """Training batches: windows from several streams, drawn at random as often as their weights say. Where windows begin
-    moves on by the golden ratio of a stream's length, from a random place: that spreads those of a single stream evenly,
-    however many there are, so most of it is read before any of it is read again (of several streams, less evenly)."""
+    """Training batches: windows from several streams, drawn at random as often as their weights say. Where windows
+    begin moves on by the golden ratio of a stream's length, from a random place: that spreads those of a single stream
+    evenly, however many there are, so most of it is read before any of it is read again (of several streams, less
+    evenly)."""
 
     def __init__(self, names, tokenizer, seqlen, batch):
         """names: sources, each with or without `:weight`. Raises InputError for a stream shorter than one batch."""
@@ -156,7 +157,8 @@ def main():
     p = parser(__doc__)
     p.add_argument("--model", required=True, help="whose tokenizer: a preset, a Hub id or a folder")
     p.add_argument("--data", required=True, help="c4 or another named text, a text file or a .jsonl file")
-    p.add_argument("--shards", type=int, default=1, help="files of C4 to take, of 1024 with about 0.17 billion tokens each")
+    p.add_argument("--shards", type=int, default=1,
+                   help="files of C4 to take, of 1024 with about 0.17 billion tokens each")
     p.add_argument("--out", required=True, help="the .bin file")
     args = p.parse_args()
     start(args)

@@ -53,7 +53,7 @@ def documents(source, split, shard=0):
     try:
         text = path.read_bytes().decode()  # bytes: line ends stay as they are
     except UnicodeDecodeError as e:
-        raise InputError(f"{source} is not UTF-8 text: {e.reason} at byte {e.start}") from None
+        raise InputError(f"{source} is not UTF-8 text ({e.reason} at byte {e.start}): give a text file") from None
     cut = len(text) if split is None else len(text) * 9 // 10
     return [text[:cut] if split in (None, "train") else text[cut:]]
 

@@ -1,6 +1,6 @@
 """Rebuild the model that ships: a tokenizer and a LLaMA trained on the standard library of the Python that runs this.
 
-    python -m data.train_tiny --compile           (about an hour on two CPU cores; after a stop, run it again: it goes on)
+    python -m data.train_tiny --compile         (about an hour on two CPU cores; after a stop, run it again: it goes on)
     python -m data.train_tiny --compile --out out/small --hidden-size 640 --layers 12 --packages     (larger, for a GPU)
 
 Windows of text are drawn at random, three in ten from the documentation and the others from source code. AdamW, warm-up
@@ -103,7 +103,8 @@ def options():
     p.add_argument("--out", default="out/tiny", help="the folder that is filled; data/tiny holds the model that ships")
     p.add_argument("--hidden-size", type=int, default=256)
     p.add_argument("--layers", type=int, default=6)
-    p.add_argument("--packages", action="store_true", help="also train on the source of the packages that are installed")
+    p.add_argument("--packages", action="store_true",
+                   help="also train on the source of the packages that are installed")
     p.add_argument("--steps", type=int, default=2000)
     p.add_argument("--batch", type=int, default=32, help="windows a step")
     p.add_argument("--seqlen", type=int, default=256, help="tokens a window")
@@ -114,7 +115,8 @@ def options():
 
 
 def load_state(file, model, optimizer, settings, device):
-    """(step, validation losses so far) of the state that a stopped run has left in `file`, loaded into model and optimizer."""
+    """(step, validation losses so far) of the state that a stopped run has left in `file`, loaded into model and
+    optimizer."""
     if not file.is_file():
         return 0, []
     state = torch.load(file, map_location=device, weights_only=True)
@@ -148,8 +150,8 @@ def train(args, model, streams, held_out, state_file):
         if done % 10 == 0:
             seconds = (time.perf_counter() - begin) / (done - first)
             print(f"step {done:5d}/{args.steps}  loss {loss.item():6.3f}  {seconds:5.2f} s/step  "
-                  f"{args.batch * args.seqlen / seconds:6.0f} tokens/s  {seconds * (args.steps - done) / 60:5.1f} min left",
-                  flush=True)
+                  f"{args.batch * args.seqlen / seconds:6.0f} tokens/s  "
+                  f"{seconds * (args.steps - done) / 60:5.1f} min left", flush=True)
         if done % args.save_every == 0 or done == args.steps:
             with torch.autocast(torch.device(args.device).type, torch.bfloat16):
                 loss = validation_loss(model, held_out).item()
@@ -171,7 +173,8 @@ def main():
     work.mkdir(parents=True, exist_ok=True)
     tokenizer, streams = read(work, args.packages)
     held_out = windows(tokenizer.encode(stdlib_text("validation")), args.seqlen + 1).to(args.device)
-    print(f"{len(streams[0]):,} tokens of documentation, {len(streams[1]):,} of source, {held_out.numel():,} for validation")
+    print(f"{len(streams[0]):,} tokens of documentation, {len(streams[1]):,} of source, "
+          f"{held_out.numel():,} for validation")
     model = new_model(args.hidden_size, args.layers).to(args.device)
     history = train(args, model, streams, held_out, work / "state.pt")
     model.bfloat16().save_pretrained(args.out, tokenizer_from=work)
@@ -180,4 +183,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, goes_on=True)

@@ -10,7 +10,6 @@ import json
 import math
 import statistics
 import textwrap
-from collections import Counter
 from pathlib import Path
 
 from data.command import InputError, record, write_atomically
@@ -140,10 +139,14 @@ def table(rows):
 
 
 def from_the_worst(methods):
-    """The names of {method: {amount: row}} by perplexity at the last amount that most of them have, else their own last."""
-    counts = Counter(amount for found in methods.values() for amount in found)
-    last = max(reversed(counts), key=counts.get, default=None)
-    return sorted(methods, key=lambda method: -methods[method].get(last, list(methods[method].values())[-1])["perplexity"])
+    """The names of {method: {amount: row}} by log-perplexity against the mean of all at an amount, in the mean over the
+    amounts that a method has."""
+    logs = {}
+    for found in methods.values():
+        for amount, row in found.items():
+            logs.setdefault(amount, []).append(math.log(row["perplexity"]))
+    return sorted(methods, key=lambda method: -statistics.mean(
+        math.log(row["perplexity"]) - statistics.mean(logs[amount]) for amount, row in methods[method].items()))
 
 
 def table_by_method(rows):
@@ -197,8 +200,8 @@ def plot(rows, path):
     amounts = dict.fromkeys(r["amount"] for r in sorted(rows, key=lambda r: r["sparsity"]) if r["amount"] != "0%")
     colours = dict(zip(amounts, COLOURS * len(amounts)))
     tested, mapped = [r for r in rows if r.get("tasks")], [r for r in rows if r["layers"]]
-    panels = [(1.3 + 0.28 * len({r["method"] for r in chart}), perplexity_panel, (chart, colours)) for chart in charts.values()
-              if any(r["amount"] != "0%" for r in chart)]
+    panels = [(1.3 + 0.28 * len({r["method"] for r in chart}), perplexity_panel, (chart, colours))
+              for chart in charts.values() if any(r["amount"] != "0%" for r in chart)]
     panels += [(3.0, accuracy_panel, tested)] if tested else []
     panels += [(2.0, layer_panel, (r, mapped)) for r in mapped] if len(mapped) <= 6 else []
     if not panels:
@@ -218,8 +221,8 @@ def plot(rows, path):
 
 
 def perplexity_panel(axis, what):
-    """Perplexity of one model on one text: methods in the order of from_the_worst, and the spread over seeds. what: the rows,
-    and a colour for each amount."""
+    """Perplexity of one model on one text: methods in the order of from_the_worst, and the spread over seeds. what: the
+    rows, and a colour for each amount."""
     from matplotlib.ticker import LogFormatter
     rows, colours = what
     pruned = [r for r in rows if r["amount"] != "0%"]

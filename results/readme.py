@@ -1,5 +1,5 @@
-"""Everything in README.md that is measured: puts its tables between their markers and draws its pictures, from the files of
-results/. Of what a long study makes one by one, runs that have no file yet are left out.
+"""Everything in README.md that is measured: puts its tables between their markers and draws its pictures, from the
+files of results/. Of what a long study makes one by one, runs that have no file yet are left out.
 
     python results/readme.py
 """
@@ -60,18 +60,22 @@ def cost():
 def cost_of_swaps():
     rows = [row for row in results("bench_dsnot") if row["against"] == "sparsegpt"]
     return markdown(["amount", "swaps in a row", "x SparseGPT", "error of the output", "SparseGPT's"], [
-        [row["amount"], f"at most {row['max_swaps']}" if row["max_swaps"] else "until none helps", f"{row['ratio']:.2f}",
-         f"{row['error']:.3f}", f"{row['error_of_sparsegpt']:.3f}"] for row in rows], texts=2)
+        [row["amount"], f"at most {row['max_swaps']}" if row["max_swaps"] else "until none helps",
+         f"{row['ratio']:.2f}", f"{row['error']:.3f}", f"{row['error_of_sparsegpt']:.3f}"] for row in rows], texts=2)
 
 
 def goal():
-    """Perplexity by what the layers of a propagated run aim at."""
+    """Perplexity by what the layers of a propagated run aim at, see dsnot.AIM."""
     found = {name: results(f"goal-{name}") for name in ("tiny", "stories260K")}
     cells = [(name, amount) for name, rows in found.items() for amount in dict.fromkeys(row["amount"] for row in rows)]
-    said = {0.0: "what dense weights make of its inputs", 0.5: "half-way", 1.0: "the dense model's output"}
-    return markdown(["a layer aims at", *(" ".join(cell) for cell in cells)], [
-        [words, *(f"{row['perplexity']:.2f}" for name, amount in cells for row in found[name]
-                  if (row["amount"], row["towards_dense"]) == (amount, share))] for share, words in said.items()])
+    said = {(0.0, 0.0): "what dense weights make of its inputs", (0.5, 0.0): "half-way",
+            (1.0, 0.0): "the dense model's output", (0.5, 0.5): "half-way, and half of what the hidden state lacks",
+            (1.0, 1.0): "the dense model's output, and all that the hidden state lacks"}
+    lines = [[{"mask": "swaps", "weights": "swaps + refit"}[free], words,
+              *(f"{row['perplexity']:.2f}" for name, amount in cells for row in found[name]
+                if (row["amount"], row["free"], tuple(row["aim"])) == (amount, free, aim))]
+             for free in ("mask", "weights") for aim, words in said.items()]
+    return markdown(["after", "a layer aims at", *(" ".join(cell) for cell in cells)], lines, texts=2)
 
 
 def gap_closed(table, perplexity):
@@ -81,8 +85,8 @@ def gap_closed(table, perplexity):
 
 
 def ast_tables():
-    """The tables of ast_train.py for seeds 0, 1, 2 as far as they have been run, with their controls; beside the first the
-    longer run and its control."""
+    """The tables of ast_train.py for seeds 0, 1, 2 as far as they have been run, with their controls; beside the first
+    the longer run and its control."""
     tables = [found["table"] | (results(f"ast-control{seed}") or {"table": {}})["table"]
               for seed in range(3) if (found := results(f"ast-seed{seed}"))]
     for long in filter(None, map(results, ("ast-long", "ast-control-long"))):
@@ -150,8 +154,8 @@ def tables():
     """{name of its marker in README: text}."""
     return {
         "tables": table_by_method(pruned("tiny/*", "stories260K/*")), "settings": table_by_method(pruned("settings/*")),
-        "goal": goal(), "cost": cost(), "cost of swaps": cost_of_swaps(), "retrained": retrained(), "ablation": ablated(),
-        "compressed": compressed(), "streamed": streamed(), "texts": texts()}
+        "goal": goal(), "cost": cost(), "cost of swaps": cost_of_swaps(), "retrained": retrained(),
+        "ablation": ablated(), "compressed": compressed(), "streamed": streamed(), "texts": texts()}
 
 
 def draw_ast(path):

@@ -1,4 +1,5 @@
-"""What AST costs: its training step against the same step with dense weights and the same teacher, by default on `tiny`.
+"""What AST costs: its training step against the same step with dense weights and the same teacher, by default on
+`tiny`.
 
     python tests/bench_ast.py --json results/bench_ast.json
 
@@ -56,7 +57,8 @@ def main():
     rows = {method: {"seconds": middle[method] + (method != "dense") * choice} for method in middle}
     for method, row in rows.items():
         row["ratio"] = row["seconds"] / rows["dense"]["seconds"]
-        print(f"{method:10} {row['seconds']:6.3f} s a step of {len(ids)} x {args.seqlen} tokens, {row['ratio']:5.3f} x dense")
+        print(f"{method:10} {row['seconds']:6.3f} s a step of {len(ids)} x {args.seqlen} tokens, "
+              f"{row['ratio']:5.3f} x dense")
     record(args, rows)
 
 

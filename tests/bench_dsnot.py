@@ -1,5 +1,5 @@
-"""What a 4096 x 4096 layer costs, in one run: score + mask + DSnoT as a multiple of one torch.sort of the matrix, and exact
-swaps as a multiple of SparseGPT, with the squared error that each leaves.
+"""What a 4096 x 4096 layer costs, in one run: score + mask + DSnoT as a multiple of one torch.sort of the matrix, and
+exact swaps as a multiple of SparseGPT, with the squared error that each leaves.
 
     python tests/bench_dsnot.py --json results/bench_dsnot.json
 """
@@ -12,9 +12,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from data.command import parser, record, run, start, timed
-from dsnot import InputStats, dsnot_refine, keep_mask, magnitude_score, relative_error, sparsegpt, swap_refine, wanda_score
+from dsnot import (InputStats, dsnot_refine, keep_mask, magnitude_score, relative_error, sparsegpt, swap_refine,
+                   wanda_score)
 
-AMOUNTS = {"50 %": dict(sparsity=0.5), "70 %": dict(sparsity=0.7), "2:4": dict(pattern=(2, 4)), "4:8": dict(pattern=(4, 8))}
+AMOUNTS = {"50 %": dict(sparsity=0.5), "70 %": dict(sparsity=0.7),
+           "2:4": dict(pattern=(2, 4)), "4:8": dict(pattern=(4, 8))}
 
 
 def main():
@@ -42,7 +44,8 @@ def main():
             taken = [[timed(job, device)[0] for job in (lambda: torch.sort(W), lambda: work(score, amount))]
                      for _ in range(args.repeats)]  # in turns, so that other load on the machine meets both
             sort, ours = map(statistics.median, zip(*taken))
-            results.append({"method": f"{score} + dsnot", "amount": label, "against": "torch.sort", "ratio": ours / sort})
+            results.append({"method": f"{score} + dsnot", "amount": label, "against": "torch.sort",
+                            "ratio": ours / sort})
             print(f"{score:<10} {label:>5}  50 cycles: {ours / sort:5.2f} x torch.sort", flush=True)
     for label in "70 %", "2:4":
         amount = AMOUNTS[label]

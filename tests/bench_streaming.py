@@ -3,8 +3,9 @@ what is lost when it is killed in the middle.
 
     python tests/bench_streaming.py --json results/streaming-7b.json                  (needs 30 GB of disk)
 
-The command runs as its users run it; /proc is read beside it, five times a second. Resident memory has two parts: what the
-process allocated, and those pages of the mapped checkpoint that it has touched and that the system may take back at any time.
+The command runs as its users run it; /proc is read beside it, five times a second. Resident memory has two parts: what
+the process allocated, and those pages of the mapped checkpoint that it has touched and that the system may take back at
+any time.
 """
 
 import json
@@ -23,9 +24,10 @@ sys.path.insert(0, str(ROOT))
 from data.command import parser, record, run, start
 from gpt import GPT, Block, Config
 
-RAW = dict(model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=32000, hidden_size=4096, intermediate_size=11008,
-           num_attention_heads=32, num_key_value_heads=32, hidden_act="silu", rms_norm_eps=1e-5, rope_theta=10000.0,
-           max_position_embeddings=4096, tie_word_embeddings=False, torch_dtype="bfloat16")
+RAW = dict(model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=32000, hidden_size=4096,
+           intermediate_size=11008, num_attention_heads=32, num_key_value_heads=32, hidden_act="silu",
+           rms_norm_eps=1e-5, rope_theta=10000.0, max_position_embeddings=4096, tie_word_embeddings=False,
+           torch_dtype="bfloat16")
 
 
 def make(folder, raw):
@@ -56,14 +58,16 @@ def forget(folder):
 
 
 def watch(command, out, kill_after=None):
-    """Run the command; {phase: peaks and traffic} in GB and seconds, the phases told apart by what is on disk. kill_after:
-    SIGKILL it when so many blocks are written."""
+    """Run the command; {phase: peaks and traffic} in GB and seconds, the phases told apart by what is on disk.
+    kill_after: SIGKILL it when so many blocks are written."""
     process, partial, phases = subprocess.Popen(command, cwd=ROOT), out.with_name(out.name + ".partial"), {}
     while process.poll() is None:
-        name = "pruning" if partial.exists() else "evaluating the pruned model" if out.exists() else "evaluating the dense model"
+        name = ("pruning" if partial.exists() else
+                "evaluating the pruned model" if out.exists() else "evaluating the dense model")
         now = phases.setdefault(name, dict(peak_rss=0, peak_allocated=0, peak_mapped=0, begin=time.time()))
         try:
-            status = dict(line.split(":") for line in Path(f"/proc/{process.pid}/status").read_text().splitlines() if "kB" in line)
+            lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+            status = dict(line.split(":") for line in lines if "kB" in line)
             traffic = dict(line.split(":") for line in Path(f"/proc/{process.pid}/io").read_text().splitlines())
         except (OSError, ValueError):
             break  # it ended between two looks
@@ -92,13 +96,14 @@ def main():
     p.add_argument("--seqlen", type=int, default=512)
     args = p.parse_args()
     start(args)
-    folder, out, text = Path(args.folder).absolute(), Path(args.folder + "-pruned").absolute(), Path(args.folder + ".txt").absolute()
+    folder, out = Path(args.folder).absolute(), Path(args.folder + "-pruned").absolute()
+    text = Path(args.folder + ".txt").absolute()
     raw = RAW | dict(num_hidden_layers=args.layers, hidden_size=args.hidden, intermediate_size=args.hidden * 43 // 16)
     if not (folder / "config.json").exists():
         make(folder, raw)
     text.write_text("the words of a text are all that a model reads\n" * args.seqlen)
-    command = [sys.executable, "dsnot.py", "--model", folder, "--out", out, "--calib", text, "--data", text, "--nsamples",
-               args.nsamples, "--seqlen", args.seqlen, "--device", "cpu"]
+    command = [sys.executable, "dsnot.py", "--model", folder, "--out", out, "--calib", text, "--data", text,
+               "--nsamples", args.nsamples, "--seqlen", args.seqlen, "--device", "cpu"]
     shutil.rmtree(out, ignore_errors=True)
     forget(folder)
     code, killed = watch([str(word) for word in command], out, kill_after=args.layers // 2)

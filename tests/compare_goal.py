@@ -1,7 +1,7 @@
-"""What the layers of a propagated run should aim at: perplexity of validation text after swaps alone and after swaps and refit,
-for the places and shares that dsnot.AIM may name.
+"""What the layers of a propagated run should aim at: perplexity of validation text after swaps alone and after swaps
+and refit, for the places and shares that dsnot.AIM may name.
 
-    python tests/compare_goal.py --json results/goal-tiny.json                      (half a minute for each of the twenty)
+    python tests/compare_goal.py --json results/goal-tiny.json                    (half a minute for each of the twenty)
     python tests/compare_goal.py --model FOLDER --data TEXT_FILE --json results/goal-NAME.json
 """
 

@@ -3,8 +3,8 @@
     pip install "lm-eval[hf]==0.4.13"                                  (by hand: nothing else here needs it)
     python tests/compare_harness.py --json results/harness.json        (the model that ships; or --model FOLDER)
 
-The harness runs its own task definitions, on transformers' model and tokenizer; only the rows are ours. Prompts, tokens,
-where they are cut, log-likelihoods, accuracies and standard errors have to be the same.
+The harness runs its own task definitions, on transformers' model and tokenizer; only the rows are ours. Prompts,
+tokens, where they are cut, log-likelihoods, accuracies and standard errors have to be the same.
 """
 
 import sys

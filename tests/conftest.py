@@ -16,7 +16,8 @@ sys.path.insert(0, str(ROOT))
 
 @pytest.fixture
 def blocks_read(monkeypatch):
-    """The names of the blocks that have been read from checkpoints; fails where one is read while another is in memory."""
+    """The names of the blocks that have been read from checkpoints; fails where one is read while another is in
+    memory."""
     from gpt import Block, Checkpoint
     load, alive, read = Checkpoint.load, [], []
 
@@ -37,9 +38,10 @@ def make_checkpoint(folder, **changes):
     from data.train_tiny import train_tokenizer
     from gpt import GPT, Config
     torch.manual_seed(0)
-    raw = dict(model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=300, hidden_size=32, intermediate_size=56,
-               num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_act="silu", rms_norm_eps=1e-5,
-               rope_theta=10000.0, max_position_embeddings=64, tie_word_embeddings=False) | changes
+    raw = dict(model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=300, hidden_size=32,
+               intermediate_size=56, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+               hidden_act="silu", rms_norm_eps=1e-5, rope_theta=10000.0, max_position_embeddings=64,
+               tie_word_embeddings=False) | changes
     GPT(Config.from_dict(raw)).save_pretrained(folder)
     text = "the model reads words and the words are few so it can learn them by heart in no time at all\n" * 20
     train_tokenizer(folder / "tokenizer.model", text, vocab_size=300)

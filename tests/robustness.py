@@ -1,10 +1,11 @@
-"""Damaged checkpoints and senseless options through the commands, at random: each ends well, or with one sentence and code 2.
+"""Damaged checkpoints and senseless options through the commands, at random: each ends well, or with one sentence and
+code 2.
 
-    python tests/robustness.py --trials 400 --json results/robustness.json
+    python tests/robustness.py --trials 480 --json results/robustness.json
 
-A traceback, another exit code, more than one line of error or something half-written is a defect, printed with the trial's
-seed; the exit code is then 1. Interruptions are tried too: pruning or training that is stopped at a random call goes on to the
-same bytes.
+A traceback, another exit code, more than one line of error or something half-written is a defect, printed with the
+trial's seed; the exit code is then 1. Interruptions are tried too: pruning or training that is stopped at a random call
+goes on to the same bytes, and training whose state was damaged meanwhile says so.
 """
 
 import contextlib
@@ -34,21 +35,25 @@ from data.command import parser, record, run, start
 
 COMMANDS = {"dsnot": dsnot, "ast_train": ast_train, "sparse_matmul": sparse_matmul, "eval": eval, "gpt": gpt}
 OPTIONS = {  # those whose values are tried
-    "dsnot": "sparsity pattern nsamples seqlen cycles threshold seed device calib data score refine allocate split json out",
-    "ast_train": "pattern sparsity score mask-every decay decay-steps kl-weight temperature slorb-k data eval-data seqlen batch "
-                 "micro-batch lr lr-end average warmup clip save-every seed device dtype shard start-from json out",
-    "sparse_matmul": "bits seed device json out", "eval": "batch data split seqlen tasks limit compare plot seed device json",
+    "dsnot": "sparsity pattern nsamples seqlen cycles threshold seed device calib data score refine allocate split "
+             "json out",
+    "ast_train": "pattern sparsity score mask-every decay decay-steps kl-weight temperature slorb-k data eval-data "
+                 "seqlen batch micro-batch lr lr-end average warmup clip save-every seed device dtype shard start-from "
+                 "json out",
+    "sparse_matmul": "bits seed device json out",
+    "eval": "batch data split seqlen tasks limit compare plot seed device json",
     "gpt": "max-new-tokens temperature top-k seed device json prompt"}
 ODD = [None, -1, 0, 1, 3, 7, 2.5, 10**12, math.nan, "", "x", True, [], [1], {}, {"a": 1}, "\ud800"]
-WORDS = ["-1", "0", "1", "2", "3", "0.5", "1e-9", "1e9", "nan", "inf", "-inf", "", "x", "2:4", "0:4", "4:4", "5:4", "1:32", "-1:2",
-         "2:4:8", "é", "../..", "/", "/dev/null", "tiny", "a" * 300]
+WORDS = ["-1", "0", "1", "2", "3", "0.5", "1e-9", "1e9", "nan", "inf", "-inf", "", "x",
+         "2:4", "0:4", "4:4", "5:4", "1:32", "-1:2", "2:4:8", "é", "../..", "/", "/dev/null", "tiny", "a" * 300]
 
 
 def damage_config(folder, rng):
     path = folder / "config.json"
     raw = json.loads(path.read_text())
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
-        key = rng.choice([*raw, "rope_scaling", "head_dim", "sliding_window", "layer_types", "attention_bias", "slorb_k"])
+        key = rng.choice([*raw, "rope_scaling", "head_dim", "sliding_window", "layer_types", "attention_bias",
+                          "slorb_k"])
         if rng.random() < 0.3:
             raw.pop(key, None)
         else:
@@ -84,9 +89,9 @@ def damage_tensors(folder, rng):
     W = tensors[name]
     if kind in ("left out", "renamed"):
         del tensors[name]
-    changed = {"transposed": lambda: W.t().contiguous(), "longer": lambda: torch.cat([W, W]), "int": lambda: W.to(torch.int32),
-               "nan": lambda: torch.full_like(W, math.nan), "inf": lambda: W * math.inf, "zero": lambda: torch.zeros_like(W),
-               "half": lambda: W.half()}
+    changed = {"transposed": lambda: W.t().contiguous(), "longer": lambda: torch.cat([W, W]),
+               "int": lambda: W.to(torch.int32), "nan": lambda: torch.full_like(W, math.nan),
+               "inf": lambda: W * math.inf, "zero": lambda: torch.zeros_like(W), "half": lambda: W.half()}
     if kind in changed:
         tensors[name] = changed[kind]()
     if kind in ("one more", "renamed"):
@@ -99,17 +104,18 @@ def usual_options(command, text, here):
     """Options with which a command has a second's work."""
     return {
         "dsnot": ["--calib", text, "--data", text, "--nsamples", 3, "--seqlen", 32, "--out", here / "out"],
-        "ast_train": ["--data", text, "--eval-data", text, "--seqlen", 16, "--steps", 4, "--batch", 2, "--micro-batch", 2,
-                      "--save-every", 2, "--mask-every", 1, "--warmup", 1, "--methods", "ast-slorb", "--slorb-k", 4,
-                      "--no-one-shot", "--no-compile", "--out", here / "out"],
-        "sparse_matmul": ["--out", here / "out"], "eval": ["--data", text, "--seqlen", 32], "gpt": ["--max-new-tokens", 4]}[command]
+        "ast_train": ["--data", text, "--eval-data", text, "--seqlen", 16, "--steps", 4, "--batch", 2,
+                      "--micro-batch", 2, "--save-every", 2, "--mask-every", 1, "--warmup", 1,
+                      "--methods", "ast-slorb", "--slorb-k", 4, "--no-one-shot", "--no-compile", "--out", here / "out"],
+        "sparse_matmul": ["--out", here / "out"], "eval": ["--data", text, "--seqlen", 32],
+        "gpt": ["--max-new-tokens", 4]}[command]
 
 
 def odd_options(command, rng):
     names, words = OPTIONS[command].split(), []
     for name in rng.sample(names, rng.choice([1, 1, 2, 3])):
         word = rng.choice(WORDS)
-        if name in ("out", "json") and word in ("", "tiny", "x", "2:4", "0.5") or word == "../..":
+        if name in ("out", "json") and word in ("", "tiny", "x", "2:4", "0.5", "../.."):
             word = "/dev/null/x"
         words.append(f"--{name}={word}")
     return words
@@ -139,7 +145,8 @@ def stopped_and_gone_on(model, text, here, rng):
     command, function, calls, choices = rng.choice([
         (dsnot, "prune_layer", 14, [["--refine", "swap"], ["--score", "sparsegpt"], ["--pattern", "2:4"],
                                     ["--refine", "dsnot+swap", "--refit"]]),
-        (ast_train, "backward", 4, [["--methods", "ast"], ["--average", "0.5"], ["--start-from", "swap"], ["--decay", "0"]])])
+        (ast_train, "backward", 4, [["--methods", "ast"], ["--average", "0.5"], ["--start-from", "swap"],
+                                    ["--decay", "0"]])])
     words = ["--model", model, "--device", "cpu", *usual_options(command.__name__, text, here), *rng.choice(choices)]
     assert outcome(command.main, [*words, "--out", here / "whole"])[0] == 0, words
     real, left = getattr(command, function), [rng.randrange(calls)]
@@ -159,6 +166,23 @@ def stopped_and_gone_on(model, text, here, rng):
             return f"{path.name} differs after a stop: {words}"
 
 
+def damage_state(model, text, here, rng):
+    """Stop a training run at its last step and damage its state: what the same command, given again, is to meet."""
+    words = ["--model", model, "--device", "cpu", *usual_options("ast_train", text, here)]
+    real, left = ast_train.backward, [3]
+
+    def stopping(*args, **options):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+    ast_train.backward = stopping
+    assert outcome(ast_train.main, words)[0] == 130
+    ast_train.backward = real
+    state, = (here / "out" / "ast-slorb.training").glob("step-*")
+    return damage_bytes(state, rng)
+
+
 def two_of_four(path):
     """Prune the linear layers of a file, so that the commands that want a 2:4 model have one."""
     tensors = {name: sparse_matmul.prune_24(W) if "proj" in name else W for name, W in load_file(path).items()}
@@ -167,7 +191,7 @@ def two_of_four(path):
 
 def main():
     p = parser(__doc__)
-    p.add_argument("--trials", type=int, default=400)
+    p.add_argument("--trials", type=int, default=480)
     args = p.parse_args()
     start(args)
     counts, defects = {}, []
@@ -184,18 +208,20 @@ def main():
             shutil.rmtree(here, ignore_errors=True)
             here.mkdir()
             shutil.copytree(folder / "m", here / "m")
-            kind = rng.choice(["config", "bytes", "tensors", "options", "stop"])
+            kind = rng.choice(["config", "bytes", "tensors", "options", "stop", "state"])
             if kind == "stop":
                 wrong, told, said, code = stopped_and_gone_on(here / "m", text, here, rng), "", "", "same bytes"
             else:
                 damage = {"config": damage_config, "bytes": damage_bytes, "tensors": damage_tensors}
-                command = rng.choice([*COMMANDS])
+                command = "ast_train" if kind == "state" else rng.choice([*COMMANDS])
                 words = odd_options(command, rng) if kind == "options" else []
-                told = f"{command}, " + (damage[kind](here / "m", rng) if kind in damage else " ".join(words))
+                told = f"{command}, " + (damage_state(here / "m", text, here, rng) if kind == "state" else
+                                         damage[kind](here / "m", rng) if kind in damage else " ".join(words))
                 words = ["--model", here / "m", "--device", "cpu", *usual_options(command, text, here), *words]
                 code, wrong, said = outcome(COMMANDS[command].main, words)
                 left = [p.name for p in here.rglob("*") if p.name.endswith((".partial", ".before"))]
-                half = command in ("dsnot", "sparse_matmul") and kind != "options" and code == 2 and (here / "out").exists()
+                half = (command in ("dsnot", "sparse_matmul") and kind != "options" and code == 2 and
+                        (here / "out").exists())
                 if not wrong and (left or half):
                     wrong = f"left behind: {left or 'out'}"
             counts.setdefault(kind, {}).setdefault(str(code), 0)

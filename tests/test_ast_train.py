@@ -56,10 +56,11 @@ def files(tmp_path_factory):
 
 def command(files, out, *options):
     model, text = str(files / "model"), str(files / "text.txt")
-    return ["ast_train.py", "--model", model, "--data", text, "--eval-data", text, "--out", str(out), "--methods", "ast",
-            "--seqlen", "32", "--batch", "4", "--micro-batch", "2", "--steps", "12", "--warmup", "2", "--lr", "3e-3",
-            "--mask-every", "3", "--decay-steps", "6", "--save-every", "3", "--no-one-shot", "--no-compile", "--start-from", "dense",
-            "--dtype", "float32", "--device", "cpu", *map(str, options)]
+    return ["ast_train.py", "--model", model, "--data", text, "--eval-data", text, "--out", str(out),
+            "--methods", "ast", "--seqlen", "32", "--batch", "4", "--micro-batch", "2", "--steps", "12",
+            "--warmup", "2", "--lr", "3e-3", "--mask-every", "3", "--decay-steps", "6", "--save-every", "3",
+            "--no-one-shot", "--no-compile", "--start-from", "dense", "--dtype", "float32", "--device", "cpu",
+            *map(str, options)]
 
 
 @pytest.fixture
@@ -158,7 +159,8 @@ def test_the_mean_of_the_weights_takes_their_place_and_gives_it_back():
             torch.testing.assert_close(W.detach(), sum(one[name] for one in seen) / 3)
         assert torch.equal(model[0].mask, keep_mask(model[0].weight.detach().abs(), pattern=(2, 4)))
         assert not torch.equal(model[0].mask, mask)
-    assert all(torch.equal(W, seen[-1][name]) for name, W in model.named_parameters()) and torch.equal(model[0].mask, mask)
+    assert all(torch.equal(W, seen[-1][name]) for name, W in model.named_parameters())
+    assert torch.equal(model[0].mask, mask)
     with ast_train.averaged(model, mean, masks=False):
         assert torch.equal(model[0].mask, mask)
 
@@ -244,7 +246,8 @@ def test_a_bin_file_returns_the_tokens(files, tmp_path, monkeypatch, capsys):
 
 
 def test_a_mixture_draws_by_weight_and_by_step_alone(files, tmp_path):
-    """Would catch a resumed run that reads other windows, and text that is read often while other text is never read."""
+    """Would catch a resumed run that reads other windows, and text that is read often while other text is never
+    read."""
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": "a" * 50}) for _ in range(500)))
     (tmp_path / "b.txt").write_text("b\n" * 20000)
     tokenizer = load_tokenizer(files / "model")
@@ -329,7 +332,8 @@ def test_a_stopped_run_ends_with_the_same_weights(tmp_path, train, monkeypatch, 
     for key in ("validation", "history", "flips"):
         assert resumed["runs"]["ast-slorb"][key] == straight["runs"]["ast-slorb"][key]
 
-    for name, value, message in [("--lr", 0.1, "with --lr 0.003, not 0.1"), ("--model", files / "other", "another model")]:
+    for name, value, message in [("--lr", 0.1, "with --lr 0.003, not 0.1"),
+                                 ("--model", files / "other", "another model")]:
         with pytest.raises(InputError, match=message):
             train(tmp_path / "stopped", "--methods", "ast-slorb", "--slorb-k", 8, name, value)
     assert [path.name for path in work.iterdir()] == ["step-0000012"]
@@ -444,13 +448,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_state(tmp_path, t
     assert (tmp_path / "ast.training" / "step-0000003").is_dir() and (tmp_path / "ast" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("file", ["run.json", "__0_0.distcp", ".metadata"])
-def test_a_damaged_state_gets_a_sentence(tmp_path, train, file):
+@pytest.mark.parametrize("file, content", [("run.json", None), ("run.json", b"null"), ("run.json", b'{"step": 3}'),
+                                           ("__0_0.distcp", None), (".metadata", None)])
+def test_a_damaged_state_gets_a_sentence(tmp_path, train, caplog, file, content):
+    """Would catch a traceback, raised or logged by PyTorch, from a file that is cut off (None) or holds something else.
+    """
     train(tmp_path, "--steps", 3)
     state = tmp_path / "ast.training" / "step-0000003"
-    (state / file).write_bytes((state / file).read_bytes()[:20])
+    (state / file).write_bytes((state / file).read_bytes()[:20] if content is None else content)
     with pytest.raises(InputError, match="step-0000003 is damaged: delete it"):
         train(tmp_path, "--steps", 3)
+    assert not [record for record in caplog.records if record.name == "root"], "it would be printed"
 
 
 def test_running_out_of_memory_gets_a_sentence(tmp_path, train, monkeypatch):

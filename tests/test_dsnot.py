@@ -38,7 +38,8 @@ def stats_of(inputs, gram=False):
 
 def random_layer(seed, rows=24, width=64, sequences=4, tokens=16):
     g = torch.Generator().manual_seed(seed)
-    inputs = torch.randn(sequences, tokens, width, generator=g) * torch.rand(width, generator=g) * 2 + torch.randn(width, generator=g) * 0.3
+    inputs = (torch.randn(sequences, tokens, width, generator=g) * torch.rand(width, generator=g) * 2 +
+              torch.randn(width, generator=g) * 0.3)
     return torch.randn(rows, width, generator=g), inputs
 
 
@@ -104,7 +105,8 @@ def slow_dsnot(W, keep, stats, score, cycles, threshold, var_power, sign_check, 
         growable = sorted((k for k in columns if not keep[r, k]), key=lambda k: gain[r, k].item())
         low = high = 0
         kept = [k for k in columns if keep[r, k]]
-        by_side = {side: sorted((k for k in kept if (D[r, k] > 0 if side < 0 else D[r, k] < 0)), key=lambda k: wanda[r, k].item())
+        by_side = {side: sorted((k for k in kept if (D[r, k] > 0 if side < 0 else D[r, k] < 0)),
+                                key=lambda k: wanda[r, k].item())
                    for side in (-1, 1)}
         for _ in range(min(cycles, W.shape[1])):
             if e.abs() <= threshold or low + high >= len(growable):
@@ -117,7 +119,8 @@ def slow_dsnot(W, keep, stats, score, cycles, threshold, var_power, sign_check, 
                 candidates = by_side[1 if e >= 0 else -1]
             else:
                 left = g - g % pattern[1]
-                candidates = sorted((k for k in range(left, left + pattern[1]) if k in kept), key=lambda k: score[r, k].item())
+                candidates = sorted((k for k in range(left, left + pattern[1]) if k in kept),
+                                    key=lambda k: score[r, k].item())
             if not candidates:
                 break
             p = candidates[0]
@@ -203,7 +206,8 @@ def squared_error(W, kept_weights, inputs, dense_inputs=None):
     return (z @ W.double().T - inputs.flatten(0, 1).double() @ kept_weights.double().T).square().sum(0)
 
 
-AMOUNTS = [dict(sparsity=0.5), dict(sparsity=0.75), dict(sparsity=0.9), dict(pattern=(2, 4)), dict(pattern=(1, 4)), dict(pattern=(4, 8))]
+AMOUNTS = [dict(sparsity=0.5), dict(sparsity=0.75), dict(sparsity=0.9),
+           dict(pattern=(2, 4)), dict(pattern=(1, 4)), dict(pattern=(4, 8))]
 
 
 def inputs_case(seed, with_cross, **layer):
@@ -235,8 +239,8 @@ def test_lowest_is_topk(width):
 @pytest.mark.parametrize("amount", AMOUNTS)
 @pytest.mark.parametrize("with_cross", [False, True])
 def test_swaps_end_where_no_swap_helps(amount, with_cross):
-    """Would catch a wrong price of a swap, an error that rises, a broken pattern, and stopping too early: every pair that
-    is left is tried, directly on the inputs."""
+    """Would catch a wrong price of a swap, an error that rises, a broken pattern, and stopping too early: every pair
+    that is left is tried, directly on the inputs."""
     W, inputs, z, gram, goal, keep = swap_case(0, amount, with_cross, rows=6, width=24, tokens=32)
     pattern = amount.get("pattern")
     new = dsnot.swap_refine(W, keep, gram, goal=goal, candidates=24, pattern=pattern)
@@ -260,8 +264,8 @@ def test_few_candidates_do_as_well_as_all(amount):
     """Would catch a choice of candidates that misses good swaps."""
     W, inputs, _, gram, _, keep = swap_case(1, amount, False, rows=40, width=96, tokens=64)
     pattern = amount.get("pattern")
-    few, all_pairs = (squared_error(W, W * dsnot.swap_refine(W, keep, gram, candidates=c, pattern=pattern), inputs).sum()
-                      for c in (8, 96))
+    masks = [dsnot.swap_refine(W, keep, gram, candidates=c, pattern=pattern) for c in (8, 96)]
+    few, all_pairs = (squared_error(W, W * mask, inputs).sum() for mask in masks)
     assert few < all_pairs * 1.03
     one = dsnot.swap_refine(W, keep, gram, max_swaps=1, pattern=pattern)
     assert ((one != keep).sum(1) <= 2).all() and (one != keep).any()
@@ -273,13 +277,15 @@ def test_cycles_bound_the_swaps(refine, refit):
     W, _, _, stats = inputs_case(4, False, rows=20, width=64, tokens=64)
     options = dict(score="wanda", refine=refine, refit=refit, sparsity=0.5)
     keep = keep_mask(wanda_score(W, stats), sparsity=0.5)
-    flips = [((dsnot.prune_layer(W, stats, cycles=c, **options) != 0) != keep).sum(1).max().item() for c in (0, 1, None)]
+    flips = [((dsnot.prune_layer(W, stats, cycles=c, **options) != 0) != keep).sum(1).max().item()
+             for c in (0, 1, None)]
     turns = 2 if refit or "+" in refine else 1
     assert flips[0] == 0 and 0 < flips[1] <= 2 * turns and (flips[2] > flips[1] or refine == "dsnot")
 
 
 def test_swaps_of_uneven_rows():
-    """Would catch rows of a SparseGPT mask, which keep different numbers of weights, trading theirs; full and empty rows."""
+    """Would catch rows of a SparseGPT mask, which keep different numbers of weights, trading theirs; full and empty
+    rows."""
     W, inputs, _, gram, _, _ = swap_case(2, dict(sparsity=0.5), False, rows=12, width=100)
     keep = torch.rand(12, 100, generator=torch.Generator().manual_seed(0)) < torch.linspace(0, 1, 12)[:, None]
     new = dsnot.swap_refine(W, keep, gram, candidates=8)
@@ -299,7 +305,8 @@ def test_refit_is_least_squares(with_cross):
         k = keep[r]
         residual = x[:, k].T @ (x[:, k] @ new[r, k].double() - y[:, r])
         assert residual.norm() <= 1e-4 * (x[:, k].T @ y[:, r]).norm()
-        torch.testing.assert_close(new[r, k].double(), torch.linalg.lstsq(x[:, k], y[:, r:r + 1]).solution[:, 0], rtol=1e-3, atol=1e-3)
+        best = torch.linalg.lstsq(x[:, k], y[:, r:r + 1]).solution[:, 0]
+        torch.testing.assert_close(new[r, k].double(), best, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("amount", AMOUNTS)
@@ -318,8 +325,8 @@ def test_swaps_after_a_refit_lower_the_error(amount):
 
 
 def test_dense_weights_are_least_squares():
-    """Would catch a wrong goal for SparseGPT: they are the refit of a mask that keeps all, and W where its own output is
-    the goal."""
+    """Would catch a wrong goal for SparseGPT: they are the refit of a mask that keeps all, and W where its own output
+    is the goal."""
     W, _, _, gram, goal, keep = swap_case(3, dict(sparsity=0.6), True, rows=10, width=32, tokens=64)
     expected = dsnot.refit_weights(W, torch.ones_like(keep), gram, goal=goal, damp=0.0)
     torch.testing.assert_close(dsnot.dense_weights(W, gram, goal, damp=0.0), expected, rtol=1e-3, atol=1e-3)
@@ -359,11 +366,13 @@ def test_sparsegpt_equals_slow_loop(amount):
         assert ((new != 0).view(10, -1, m).sum(-1) == n).all()
     else:
         assert abs((new == 0).float().mean() - amount["sparsity"]) < 0.01
-    assert torch.allclose(sparsegpt(W, gram, keep=new != 0, block=16), new, atol=1e-5)  # the same mask, the same correction
+    # the same mask, the same correction
+    assert torch.allclose(sparsegpt(W, gram, keep=new != 0, block=16), new, atol=1e-5)
 
 
 def test_pruned_weights_come_back_with_their_best_values():
-    """Would catch a wrong slope or a wrong goal: alone, no other value of a pruned weight lowers its row's error as much."""
+    """Would catch a wrong slope or a wrong goal: alone, no other value of a pruned weight lowers its row's error as
+    much."""
     W, inputs, z, stats = inputs_case(7, True, rows=3, width=12, tokens=32)
     keep = keep_mask(W.abs(), 0.5)
     new, goal = torch.where(keep, W, 0), W @ stats.cross
@@ -379,7 +388,8 @@ def test_pruned_weights_come_back_with_their_best_values():
 
 
 def test_sparsegpt_aims_for_what_propagation_says():
-    """Would catch a correction that ignores what the pruned layers before have done: the goal is the dense model's output."""
+    """Would catch a correction that ignores what the pruned layers before have done: the goal is the dense model's
+    output."""
     W, inputs, z, stats = inputs_case(6, True, rows=10, width=32, tokens=64)
     aimed = dsnot.prune_rows(W, stats, score="sparsegpt", refine="none", refit=False, sparsity=0.5)
     plain = sparsegpt(W, stats.gram, sparsity=0.5)
@@ -400,7 +410,8 @@ def test_sparsegpt_golden():
     W, stats = f.get_tensor("weight"), stats_of(f.get_tensor("inputs"), gram=True)
     for i, case in enumerate(cases):
         amount = dict(pattern=(case["n"], case["m"])) if case["n"] else dict(sparsity=case["sparsity"])
-        new, expected = sparsegpt(W, stats.gram, **amount, damp=case["damp"], block=case["block"]), f.get_tensor(f"result.{i}")
+        new = sparsegpt(W, stats.gram, **amount, damp=case["damp"], block=case["block"])
+        expected = f.get_tensor(f"result.{i}")
         assert torch.equal(new == 0, expected == 0), case
         torch.testing.assert_close(new, expected, rtol=0, atol=1e-4)
 
@@ -418,8 +429,9 @@ def model(tmp_path_factory):
 
 
 def command(monkeypatch, model, out, *options):
-    monkeypatch.setattr(sys, "argv", ["dsnot.py", "--device", "cpu", "--model", str(model / "m"), "--calib", str(model / "text.txt"),
-                                      "--data", str(model / "text.txt"), "--nsamples", "4", "--seqlen", "32", "--out", str(out), *options])
+    text = str(model / "text.txt")
+    monkeypatch.setattr(sys, "argv", ["dsnot.py", "--device", "cpu", "--model", str(model / "m"), "--calib", text,
+                                      "--data", text, "--nsamples", "4", "--seqlen", "32", "--out", str(out), *options])
     run(dsnot.main)
 
 
@@ -459,7 +471,8 @@ def test_command(monkeypatch, capsys, model, tmp_path, options):
     torch.testing.assert_close(GPT.from_pretrained(tmp_path / "out")(ids), theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("after,method", [(1, ["--score", "sparsegpt"]), (8, ["--score", "sparsegpt"]), (13, ["--refine", "swap"])])
+@pytest.mark.parametrize("after,method", [(1, ["--score", "sparsegpt"]), (8, ["--score", "sparsegpt"]),
+                                          (13, ["--refine", "swap"])])
 def test_interrupted_run_goes_on(monkeypatch, capsys, model, tmp_path, after, method):
     """Would catch lost blocks, blocks done twice with other results, and anything random that depends on the stop."""
     command(monkeypatch, model, tmp_path / "whole", *method)
@@ -489,8 +502,18 @@ def test_interrupted_run_goes_on(monkeypatch, capsys, model, tmp_path, after, me
     assert (seconds > 1000) == stopped_late == (after > 7), "the time before the stop counts, too"
 
 
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_an_interruption_says_whether_the_command_goes_on(capsys, goes_on):
+    def main():
+        raise KeyboardInterrupt
+    with pytest.raises(SystemExit) as stopped:
+        run(main, goes_on)
+    assert stopped.value.code == 130 and ("goes on" in capsys.readouterr().err) == goes_on
+
+
 def test_a_finished_folder_is_made_anew_when_the_model_has_changed(monkeypatch, model, tmp_path):
-    """Would catch the masks of weights that are no longer there being handed out; and work done twice where they are."""
+    """Would catch the masks of weights that are no longer there being handed out; and work done twice where they
+    are."""
     shutil.copytree(model, tmp_path / "model")
     real, calls = dsnot.prune_layer, []
     monkeypatch.setattr(dsnot, "prune_layer", lambda *args, **options: (calls.append(1), real(*args, **options))[1])
@@ -503,16 +526,16 @@ def test_a_finished_folder_is_made_anew_when_the_model_has_changed(monkeypatch, 
 
 @pytest.mark.parametrize("family, changes", ALL)
 def test_every_family_is_pruned(family, changes, tmp_path):
-    """Would catch layers that are left out, fused or transposed weights pruned along the wrong side, a head or a projection
-    of the embedding that is pruned, and folders that transformers reads otherwise."""
+    """Would catch layers that are left out, fused or transposed weights pruned along the wrong side, a head or a
+    projection of the embedding that is pruned, and folders that transformers reads otherwise."""
     transformers = pytest.importorskip("transformers")
     theirs(family, changes).save_pretrained(tmp_path / "m")
     windows, ids = ids_for(batch=6), ids_for(seed=2)
     for score, refine, amount in [("wanda", "dsnot", dict(sparsity=0.6)), ("sparsegpt", "dsnot", dict(pattern=(2, 4))),
                                   ("magnitude", "swap", dict(pattern=(4, 8)))]:
         dense = dsnot.GPT.from_pretrained(tmp_path / "m")
-        dsnot.prune(dsnot.GPT.from_pretrained(tmp_path / "m", stream=True), windows, tmp_path / "out", {"run": score}, batch=4,
-                    score=score, refine=refine, propagate=refine == "swap", **amount)
+        dsnot.prune(dsnot.GPT.from_pretrained(tmp_path / "m", stream=True), windows, tmp_path / "out", {"run": score},
+                    batch=4, score=score, refine=refine, propagate=refine == "swap", **amount)
         pruned = dsnot.GPT.from_pretrained(tmp_path / "out")
         layers = {f"model.layers.{i}.{name}.weight": layer.weight for i, block in enumerate(pruned.model.layers)
                   for name, layer in dsnot.prunable(block).items()}
@@ -521,7 +544,8 @@ def test_every_family_is_pruned(family, changes, tmp_path):
             n, m = amount.get("pattern", (W.shape[1] - int(W.shape[1] * 0.6), W.shape[1]))
             kept = (W != 0).view(len(W), -1, m).sum(-1)
             assert (kept <= n).all() if score == "sparsegpt" else (kept == n).all(), name  # it also clears dead inputs
-        assert all(name in layers or torch.equal(value, dense.state_dict()[name]) for name, value in pruned.state_dict().items())
+        assert all(name in layers or torch.equal(value, dense.state_dict()[name])
+                   for name, value in pruned.state_dict().items())
         other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
         torch.testing.assert_close(pruned(ids), other(ids).logits, rtol=1e-4, atol=1e-4)
 
@@ -529,8 +553,9 @@ def test_every_family_is_pruned(family, changes, tmp_path):
 @pytest.mark.parametrize("family, changes", ALL)
 @pytest.mark.parametrize("refit", [False, True])
 def test_layers_aim_at_the_dense_model(monkeypatch, family, changes, refit, tmp_path):
-    """Would catch inputs of the wrong model in a goal, and a hidden state that is made up for in the wrong layer or with the
-    wrong sign: with refit, a layer that adds to it aims at all that is missing in the dense one; masks aim half-way."""
+    """Would catch inputs of the wrong model in a goal, and a hidden state that is made up for in the wrong layer or
+    with the wrong sign: with refit, a layer that adds to it aims at all that is missing in the dense one; masks aim
+    half-way."""
     pytest.importorskip("transformers")
     theirs(family, changes).save_pretrained(tmp_path)
     model, goals = dsnot.GPT.from_pretrained(tmp_path), []
@@ -554,17 +579,20 @@ def test_layers_aim_at_the_dense_model(monkeypatch, family, changes, refit, tmp_
                     y = y + z - x
                 expected.append(torch.einsum("nto,nti->oi", y, seen[name]))
             x, z = after, step(z)
-        dsnot.prune_block(block, where, list(sparse.split(2)), list(dense.split(2)), "b", lambda name: torch.float32, score="wanda",
-                          refine="swap", refit=refit, propagate=True, sparsity={f"b.{name}": 0.5 for name in linears})
+        dsnot.prune_block(block, where, list(sparse.split(2)), list(dense.split(2)), "b", lambda name: torch.float32,
+                          score="wanda", refine="swap", refit=refit, propagate=True,
+                          sparsity={f"b.{name}": 0.5 for name in linears})
     assert len(goals) == len(linears)
     for goal, found in zip(expected, goals):
         torch.testing.assert_close(found, goal, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("options, alike", [(("--sparsity", "0.6"), 0.999),
-                                            (("--sparsity", "0.6", "--allocate", "sensitivity"), 0.9),  # a layer's share may move a step
-                                            (("--pattern", "2:4", "--score", "sparsegpt", "--refine", "swap"), 0.99),
-                                            (("--sparsity", "0.5", "--score", "sparsegpt", "--refine", "none"), 0.99)])
+@pytest.mark.parametrize("options, alike", [
+    (("--sparsity", "0.6"), 0.999),
+    (("--sparsity", "0.6", "--allocate", "sensitivity"), 0.9),  # a layer's share may move a step
+    (("--pattern", "2:4", "--score", "sparsegpt", "--refine", "swap"), 0.99),
+    (("--sparsity", "0.5", "--score", "sparsegpt", "--refine", "none"), 0.99),
+])
 def test_two_processes_prune_as_one(monkeypatch, capsys, model, tmp_path, options, alike):
     """Would catch statistics that are not those of all sequences, rows that nobody or two prune, and two writers."""
     command(monkeypatch, model, tmp_path / "one", *options, "--json", str(tmp_path / "one.json"))
@@ -585,8 +613,8 @@ def test_two_processes_prune_as_one(monkeypatch, capsys, model, tmp_path, option
 
 @pytest.mark.parametrize("kind", ["owl", "sensitivity"])
 def test_allocation(monkeypatch, model, kind):
-    """Would catch shares whose mean is not what was asked for, outliers counted wrongly, and a damage that is not that of
-    one layer pruned alone, which a loop over whole models computes here."""
+    """Would catch shares whose mean is not what was asked for, outliers counted wrongly, and a damage that is not that
+    of one layer pruned alone, which a loop over whole models computes here."""
     dense, windows, found = dsnot.GPT.from_pretrained(model / "m"), torch.randint(0, 300, (6, 32)), []
     real = dsnot.damage
     monkeypatch.setattr(dsnot, "damage", lambda *args: found.append(real(*args)) or found[0])
@@ -606,7 +634,8 @@ def test_allocation(monkeypatch, model, kind):
                 stats[name].add(sequence)
         sizes = torch.tensor([layer.weight.numel() for layer in layers.values()], dtype=torch.double)
         assert list(shares) == list(layers)
-        assert (torch.tensor(list(shares.values()), dtype=torch.double) @ sizes / sizes.sum()).item() == pytest.approx(0.6, abs=1e-9)
+        mean = torch.tensor(list(shares.values()), dtype=torch.double) @ sizes / sizes.sum()
+        assert mean.item() == pytest.approx(0.6, abs=1e-9)
         scores = {name: wanda_score(layer.weight, stats[name]) for name, layer in layers.items()}
         if kind == "owl":
             many = []
@@ -614,7 +643,8 @@ def test_allocation(monkeypatch, model, kind):
                 flat = torch.cat([score.flatten() for name, score in scores.items() if f"layers.{block}." in name])
                 many.append((flat > 5 * flat.mean()).float().mean().item())
             first, second = (list(shares.values())[i] for i in (0, 7))
-            assert second - first == pytest.approx(0.16 if many[0] > many[1] else -0.16 if many[0] < many[1] else 0, abs=1e-6)
+            apart = 0.16 if many[0] > many[1] else -0.16 if many[0] < many[1] else 0
+            assert second - first == pytest.approx(apart, abs=1e-6)
             return
         expected = dense(windows[:4]).log_softmax(-1)
         for name, layer in layers.items():
@@ -655,8 +685,8 @@ def test_dry_run_writes_nothing(monkeypatch, capsys, model, tmp_path):
 @pytest.mark.parametrize("options", [{}, {"propagate": True}, {"allocate": "sensitivity"}])
 def test_one_block_is_in_memory_at_a_time(blocks_read, model, tmp_path, options):
     """Would catch a loop variable, a hook or a list that keeps the block before, which is 0.8 GB of LLaMA2-7B."""
-    dsnot.prune(dsnot.GPT.from_pretrained(model / "m", stream=True), torch.randint(0, 300, (4, 32)), tmp_path / "out", {}, batch=2,
-                score="wanda", refine="swap", sparsity=0.5, **options)
+    dsnot.prune(dsnot.GPT.from_pretrained(model / "m", stream=True), torch.randint(0, 300, (4, 32)), tmp_path / "out",
+                {}, batch=2, score="wanda", refine="swap", sparsity=0.5, **options)
     assert blocks_read == ["model.layers.0", "model.layers.1"] * (2 if "allocate" in options else 1)
 
 
@@ -672,13 +702,14 @@ BAD = {
     "pattern": (["--pattern", "5:4"], "5:4"),
     "nothing to allocate": (["--pattern", "2:4", "--allocate", "owl"], "--allocate owl"),
     "no pattern": (["--pattern", "half"], "half"),
-    "a sparsity and a pattern": (["--sparsity", "0.5", "--pattern", "2:4"], "--pattern: not allowed with argument --sparsity"),
+    "a sparsity and a pattern": (["--sparsity", "0.5", "--pattern", "2:4"],
+                                 "--pattern: not allowed with argument --sparsity"),
     "no such refinement": (["--refine", "swaps"], "invalid choice: 'swaps'"),
     "does not divide": (["--pattern", "3:7"], "--pattern 3:7 needs rows"),
     "no name": (["--out", "/"], "--out /"),
     "a long name": (["--out", "a" * 300], "File name too long"),
     "no cycles in it": (["--refine", "none", "--cycles", "9"], "--cycles 9 is for swaps"),
-    "no signs to check": (["--refine", "swap", "--no-sign-check"], "--sign-check is an option of DSnoT"),
+    "no signs to check": (["--refine", "swap", "--no-sign-check"], "--sign-check is for DSnoT, which --refine swap"),
     "unknown model": (["--model", "llama9"], "llama9"),
     "no such folder": (["--model", "./nothing/here"], "nothing/here"),
     "a folder, no Hub id": (["--model", "tests/nothing"], "there is no folder tests/nothing"),
@@ -715,7 +746,8 @@ def test_bad_texts_and_files(monkeypatch, capsys, model, tmp_path):
         for option in "--calib", "--data":
             expect_refusal(monkeypatch, capsys, model, tmp_path / "out", [option, str(tmp_path / name)], said)
     broken = tmp_path / "broken"
-    for damage, said in [(lambda f: f.unlink(), "missing"), (lambda f: f.write_bytes(f.read_bytes()[:-100]), "truncated")]:
+    for damage, said in [(lambda f: f.unlink(), "missing"),
+                         (lambda f: f.write_bytes(f.read_bytes()[:-100]), "truncated")]:
         make_checkpoint(broken)
         damage(broken / "model.safetensors")
         expect_refusal(monkeypatch, capsys, model, tmp_path / "out", ["--model", str(broken)], said)
@@ -740,8 +772,8 @@ def test_full_disk(monkeypatch, capsys, model, tmp_path):
 
 
 def test_existing_folders_are_respected(monkeypatch, capsys, model, tmp_path):
-    """Would catch overwriting the model that is being read, one that came from elsewhere, or a folder that holds something
-    else, and work that is done before the refusal. What was written here is replaced."""
+    """Would catch overwriting the model that is being read, one that came from elsewhere, or a folder that holds
+    something else, and work that is done before the refusal. What was written here is replaced."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     theirs("llama", {}).save_pretrained(tmp_path / "theirs")
@@ -758,11 +790,13 @@ def test_existing_folders_are_respected(monkeypatch, capsys, model, tmp_path):
 
 
 def test_what_was_pruned_before_is_said(monkeypatch, capsys, model, tmp_path):
-    """Would catch a pruned model being measured as the dense one without a word; windows that are too long, likewise."""
+    """Would catch a pruned model being measured as the dense one without a word; windows that are too long,
+    likewise."""
     command(monkeypatch, model, tmp_path / "once")
     assert "pruned before" not in (said := capsys.readouterr().out) and "made for" not in said
     command(monkeypatch, model, tmp_path / "twice", "--model", str(tmp_path / "once"), "--seqlen", "65")
-    assert "pruned before" in (said := capsys.readouterr().out) and "65 tokens, more than the 64 that the model is made for" in said
+    said = capsys.readouterr().out
+    assert "pruned before" in said and "65 tokens, more than the 64 that the model is made for" in said
 
 
 def test_time_is_kept(monkeypatch, model, tmp_path):

@@ -127,8 +127,10 @@ def plain_perplexity(folder, ids, seqlen):
 
 
 def test_splits_of_tiny_share_nothing():
-    """Would catch test text that is trained on: a module in two splits, or a docstring that a training module has, too."""
-    names = {split: re.findall(r"^Help on module (\S+)$", load_text("tiny", split), re.M) for split in ("train", "validation", "test")}
+    """Would catch test text that is trained on: a module in two splits, or a docstring that a training module has,
+    too."""
+    names = {split: re.findall(r"^Help on module (\S+)$", load_text("tiny", split), re.M)
+             for split in ("train", "validation", "test")}
     assert all(names.values()) and sum(map(len, names.values())) == len(set(sum(names.values(), [])))
     trained = {doc for name in names["train"] for _, doc in stdlib.documentation()[name] if len(doc) > 60}
     trained = {doc.replace("\n", "\n    ").replace("    \n", "\n") + "\n\n" for doc in trained}  # as on a page
@@ -405,8 +407,9 @@ def test_command(checkpoint, tasks_dir, tmp_path):
     (["--tasks", "rte", "--tasks-dir", "nowhere"], "--tasks-dir nowhere is no folder"),
     (["--data", "ptb"], "ptb_text_only is not in the cache and can't be fetched"),
     (["--compare", "nowhere.json"], "there is no such file"), (["--compare", "LICENSE"], "neither a result file"),
-    (["--plot", "a.png"], "needs --compare"), (["--seqlen", "1"], "--seqlen 1"), (["--limit", "3"], "they need --tasks"),
-    (["--by-method"], "needs --compare"), (["--compare", "x.json", "--speed"], "leave out --data"),
+    (["--plot", "a.png"], "needs --compare"), (["--seqlen", "1"], "--seqlen 1"),
+    (["--limit", "3"], "they need --tasks"), (["--by-method"], "needs --compare"),
+    (["--compare", "x.json", "--speed"], "leave out --data"),
 ])
 def test_bad_input_is_one_sentence(arguments, said, monkeypatch, capsys, tmp_path):
     """On stderr, with exit code 2 and nothing written."""

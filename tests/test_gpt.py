@@ -144,7 +144,8 @@ def test_block_by_block(family, changes, tmp_path):
 
 
 def test_a_finished_checkpoint_takes_the_place_of_the_one_before(tmp_path_factory, tmp_path, monkeypatch):
-    """Would catch a moment at which a kill costs the old checkpoint or the finished new one; and a folder behind a link."""
+    """Would catch a moment at which a kill costs the old checkpoint or the finished new one; and a folder behind a
+    link."""
     source = tmp_path_factory.mktemp("source")
     make_checkpoint(source)
     model = GPT.from_pretrained(source)

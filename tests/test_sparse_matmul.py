@@ -230,7 +230,8 @@ def test_what_cannot_be_compressed(tmp_path):
         with pytest.raises(InputError, match=message):
             save_compressed(tmp_path / folder, tmp_path / "new")
     with pytest.raises(InputError, match="compressed 2:4 layers: give the folder that it was made from"):
-        prune(GPT.from_pretrained(tmp_path / "small", stream=True), torch.zeros(1, 4, dtype=torch.long), tmp_path / "new", {})
+        prune(GPT.from_pretrained(tmp_path / "small", stream=True), torch.zeros(1, 4, dtype=torch.long),
+              tmp_path / "new", {})
     assert {path.name for path in tmp_path.iterdir()} == {"plain", "mixed", "good", "small"}
     with pytest.raises(InputError, match="no linear layer"):
         GPT.from_pretrained(tmp_path / "plain", sparse=True)
