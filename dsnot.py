@@ -14,7 +14,9 @@ and lets pruned weights grow back while others are pruned in their place, one pa
     e    <- e + D[pruned] - D[grown], until |e| <= threshold or `cycles` swaps are done
 
 Starting masks: magnitude |W|; Wanda |W| sqrt(q) (Sun et al. 2023); SparseGPT (Frantar & Alistarh 2023), which also
-corrects the weights that remain.
+corrects the weights that remain. Beyond the paper: swaps by the exact error instead of its mean (`swap_refine`), the
+best weights for a mask (`refit_weights`), goals that make up for what the layers before have lost (`layer_goal`), and
+shares of their own for layers (`allocation`).
 
 Where this differs from the authors' code: every linear layer is refined unless you ask for `--refine-layers attn`
 (their default silently skips the MLP); the sign check is an option (theirs is on with a pattern, off without one,
@@ -40,7 +42,7 @@ import math
 import os
 import time
 from contextlib import nullcontext
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 
 import torch
@@ -268,15 +270,15 @@ def swap_refine(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = 
     max_swaps: per row, None: until none helps, or as many as the row is wide. pattern: (n, m) of the mask, which stays.
     """
     new, W, G = keep.clone(), W.float(), gram
-    for rows in torch.arange(len(W), device=W.device).split(1024):
+    for rows in torch.arange(len(W), device=W.device).split(512 if W.device.type == "cpu" else 4096):
         w, mask = W[rows], keep[rows]
         g = torch.where(mask, 0, w) @ G if goal is None else goal[rows] - torch.where(mask, w, 0) @ G
         slope, square = torch.where(mask, 2 * w, -2 * w), w.square() * G.diagonal()
-        barred = torch.where(torch.stack([mask, ~mask]), 0, torch.inf)  # inf: not to be pruned, not to be grown
         left = torch.full_like(rows, w.shape[1] if max_swaps is None else max_swaps)
         least = 1e-6 * square.amax(1)  # a smaller gain is rounding
+        square = torch.where(torch.stack([mask, ~mask]), square, torch.inf)  # inf: not to be pruned, not to be grown
         while len(rows):
-            price = torch.addcmul(square, slope, g) + barred  # what it adds to prune or grow one weight and no other
+            price = torch.addcmul(square, slope, g)  # [2, rows, in]: of pruning or growing one weight and no other
             column, made = _swap_round(price, mask, slope, G, left, least, candidates, pattern)
             used, row, at = made.sum(1) // 2, made.nonzero()[:, 0], column[made]
             if not len(at):
@@ -285,12 +287,11 @@ def swap_refine(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = 
             first = made.sum(1).cumsum(0) - made.sum(1)  # where a row's flips begin in `at`
             g += F.embedding_bag(at, G, first, mode="sum", per_sample_weights=slope[row, at] / 2)
             mask[row, at], slope[row, at] = ~mask[row, at], -slope[row, at]
-            barred[:, row, at] = barred[:, row, at].flip(0)
+            square[:, row, at] = square[:, row, at].flip(0)
             go_on, left = (used > 0) & (used < left), left - used
             if go_on.sum() <= 0.8 * len(rows):  # often enough: it copies everything
-                new[rows], barred = mask, barred[:, go_on]
-                state = rows, mask, g, slope, square, left, least
-                rows, mask, g, slope, square, left, least = (x[go_on] for x in state)
+                new[rows], square = mask, square[:, go_on]
+                rows, mask, g, slope, left, least = (x[go_on] for x in (rows, mask, g, slope, left, least))
     return new
 
 
@@ -349,7 +350,7 @@ def _candidates(price, keep, candidates, pattern):
     if pattern is None:  # a side that has fewer is filled up with others, which _swap_round leaves alone
         return [lowest(side, min(candidates, width))[:, None] for side in price]
     n, m = pattern
-    promise = price.view(2, rows, -1, m).amin(-1).sum(0)
+    promise = reduce(torch.minimum, price.unflatten(2, (-1, m)).unbind(3)).sum(0)  # a group's best of each side
     group = lowest(promise, min(max(1, candidates // n), width // m))  # [rows, groups]
     group = group[:, :, None].expand(-1, -1, m)
     member = group * m + keep.view(rows, -1, m).gather(1, group).long().argsort(-1)  # the pruned ones first

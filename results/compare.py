@@ -138,15 +138,16 @@ def table(rows):
     return markdown(head, lines, texts=3)
 
 
-def from_the_worst(methods):
-    """The names of {method: {amount: row}} by log-perplexity against the mean of all at an amount, in the mean over the
-    amounts that a method has."""
-    logs = {}
-    for found in methods.values():
-        for amount, row in found.items():
-            logs.setdefault(amount, []).append(math.log(row["perplexity"]))
+def from_the_worst(methods, dense):
+    """The names of {method: {amount: row}} by what they lose to the dense perplexity (in its logarithm), as a multiple
+    of what all lose at an amount on average, in the mean over the amounts that a method has."""
+    lost, usual = {}, {}
+    for method, found in methods.items():
+        lost[method] = {amount: math.log(row["perplexity"] / dense) for amount, row in found.items()}
+        for amount, value in lost[method].items():
+            usual.setdefault(amount, []).append(value)
     return sorted(methods, key=lambda method: -statistics.mean(
-        math.log(row["perplexity"]) - statistics.mean(logs[amount]) for amount, row in methods[method].items()))
+        value / (statistics.mean(usual[amount]) or 1) for amount, value in lost[method].items()))
 
 
 def table_by_method(rows):
@@ -159,11 +160,12 @@ def table_by_method(rows):
     texts = []
     for (model, data, seqlen), methods in tables.items():
         amounts = [a for a in dict.fromkeys(a for found in methods.values() for a in found) if a != "0%"]
-        dense = next((found["0%"]["perplexity"] for found in methods.values() if "0%" in found), math.nan)
+        dense = next((found["0%"]["perplexity"] for found in methods.values() if "0%" in found), None)
         pruned = {method: found for method, found in methods.items() if "0%" not in found}
         lines = [[method, *(f"{pruned[method][a]['perplexity']:.2f}" if a in pruned[method] else "" for a in amounts)]
-                 for method in from_the_worst(pruned)]
-        texts.append(markdown([f"{model} on {data} ({seqlen}), dense {dense:.2f}", *amounts], lines))
+                 for method in from_the_worst(pruned, dense or 1)]
+        told = f", dense {dense:.2f}" if dense else ""
+        texts.append(markdown([f"{model} on {data} ({seqlen}){told}", *amounts], lines))
     return "\n\n".join(texts)
 
 
@@ -229,14 +231,14 @@ def perplexity_panel(axis, what):
     found = {}
     for r in pruned:
         found.setdefault(r["method"], {})[r["amount"]] = r
-    methods = from_the_worst(found)[::-1]
+    dense = next((r["perplexity"] for r in rows if r["method"] == "dense"), None)
+    methods = from_the_worst(found, dense or 1)[::-1]
     for amount in dict.fromkeys(r["amount"] for r in pruned):
         own = [r for r in pruned if r["amount"] == amount]
         axis.errorbar([r["perplexity"] for r in own], [methods.index(r["method"]) for r in own],
                       xerr=[r["spread"] or 0 for r in own], fmt="o", color=colours[amount], label=amount)
-    for r in rows:
-        if r["method"] == "dense":
-            axis.axvline(r["perplexity"], color=GREY, label=f"dense, {r['perplexity']:.2f}")
+    if dense:
+        axis.axvline(dense, color=GREY, label=f"dense, {dense:.2f}")
     axis.set_yticks(range(len(methods)), [textwrap.fill(method, 42) for method in methods], fontsize=7.5)
     axis.set(xlabel="perplexity (log scale)", xscale="log",
              title=f"{rows[0]['model']} on {rows[0]['data']}, windows of {rows[0]['seqlen']} tokens")

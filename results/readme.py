@@ -18,7 +18,8 @@ from results.compare import markdown, merge, plot, read_rows, table_by_method
 OPENING = {  # the methods of the first picture, as compare.py names them and as they are called there
     "dense": "dense", "magnitude": "magnitude", "wanda": "Wanda",
     "wanda + dsnot (refine layers all, sign check)": "Wanda + DSnoT", "sparsegpt": "SparseGPT",
-    "wanda + swap (propagate)": "Wanda + swaps", "wanda + swap + refit": "Wanda + swaps + refit",
+    "wanda + swap (propagate)": "Wanda + swaps", "sparsegpt + swap": "SparseGPT + swaps",
+    "wanda + swap + refit": "Wanda + swaps + refit",
     "wanda + swap + refit (allocate sensitivity)": "Wanda + swaps + refit, by sensitivity",
     "AST": "AST", "AST + SLoRB": "AST + SLoRB"}
 ABLATION = {  # what a run is called: its file, and the row of its table
