@@ -47,13 +47,15 @@ import logging
 import math
 import os
 import shutil
+import signal
 import tempfile
 import threading
 import time
 from argparse import BooleanOptionalAction
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 
 import torch
@@ -67,6 +69,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 from data import load_tokenizer, windows
 from data.command import InputError, Parser, parser, record, run, start, write_atomically
@@ -561,7 +564,7 @@ def plot(path, runs):
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(1, 4, figsize=(18, 4))
-    for method, state in runs.items():
+    for method, state in sorted(runs.items()):  # side by side, either may end first
         axes[1].plot(*zip(*state["validation"]), marker=".", label=method)
         for axis, key, scale in zip(axes[[0, 2, 3]], ("loss", "flips", "decay"), (1, 100, 1)):
             axis.plot([row["step"] for row in state["history"]], [scale * row[key] for row in state["history"]])
@@ -614,7 +617,7 @@ def options():
     p.add_argument("--recipe", choices=RECIPES, default="tiny", help="where the other options begin")
     p.add_argument("--model", help="student and teacher: a preset, a Hub id or a folder")
     p.add_argument("--methods", nargs="+", choices=["dense", "ast", "ast-slorb"],
-                   help="what to train, one after the other; dense: the same training without masks, the control")
+                   help="what to train; dense: the same training without masks, the control")
     p.add_argument("--out", default="out/ast", help="the folder for a model of each method, their states and curve.png")
     g = p.add_argument_group("method")
     how_many = g.add_mutually_exclusive_group()
@@ -683,8 +686,7 @@ def check(args):
 
 @contextmanager
 def process_group(args):
-    """Inside, the processes that torchrun began know each other (or there is one), and running out of memory is
-    said."""
+    """Inside, the processes that torchrun began know each other (or there is one); running out of memory is said."""
     torchrun, cuda = "RANK" in os.environ, args.device.startswith("cuda")
     if torchrun and cuda:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -694,7 +696,8 @@ def process_group(args):
     try:
         yield
     except (torch.OutOfMemoryError, RuntimeError) as e:
-        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
+        killed = isinstance(e, BrokenProcessPool)  # a process of side_by_side, by the system, which needs its memory
+        if not (killed or isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e)):
             raise
         raise InputError(f"out of memory: lower --micro-batch ({args.micro_batch}), add --checkpoint-activations or "
                          f"take more GPUs; the last state is kept in {args.out}") from None
@@ -712,9 +715,25 @@ def texts(args, tokenizer):
 def train_in_a_process(method, args, begin, threads):
     """`train` in a process of its own, on so many threads; it ends when the one that began it is killed."""
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # its usual lock would outlive a process that is killed
     torch.set_num_threads(threads)
     with process_group(args):
         return train(method, args, begin, *texts(args, load_tokenizer(args.model)))
+
+
+def side_by_side(args, begin, threads):
+    """Train all methods at once, a process each on so many threads; yields (method, state) as they end. An error or
+    Ctrl-C ends all of them: the processes themselves ignore Ctrl-C, which would leave some of them waiting."""
+    ignore = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    with ProcessPoolExecutor(len(args.methods), get_context("spawn"), **ignore) as pool:
+        began = {pool.submit(train_in_a_process, method, args, begin, threads): method for method in args.methods}
+        try:
+            for ended in as_completed(began):
+                yield began[ended], ended.result()
+        except BaseException:
+            for process in active_children():
+                process.kill()
+            raise
 
 
 def main():
@@ -741,16 +760,11 @@ def main():
         threads = torch.get_num_threads() // len(args.methods)
         # on a CPU side by side: two processes of one thread get more done than two threads that wait for each other
         beside = args.device == "cpu" and dist.get_world_size() == 1 and len(args.methods) > 1 and threads > 0
-        with ProcessPoolExecutor(len(args.methods), get_context("spawn")) if beside else nullcontext() as pool:
-            if beside:
-                one = functools.partial(train_in_a_process, args=args, begin=begin, threads=threads)
-                trained = pool.map(one, args.methods)
-            else:
-                trained = (train(method, args, begin, mixture, held_out, calibration) for method in args.methods)
-            for method, state in zip(args.methods, trained):
-                runs[method] = state
-                if dist.get_rank() == 0:
-                    plot(Path(args.out) / "curve.png", runs)
+        one_by_one = ((method, train(method, args, begin, mixture, held_out, calibration)) for method in args.methods)
+        for method, state in side_by_side(args, begin, threads) if beside else one_by_one:
+            runs[method] = state
+            if dist.get_rank() == 0:
+                plot(Path(args.out) / "curve.png", runs)
         if dist.get_rank() > 0:
             return
     table = results(args, test_ids, calibration, begin)

@@ -899,7 +899,7 @@ def main():
     plain = method | dict(refine="none", refit=False, propagate=False)
     if args.dry_run:
         return dry_run(args, config, amount, [method] + [plain] * args.compare)
-    (rank, _), out = processes(), Path(args.out)
+    (rank, _), out = processes(), Path(os.path.normpath(args.out))  # "missing/.." is where it will be written
     talk = print if rank == 0 else lambda *_, **__: None
 
     def load(folder):

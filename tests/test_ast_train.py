@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -414,6 +415,23 @@ def test_methods_side_by_side_are_those_one_after_the_other(files, tmp_path, tra
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     with pytest.raises(InputError, match="holds a run with --lr"):
         train(tmp_path / "2", *methods, "--lr", 1e-3)
+
+
+def test_methods_side_by_side_end_together(files, tmp_path):
+    """Would catch processes that wait for each other for ever after Ctrl-C, which reaches all of them."""
+    words = command(files, tmp_path, "--methods", "ast", "dense", "--steps", 10000)
+    env = os.environ | {"OMP_NUM_THREADS": "2"}
+    begun = subprocess.Popen([sys.executable, ROOT / words[0], *words[1:]], env=env, text=True, start_new_session=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    seen = set()
+    while not seen >= {"ast", "dense"}:  # both are training
+        line = begun.stdout.readline()
+        assert line, begun.stderr.read()
+        seen.add(line.split(" step ")[0])
+    os.killpg(begun.pid, signal.SIGINT)
+    _, said = begun.communicate(timeout=60)
+    assert begun.returncode == 130 and said.startswith("interrupted: the same command goes on"), said
+    assert len(said.splitlines()) == 1, said
 
 
 # what users get wrong
