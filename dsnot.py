@@ -493,7 +493,7 @@ def readers(step, x, linears):
 def input_stats(step, hidden, linears, groups, gram=False, teacher=None, adds=False):
     """{name: InputStats} of some groups of linear layers of a step that is called with each [sequences, tokens, C] of
     `hidden`, over all processes. teacher: (step, hidden, linears) of the dense model, to know what they get there;
-    adds: their output is added to `hidden`, so that it matters what that lacks."""
+    adds: their output is added to `hidden` and is to make up for what that lacks."""
     names, stats = [group[0] for group in groups], {}
     for i, x in enumerate(hidden):
         inputs, targets = {}, {}
@@ -540,25 +540,25 @@ def prune_layer(W, stats, *, score, refine, goal=None, sparsity=None, pattern=No
     if "dsnot" in refine:
         few = max(1, round(W.shape[1] * 50 / 4096)) if cycles is None else cycles
         keep = dsnot_refine(W, keep, stats, scores, pattern=pattern, cycles=few, **dsnot_options)
-        new = settle(keep=keep)
     swap = dict(max_swaps=cycles, pattern=pattern)
     if refit and "swap" in refine:
         return swap_and_refit(W, keep, stats.gram, goal=goal, **swap)
     if refit:
         return refit_weights(W, keep, stats.gram, goal=goal)
-    if "swap" in refine and score == "sparsegpt":
+    if "dsnot" in refine:
+        new = settle(keep=keep)
+    if "swap" not in refine:
+        return new
+    if score == "sparsegpt":
         goal = W @ stats.gram if goal is None else goal
-        return settle(keep=swap_refine(with_pruned(new, keep, stats.gram, goal), keep, stats.gram, goal=goal, **swap))
-    if "swap" in refine:
-        return settle(keep=swap_refine(W, keep, stats.gram, goal=goal, **swap))
-    return new
+        W = with_pruned(new, keep, stats.gram, goal)
+    return settle(keep=swap_refine(W, keep, stats.gram, goal=goal, **swap))
 
 
-def prune_rows(W, stats, **options):
+def prune_rows(W, stats, goal, **options):
     """prune_layer, each process taking its share of the rows. Unstructured SparseGPT, whose threshold spans all rows,
     is done whole by each."""
     rank, world = processes()
-    goal = layer_goal(W, stats, "weights" if options["refit"] or options["score"] == "sparsegpt" else "mask")
     if world == 1 or (options["score"] == "sparsegpt" and not options.get("pattern")):
         return prune_layer(W, stats, goal=goal, **options)
     rows = torch.arange(len(W), device=W.device).tensor_split(world)[rank]
@@ -583,19 +583,21 @@ def prune_block(block, where, hidden, dense, prefix, dtype, *, score, refine, sp
     With propagate each layer is pruned on what the pruned layers before it really leave, else all on what they leave
     dense; the last one of either half of a block is the one that adds to the hidden state."""
     gram = propagate or score == "sparsegpt" or "swap" in refine or refit
+    free = "weights" if refit or score == "sparsegpt" else "mask"
     linears, records, original = prunable(block), [], copy.deepcopy(block) if propagate else None
     for half, step in enumerate(steps(block, *where, halves=propagate)):
         teacher = (steps(original, *where, halves=True)[half], dense, prunable(original)) if propagate else None
         groups = readers(step, hidden[0][:1], linears)
         for stage in [[group] for group in groups] if propagate else [groups]:
-            stats = input_stats(step, hidden, linears, stage, gram, teacher, adds=propagate and stage == groups[-1:])
+            adds = propagate and stage == groups[-1:] and AIM[free][1] > 0
+            stats = input_stats(step, hidden, linears, stage, gram, teacher, adds)
             for name in (name for group in stage for name in group):
                 layer, weight = f"{prefix}.{name}", linears[name].weight
                 if not stats[name].square.isfinite().all():
                     raise InputError(f"the calibration activations that flow into {layer} are not finite")
                 how = refine if refine_layers == "all" or "self_attn" in name else "none"
-                W = prune_rows(weight, stats[name], score=score, refine=how, refit=refit, sparsity=sparsity[layer],
-                               **options)
+                W = prune_rows(weight, stats[name], layer_goal(weight, stats[name], free), score=score, refine=how,
+                               refit=refit, sparsity=sparsity[layer], **options)
                 W = W.to(dtype(f"{layer}.weight"))  # rounded as it will be read again
                 records.append({"layer": layer, "weights": W.numel(), "sparsity": (W == 0).double().mean().item()})
                 if gram:

@@ -139,11 +139,11 @@ def table(rows):
 
 
 def from_the_worst(methods, dense):
-    """The names of {method: {amount: row}} by what they lose to the dense perplexity (in its logarithm), as a multiple
-    of what all lose at an amount on average, in the mean over the amounts that a method has."""
+    """The names of {method: {amount: row}} by what they lose to the dense perplexity (in its logarithm; None: unknown),
+    as a multiple of what all lose at an amount on average, in the mean over the amounts that a method has."""
     lost, usual = {}, {}
     for method, found in methods.items():
-        lost[method] = {amount: math.log(row["perplexity"] / dense) for amount, row in found.items()}
+        lost[method] = {amount: math.log(row["perplexity"] / (dense or 1)) for amount, row in found.items()}
         for amount, value in lost[method].items():
             usual.setdefault(amount, []).append(value)
     return sorted(methods, key=lambda method: -statistics.mean(
@@ -163,7 +163,7 @@ def table_by_method(rows):
         dense = next((found["0%"]["perplexity"] for found in methods.values() if "0%" in found), None)
         pruned = {method: found for method, found in methods.items() if "0%" not in found}
         lines = [[method, *(f"{pruned[method][a]['perplexity']:.2f}" if a in pruned[method] else "" for a in amounts)]
-                 for method in from_the_worst(pruned, dense or 1)]
+                 for method in from_the_worst(pruned, dense)]
         told = f", dense {dense:.2f}" if dense else ""
         texts.append(markdown([f"{model} on {data} ({seqlen}){told}", *amounts], lines))
     return "\n\n".join(texts)
@@ -232,7 +232,7 @@ def perplexity_panel(axis, what):
     for r in pruned:
         found.setdefault(r["method"], {})[r["amount"]] = r
     dense = next((r["perplexity"] for r in rows if r["method"] == "dense"), None)
-    methods = from_the_worst(found, dense or 1)[::-1]
+    methods = from_the_worst(found, dense)[::-1]
     for amount in dict.fromkeys(r["amount"] for r in pruned):
         own = [r for r in pruned if r["amount"] == amount]
         axis.errorbar([r["perplexity"] for r in own], [methods.index(r["method"]) for r in own],

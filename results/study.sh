@@ -7,11 +7,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 name=${1:-}
+usage() { sed -n '2,6s/^# //p' "$0" >&2; exit 2; }
 case $name:$# in
     tiny:1|settings:1) model=() ;;
-    tiny:*|settings:*|*/*) sed -n '2,6s/^# //p' "$0" >&2; exit 2 ;;
+    tiny:*|settings:*|*/*) usage ;;
     *:3) model=(--model "$2" --calib "$3" --data "$3" --seqlen 256) ;;
-    *) sed -n '2,6s/^# //p' "$0" >&2; exit 2 ;;
+    *) usage ;;
 esac
 mkdir -p "results/$name"
 

@@ -140,6 +140,21 @@ def outcome(main, words):
         sys.argv = before
 
 
+@contextlib.contextmanager
+def stopped(command, function, calls):
+    """Inside, a function of a command is interrupted after so many calls."""
+    real, left = getattr(command, function), [calls]
+
+    def stopping(*args, **options):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+    setattr(command, function, stopping)
+    yield
+    setattr(command, function, real)
+
+
 def stopped_and_gone_on(model, text, here, rng):
     """Prune or train, stop at a random call of prune_layer or backward, go on: the same bytes as without a stop?"""
     command, function, calls, choices = rng.choice([
@@ -149,16 +164,8 @@ def stopped_and_gone_on(model, text, here, rng):
                                     ["--decay", "0"]])])
     words = ["--model", model, "--device", "cpu", *usual_options(command.__name__, text, here), *rng.choice(choices)]
     assert outcome(command.main, [*words, "--out", here / "whole"])[0] == 0, words
-    real, left = getattr(command, function), [rng.randrange(calls)]
-
-    def stopping(*args, **options):
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        return real(*args, **options)
-    setattr(command, function, stopping)
-    code = outcome(command.main, [*words, "--out", here / "cut"])[0]
-    setattr(command, function, real)
+    with stopped(command, function, rng.randrange(calls)):
+        code = outcome(command.main, [*words, "--out", here / "cut"])[0]
     assert code == 130 and not any((here / "cut").glob("*.safetensors")), words
     assert outcome(command.main, [*words, "--out", here / "cut"])[0] == 0, words
     for path in (here / "whole").rglob("*.safetensors"):
@@ -169,16 +176,8 @@ def stopped_and_gone_on(model, text, here, rng):
 def damage_state(model, text, here, rng):
     """Stop a training run at its last step and damage its state: what the same command, given again, is to meet."""
     words = ["--model", model, "--device", "cpu", *usual_options("ast_train", text, here)]
-    real, left = ast_train.backward, [3]
-
-    def stopping(*args, **options):
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        return real(*args, **options)
-    ast_train.backward = stopping
-    assert outcome(ast_train.main, words)[0] == 130
-    ast_train.backward = real
+    with stopped(ast_train, "backward", 3):
+        assert outcome(ast_train.main, words)[0] == 130
     state, = (here / "out" / "ast-slorb.training").glob("step-*")
     return damage_bytes(state, rng)
 

@@ -391,7 +391,8 @@ def test_sparsegpt_aims_for_what_propagation_says():
     """Would catch a correction that ignores what the pruned layers before have done: the goal is the dense model's
     output."""
     W, inputs, z, stats = inputs_case(6, True, rows=10, width=32, tokens=64)
-    aimed = dsnot.prune_rows(W, stats, score="sparsegpt", refine="none", refit=False, sparsity=0.5)
+    aimed = dsnot.prune_layer(W, stats, goal=dsnot.layer_goal(W, stats, "weights"), score="sparsegpt", refine="none",
+                              sparsity=0.5)
     plain = sparsegpt(W, stats.gram, sparsity=0.5)
     assert (inputs @ aimed.T - z @ W.T).square().sum() < 0.8 * (inputs @ plain.T - z @ W.T).square().sum()
 
