@@ -72,13 +72,14 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import load_tokenizer, windows
+from data.checkpoint import CheckpointWriter
 from data.command import InputError, Parser, parser, record, run, start, write_atomically
 from data.hub import model_folder
 from data.stream import Mixture, tokens
 from data.text import SOURCES, evaluation_ids
 from dsnot import InputStats, keep_mask, magnitude_score, parse_pattern, prunable, prune, wanda_score, watch
 from eval import perplexity
-from gpt import GPT, CheckpointWriter, Config
+from gpt import GPT, Config
 
 RECIPES = {  # ours for the model that ships, the authors' for the others (`c4` is one file: give more as a .bin)
     "tiny": dict(
@@ -364,7 +365,7 @@ def new_student(args, method, begin, source, calibration):
     """The model that a method trains, with the first weights from the folder `begin` (dense: its own), and what tells
     it from others: the configuration of its dense checkpoint `source` and the sum of its weights."""
     student = GPT.from_pretrained(args.model if method == "dense" else begin, args.device, torch.float32)
-    which = f"{source.config.raw} {sum(p.double().sum().item() for p in student.parameters()):.6g}"
+    which = f"{source.raw} {sum(p.double().sum().item() for p in student.parameters()):.6g}"
     if method != "dense":
         make_sparse(student, args, args.slorb_k if method == "ast-slorb" else None, calibration)
     return student, which
@@ -397,11 +398,11 @@ def save_model(folder, model, source):
     masks = {f"{name}.weight": layer.mask for name, layer in model.named_modules() if isinstance(layer, SparseLinear)}
     k = next((layer.slorb_k for layer in model.modules() if isinstance(layer, SparseLinear)), None)
     tensors = {}
-    for name, value in model.state_dict().items():
-        if not name.endswith(".mask") and not (name == "lm_head.weight" and model.config.tie_word_embeddings):
+    for name, value in model.tensors().items():
+        if not name.endswith(".mask"):
             like = name if name in source.files else name.rpartition(".slorb_")[0] + ".weight"
             value = whole(value) * masks[name] if name in masks else whole(value)
-            tensors[name] = value.to("cpu", source.dtype(like))
+            tensors[name] = value.to("cpu", source.stored(like))
     if dist.get_rank() == 0:
         with CheckpointWriter(folder, model.config.raw | ({"slorb_k": k} if k else {}), source.folder) as out:
             out.write("model.safetensors", tensors)
@@ -495,7 +496,7 @@ def train(method, args, begin, mixture, held_out, calibration):
     """Train one model, whose first weights are in the folder `begin`, and return its record; the best one by validation
     is the folder `args.out / method`."""
     work = Path(args.out) / f"{method}.training"
-    source = GPT.from_pretrained(args.model, stream=True).source
+    source = GPT.open(model_folder(args.model)).source
     student, which = new_student(args, method, begin, source, calibration)
     options = {name: str(value) for name, value in vars(args).items() if name not in NEUTRAL} | {"model": which}
     layers = [layer for layer in student.modules() if isinstance(layer, SparseLinear)]

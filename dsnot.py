@@ -52,11 +52,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import calibration_windows, load_tokenizer, windows
+from data.checkpoint import CheckpointWriter, shard
 from data.command import InputError, at_least, parser, record, run, start, timed, write_atomically
 from data.hub import model_folder
 from data.text import SOURCES, evaluation_ids, usual_text
 from eval import free_memory, perplexity
-from gpt import GPT, Block, CheckpointWriter, Config, prunable, rotary, shard
+from gpt import GPT, Block, Config, prunable, rotary
 
 # What a layer's output aims at with --propagate: a point between what its dense weights make of the inputs that are
 # really there (0) and what it is in the dense model (1), and, where it is added to the hidden state, a share of what
@@ -659,14 +660,14 @@ def prune(model, windows, out, run, *, batch=8, propagate=False, sparsity=None, 
                 move(steps(block, *where)[0], hidden)
                 records += [record for record in known["layers"] if record["layer"].startswith(prefix + ".")]
             else:
-                records += prune_block(block, where, hidden, dense, prefix, source.dtype, sparsity=shares,
+                records += prune_block(block, where, hidden, dense, prefix, source.stored, sparsity=shares,
                                        propagate=propagate, **options)
                 if rank == 0:
                     spent = known["seconds"] + time.perf_counter() - begin
                     text = json.dumps({"run": run, "seconds": spent, "layers": records}, indent=1)
                     write_atomically(log, lambda path: path.write_text(text))
                     names = {k: f"{prefix}.{k}" for k in block.state_dict()}
-                    writer.write(file, {names[k]: v.to(source.dtype(names[k])) for k, v in block.state_dict().items()})
+                    writer.write(file, {names[k]: v.to(source.stored(names[k])) for k, v in block.state_dict().items()})
             del block  # before the next one is read
         if rank == 0:
             writer.write(shard(count, count), source.rest())
@@ -907,7 +908,7 @@ def main():
     def load(folder):
         return GPT.from_pretrained(folder, device=args.device, stream=True)
 
-    tokenizer, batch, source = load_tokenizer(folder), max(1, 8192 // args.seqlen), load(folder).source
+    tokenizer, batch, source = load_tokenizer(folder), max(1, 8192 // args.seqlen), GPT.open(folder).source
     source.check_dense()
     files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(set(source.files.values()))]
     shared = Path(args.data).resolve() == Path(args.calib).resolve()

@@ -20,25 +20,20 @@ Shapes: B batch, T tokens, S tokens in the cache, C = hidden_size, H query heads
 import argparse
 import json
 import math
-import pickle
-import re
-import shutil
 import time
-import zipfile
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Iterator
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from data import load_tokenizer
-from data.command import InputError, at_least, parser, record, run, start, write_atomically
+from data.checkpoint import Checkpoint, CheckpointWriter
+from data.command import InputError, at_least, parser, record, run, start
 from data.hub import model_folder
 
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh")}
@@ -91,7 +86,7 @@ class Config:
         if raw.get("model_type") not in FAMILIES:
             raise InputError(f"config.json: model_type {raw.get('model_type')!r} is not supported "
                              f"({', '.join(FAMILIES)} are)")
-        said = {"hidden_act": "silu", **raw, **FAMILIES[raw["model_type"]].config(raw)}  # in LLaMA's words
+        said = {"hidden_act": "silu", **raw, **FAMILIES[raw["model_type"]](raw)}  # in LLaMA's words
         heads, layers, bias = said["num_attention_heads"], said["num_hidden_layers"], said.get("attention_bias", False)
         rope = said.get("rope_parameters") or said.get("rope_scaling") or {}
         reach = said.get("sliding_window") if said.get("use_sliding_window") else None
@@ -433,34 +428,48 @@ class GPT(nn.Module):
     # checkpoints
 
     @classmethod
+    def open(cls, folder: str | Path) -> "GPT":
+        """The model of a folder without its weights: on the meta device, `source` is the folder opened for reading.
+        Raises InputError where a tensor is missing, superfluous or of another shape."""
+        config = Config.read(folder)
+        with torch.device("meta"):
+            model = cls(config)
+        model.source = Checkpoint(folder, config.raw)
+        model.expect_compressed(model)
+        model.source.match(model.tensors())
+        return model
+
+    @classmethod
     def from_pretrained(cls, name_or_dir: str | Path, device="cpu", dtype: torch.dtype | None = None,
                         stream: bool = False, sparse: bool = False) -> "GPT":
         """Load a preset, a Hub id or a Hugging Face folder. dtype None: the checkpoint's own on a GPU, float32 on a
         CPU. stream=True leaves the blocks on disk for `blocks()` to read one by one; sparse=True keeps 2:4 layers
         compressed in memory (a folder written by sparse_matmul.py's save_compressed is so in any case).
         Raises InputError where a tensor is missing, superfluous, of another shape or not finite."""
-        checkpoint = Checkpoint(model_folder(name_or_dir))
+        model = cls.open(model_folder(name_or_dir))
         if dtype is None:
             on_cpu = torch.device(device).type == "cpu"
-            dtype = torch.float32 if on_cpu else checkpoint.dtype("model.embed_tokens.weight")
-        with torch.device("meta"):
-            model = cls(checkpoint.config)
-        checkpoint.expect(model)
-        model.source, model.streams, model.sparse = checkpoint, stream, sparse
-        model.place = dict(device=device, dtype=dtype)
+            dtype = torch.float32 if on_cpu else model.source.stored("model.embed_tokens.weight")
+        model.streams, model.sparse, model.place = stream, sparse, dict(device=device, dtype=dtype)
         for name, part in model.model.items():
             if name != "layers":
-                checkpoint.load(part, f"model.{name}", **model.place)
+                model.source.load(part, f"model.{name}", **model.place)
         if model.config.tie_word_embeddings:
             model.tie()
         else:
-            checkpoint.load(model.lm_head, "lm_head", **model.place)
+            model.source.load(model.lm_head, "lm_head", **model.place)
         if not stream:
             for i, block in enumerate(model.model.layers):
                 model.load_block(block, i)
         if sparse and not stream and not any(hasattr(layer, "meta") for layer in model.modules()):
             raise InputError(f"{name_or_dir}: no linear layer of the blocks is 2:4; prune it with a 2:4 pattern first")
         return model.eval()
+
+    def expect_compressed(self, module, prefix=""):
+        """Give a module on the meta device compressed 2:4 layers (sparse_matmul.py) where the checkpoint has them."""
+        if self.source.compressed:
+            from sparse_matmul import expect_compressed  # here: only such checkpoints need Triton
+            expect_compressed(module, self.source.stored, prefix)
 
     def load_block(self, block, i):
         """Fill block i, which is on the meta device, from the checkpoint."""
@@ -475,7 +484,7 @@ class GPT(nn.Module):
             return self.model.layers[i]
         with torch.device("meta"):
             block = Block(self.config, i)
-        self.source.expect(block, f"model.layers.{i}.")
+        self.expect_compressed(block, f"model.layers.{i}.")
         self.load_block(block.eval(), i)
         return block
 
@@ -483,314 +492,52 @@ class GPT(nn.Module):
         """The blocks in order, each read when its turn comes."""
         return map(self.block, range(self.config.num_hidden_layers))
 
+    def tensors(self):
+        """{name: tensor} that a checkpoint holds: all but a tied head, which is the embedding."""
+        tied = ["lm_head.weight"] if self.config.tie_word_embeddings else []
+        return {name: tensor for name, tensor in self.state_dict().items() if name not in tied}
+
     def save_pretrained(self, dir: str | Path, tokenizer_from: str | Path | None = None):
         """Write a Hugging Face folder: config.json, model.safetensors, and the tokenizer files of another folder
         (None: of the one that the model was loaded from)."""
-        tensors = self.state_dict()
-        if self.config.tie_word_embeddings:
-            del tensors["lm_head.weight"]
         raw = self.config.raw
         key = "dtype" if "dtype" in raw else "torch_dtype"  # the name that transformers 5 or 4 gives it
         with CheckpointWriter(dir, raw | {key: str(self.lm_head.weight.dtype).removeprefix("torch.")},
                               tokenizer_from or (self.source and self.source.folder)) as out:
-            out.write("model.safetensors", tensors)
+            out.write("model.safetensors", self.tensors())
 
-    source, streams, sparse = None, False, False  # the checkpoint that from_pretrained read, and how
+    source, streams, sparse = None, False, False  # the checkpoint that it comes from, and how that is read
 
 
 # -------------------------------------------------------------------------------------------------- the relatives
-
-@dataclass
-class Family:
-    """How a relative of LLaMA differs: `config` says what its config.json means in LLaMA's words and in the fields of
-    `Config`; `names` turn our tensor names into its own, one after the other. conv1d: the weights of a block's
-    projections are transposed, and q, k, v are one tensor."""
-    config: Callable[[dict], dict] = lambda raw: {}
-    names: tuple = ()
-    conv1d: bool = False
-
-    def name(self, ours):
-        for old, new in self.names:
-            ours = ours.replace(old, new)
-        return ours
-
-    def theirs(self, tensors):
-        """Our tensors {name: tensor} under the family's names and in its layout; q, k, v of a layer come together."""
-        found = {}  # {their name: {our name: tensor}}
-        for name, value in tensors.items():
-            transposed = self.conv1d and PROJECTION.search(name)
-            found.setdefault(self.name(name), {})[name] = value.t() if transposed else value  # a bias has one dimension
-        for name, parts in found.items():
-            assert len(parts) == (3 if "c_attn" in name else 1), f"{name} needs q, k and v, not only {list(parts)}"
-            parts = [parts[k] for k in (sorted(parts, key=which) if "c_attn" in name else parts)]
-            found[name] = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
-        return found
-
-    def ours(self, name, value):
-        """The tensor that we call `name` out of the family's `value`."""
-        if not (self.conv1d and PROJECTION.search(name)):
-            return value
-        return (value.chunk(3, -1)[which(name)] if "c_attn" in self.name(name) else value).t()
-
-
-PROJECTION = re.compile(r"\.(self_attn|mlp)\.\w+\.(weight|bias|slorb_S|slorb_X|values|meta|scale)$")
-
-
-def which(name):
-    """Which of q, k, v a tensor belongs to."""
-    return ("q_proj", "k_proj", "v_proj").index(name.split(".")[-2])
-
 
 def qwen(raw):
     return dict(first_sliding_layer=raw.get("max_window_layers", 28))
 
 
-FAMILIES = {
-    "llama": Family(),
-    "mistral": Family(lambda raw: dict(
+FAMILIES = {  # by model_type: what a config.json says, in LLaMA's words and in the fields of Config
+    "llama": lambda raw: {},
+    "mistral": lambda raw: dict(
         use_sliding_window=True, sliding_window=raw.get("sliding_window", 4096), first_sliding_layer=0,
-        layer_types=None)),
-    "qwen2": Family(lambda raw: dict(qkv_bias=True, **qwen(raw))),
-    "qwen3": Family(lambda raw: dict(qk_norm=True, **qwen(raw))),
-    "opt": Family(lambda raw: dict(
+        layer_types=None),
+    "qwen2": lambda raw: dict(qkv_bias=True, **qwen(raw)),
+    "qwen3": lambda raw: dict(qk_norm=True, **qwen(raw)),
+    "opt": lambda raw: dict(
         intermediate_size=raw["ffn_dim"], hidden_act=raw["activation_function"], gated=False, rms_norm_eps=1e-5,
         attention_bias=raw.get("enable_bias", True), mlp_bias=raw.get("enable_bias", True), layer_norm=True,
         post_norm=not raw["do_layer_norm_before"], positions=raw["max_position_embeddings"], position_offset=2,
         embed_size=raw["word_embed_proj_dim"], tie_word_embeddings=raw.get("tie_word_embeddings", True)),
-        names=(("model.norm", "model.final_layer_norm"), ("model.", "model.decoder."), (".mlp.up_proj", ".fc1"),
-               (".mlp.down_proj", ".fc2"), ("self_attn.o_proj", "self_attn.out_proj"),
-               ("input_layernorm", "self_attn_layer_norm"), ("post_attention_layernorm", "final_layer_norm"))),
-    "gpt2": Family(lambda raw: dict(
+    "gpt2": lambda raw: dict(
         hidden_size=raw["n_embd"], intermediate_size=raw.get("n_inner") or 4 * raw["n_embd"], gated=False,
         num_hidden_layers=raw["n_layer"], num_attention_heads=raw["n_head"], hidden_act=raw["activation_function"],
         rms_norm_eps=raw["layer_norm_epsilon"], attention_bias=True, mlp_bias=True, layer_norm=True,
         positions=raw["n_positions"], tie_word_embeddings=raw.get("tie_word_embeddings", True)),
-        names=(("model.embed_tokens", "transformer.wte"), ("model.embed_positions", "transformer.wpe"),
-               ("model.norm", "transformer.ln_f"), ("model.layers", "transformer.h"), ("input_layernorm", "ln_1"),
-               ("post_attention_layernorm", "ln_2"), ("self_attn.q_proj", "attn.c_attn"),
-               ("self_attn.k_proj", "attn.c_attn"), ("self_attn.v_proj", "attn.c_attn"),
-               ("self_attn.o_proj", "attn.c_proj"), ("mlp.up_proj", "mlp.c_fc"), ("mlp.down_proj", "mlp.c_proj")),
-        conv1d=True),
 }
 
 # what a config.json may also ask for, and the only value that is computed here
 UNUSUAL = {"quantization_config": None, "partial_rotary_factor": 1.0, "layer_norm_elementwise_affine": True,
            "_remove_final_layer_norm": False, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
            "add_cross_attention": False}
-
-
-# --------------------------------------------------------------------------------------------------- checkpoints
-
-TOKENIZER_FILES = ["tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-                   "added_tokens.json", "vocab.json", "merges.txt", "generation_config.json"]
-BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$")  # constants that old files carry along
-
-
-def bare(name):
-    """A tensor's name without the prefixes that files of the same family have or lack."""
-    return re.sub(r"^(model\.|decoder\.|transformer\.)*", "", name)
-
-
-def read_tensors(path, names=None):
-    """{name: tensor} of a safetensors or a PyTorch file, all or some; memory-mapped: only what is touched is read."""
-    try:
-        if path.suffix == ".bin":  # files from before torch 1.6 are no zip archives and can't be mapped
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-            return {k: tensors[k] for k in (tensors if names is None else names)}
-        with safe_open(path, framework="pt") as f:
-            return {k: f.get_tensor(k) for k in (f.keys() if names is None else names)}
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing; is the download complete?") from None
-    except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
-        reason = str(e).split("\n")[0]
-        raise InputError(f"{path} can't be read, it is truncated or damaged ({reason}); fetch it again") from None
-
-
-class Checkpoint:
-    """A Hugging Face folder opened for reading: `config`, and tensors under our names, read when they are asked for.
-
-    Opening reads only headers and compares them with the model's parameters, so a checkpoint that does not fit is
-    refused before any work is done. `files` {name: path}, `shapes` {name: shape}."""
-
-    def __init__(self, folder):
-        self.folder, self.config = Path(folder), Config.read(folder)
-        self.family = FAMILIES[self.config.raw["model_type"]]
-        found = {}  # {bare name: (path, name in the file, tensor)}
-        for path in self._weight_files():
-            for name, value in read_tensors(path).items():
-                if not BUFFERS.search(name) and not (name == "lm_head.weight" and self.config.tie_word_embeddings):
-                    found[bare(name)] = (path, name, value)
-        self._stored = {key: value.dtype for key, (_, _, value) in found.items()}
-        with torch.device("meta"):
-            model = GPT(self.config)
-        self.expect(model)
-        parameters = model.state_dict()
-        if self.config.tie_word_embeddings:
-            del parameters["lm_head.weight"]
-        wanted = {bare(name): (name, value) for name, value in self.family.theirs(parameters).items()}
-        for key, (name, value) in wanted.items():
-            if key not in found:
-                raise InputError(f"{self.folder}: the tensor {name} is missing; is the download complete?")
-            there = found[key][2]
-            if there.shape != value.shape:
-                raise InputError(f"{self.folder}: {name} has shape {tuple(there.shape)}, "
-                                 f"config.json implies {tuple(value.shape)}")
-            if there.is_floating_point() != value.is_floating_point():
-                raise InputError(f"{self.folder}: {name} holds {there.dtype} values; "
-                                 f"quantized models of other programs can't be read")
-        for key in found.keys() - wanted.keys():
-            raise InputError(f"{self.folder}: the tensor {found[key][1]} has no place in this model; "
-                             f"is config.json the right one?")
-        here = {name: found[bare(self.family.name(name))] for name in parameters}
-        self.files = {name: path for name, (path, _, _) in here.items()}
-        self.shapes = {name: tuple(value.shape) for name, value in parameters.items()}
-        self._names = {name: theirs for name, (_, theirs, _) in here.items()}
-        self._dtypes = {name: value.dtype for name, (_, _, value) in here.items()}
-
-    def expect(self, module, prefix=""):
-        """Give a module on the meta device compressed 2:4 layers (sparse_matmul.py) where the checkpoint has them."""
-        if any(key.endswith(".values") for key in self._stored):
-            from sparse_matmul import expect_compressed  # here: only such checkpoints need Triton
-            expect_compressed(module, lambda name: self._stored.get(bare(self.family.name(name))), prefix)
-
-    def check_dense(self):
-        """Raise InputError if layers are compressed: so a model is run, not pruned or trained."""
-        if any(name.endswith(".values") for name in self.files):
-            raise InputError(f"{self.folder} holds compressed 2:4 layers: give the folder that it was made from")
-
-    def _weight_files(self):
-        """safetensors where there are any, else pytorch_model*.bin; with an index, the files that it names."""
-        names = ["model.safetensors.index.json", "model.safetensors",
-                 "pytorch_model.bin.index.json", "pytorch_model.bin"]
-        path = next((self.folder / n for n in names if (self.folder / n).is_file()), self.folder / "model.safetensors")
-        if path.suffix != ".json":
-            return [path]
-        try:
-            return [self.folder / n for n in sorted(set(json.loads(path.read_text())["weight_map"].values()))]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as e:
-            raise InputError(f"{path} is not an index of weights: {type(e).__name__} {e}") from None
-
-    def tensor(self, name):
-        """One tensor under our name, as it is on disk. Raises InputError if a value is not finite."""
-        path, theirs = self.files[name], self._names[name]
-        value = self.family.ours(name, read_tensors(path, [theirs])[theirs])
-        if not torch.stack(value.aminmax()).isfinite().all():  # a NaN is the minimum and maximum of its tensor
-            raise InputError(f"{path}: {theirs} holds NaN or infinite values")
-        return value
-
-    def rest(self):
-        """{our name: tensor} of everything outside the blocks."""
-        return {name: self.tensor(name) for name in self.files if not name.startswith("model.layers.")}
-
-    def dtype(self, name):
-        """The dtype that one tensor has on disk."""
-        return self._dtypes[name]
-
-    def size(self):
-        """Bytes of all tensors on disk."""
-        return sum(math.prod(shape) * self._dtypes[name].itemsize for name, shape in self.shapes.items())
-
-    def load(self, module, prefix, device, dtype):
-        """Fill all parameters of a module (on the meta device) with the tensors below `prefix`."""
-        state = {k: self.tensor(f"{prefix}.{k}") for k in module.state_dict()}
-        state = {k: v.to(device=device, dtype=dtype if v.is_floating_point() else v.dtype) for k, v in state.items()}
-        module.load_state_dict({k: v.contiguous() for k, v in state.items()}, assign=True)
-
-
-def shard(i, blocks):
-    """The file of block i of so many; shard(blocks, blocks) is that of everything else."""
-    return f"model-{i + 1:05d}-of-{blocks + 1:05d}.safetensors"
-
-
-class CheckpointWriter:
-    """Writes a Hugging Face folder beside its final place; leaving the `with` block renames it, an error removes it.
-
-    `keep` names the run: with it, the files that an interrupted run of the same name has finished are kept and `done`
-    tells which they are. It stays in the folder as run.json, without which nothing is ever replaced."""
-
-    def __init__(self, folder, raw_config, tokenizer_from=None, keep=None):
-        self.folder, self.raw, self.keep = Path(folder).resolve(), raw_config, keep
-        self.family = FAMILIES[raw_config["model_type"]]
-        self.partial = self.folder.with_name((self.folder.name or "root") + ".partial")
-        self.tokenizer_from = tokenizer_from
-        try:
-            read = tokenizer_from and self.folder.exists() and self.folder.samefile(tokenizer_from)
-            file = next((place for place in (self.folder, *self.folder.parents) if place.is_file()), None)
-            taken = self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / "run.json").is_file()
-        except OSError as e:  # a name that is too long, a folder that may not be read
-            raise InputError(f"can't write {folder}: {e.strerror}") from None
-        if read:
-            raise InputError(f"{folder} is the model that is being read: choose another output folder")
-        if file:
-            raise InputError(f"can't write {folder}: {file} is a file: choose another output folder")
-        if taken:
-            raise InputError(f"{folder} exists and is no model that was written here: choose another output folder")
-
-    def __enter__(self):
-        marker = self.partial / "run.json"
-        try:
-            if self.keep is None or not marker.is_file() or json.loads(marker.read_text()) != self.keep:
-                if self.keep is not None and any(self.partial.glob("*.safetensors")):
-                    raise InputError(f"{self.partial} holds the finished blocks of another run: give the options that "
-                                     f"it had, choose another output folder, or delete it")
-                shutil.rmtree(self.partial, ignore_errors=True)
-                self.partial.mkdir(parents=True)
-                write_atomically(marker, lambda path: path.write_text(json.dumps(self.keep)))
-        except OSError as e:
-            raise InputError(f"can't write {self.partial}: {e.strerror or e}") from None
-        return self
-
-    def make_room(self, size):
-        """Raise InputError if the disk can't hold a checkpoint of `size` bytes, of which some may be there already."""
-        missing = size - sum(path.stat().st_size for path in self.partial.glob("*.safetensors"))
-        if missing > (free := shutil.disk_usage(self.partial).free):
-            raise InputError(f"{self.folder} will need {missing / 1e9:,.1f} GB more and its disk has "
-                             f"{free / 1e9:,.1f} GB free: make room or choose another output folder")
-
-    def done(self, file):
-        return (self.partial / file).is_file()
-
-    def load(self, file, module, prefix):
-        """Fill a module with the tensors below `prefix` of a file that is done."""
-        held, names = read_tensors(self.partial / file), {k: f"{prefix}.{k}" for k in module.state_dict()}
-        module.load_state_dict({k: self.family.ours(name, held[self.family.name(name)]) for k, name in names.items()})
-
-    def write(self, file, tensors):
-        """Write {our name: tensor} as one safetensors file under the family's names, whole or not at all."""
-        tensors = {k: v.detach().cpu().contiguous() for k, v in self.family.theirs(tensors).items()}
-
-        def write(path):
-            try:
-                save_file(tensors, path, metadata={"format": "pt"})
-            except SafetensorError as e:
-                raise OSError(str(e)) from None
-        write_atomically(self.partial / file, write)
-
-    def __exit__(self, kind, error, trace):
-        if kind is not None:
-            if self.keep is None or not any(self.partial.glob("*.safetensors")):
-                shutil.rmtree(self.partial, ignore_errors=True)
-            return
-        shards = sorted(self.partial.glob("*.safetensors"))
-        if [file.name for file in shards] != ["model.safetensors"]:
-            weights, size = {}, 0
-            for file in shards:
-                weights |= dict.fromkeys(read_tensors(file), file.name)
-                size += file.stat().st_size
-            index = json.dumps({"metadata": {"total_size": size}, "weight_map": weights}, indent=1)
-            write_atomically(self.partial / "model.safetensors.index.json", lambda path: path.write_text(index))
-        text = json.dumps(self.raw, indent=1) + "\n"
-        write_atomically(self.partial / "config.json", lambda path: path.write_text(text))
-        for name in TOKENIZER_FILES:
-            source = Path(self.tokenizer_from or self.partial) / name
-            if source.is_file() and source.parent != self.partial:
-                write_atomically(self.partial / name, lambda path: shutil.copyfile(source, path))
-        before = self.folder.with_name(f"{self.folder.name}.before")
-        shutil.rmtree(before, ignore_errors=True)
-        if self.folder.is_dir():
-            self.folder.rename(before)
-        self.partial.rename(self.folder)
-        shutil.rmtree(before, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------------- the command

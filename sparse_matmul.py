@@ -45,9 +45,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from data.checkpoint import CheckpointWriter, shard
 from data.command import InputError, parser, record, run, start
 from data.hub import model_folder
-from gpt import Block, Checkpoint, CheckpointWriter, prunable, shard, slorb
+from gpt import GPT, Block, prunable, slorb
 
 if __name__ == "__main__" and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
@@ -320,25 +321,25 @@ def expect_compressed(module: nn.Module, stored, prefix: str = ""):
 def save_compressed(model: str, folder, bits: int | None = None) -> dict:
     """Write a checkpoint (a preset, a Hub id or a folder) again as `folder` with its 2:4 layers compressed, a block at
     a time. Returns {layers: how many, before, after: bytes on disk}. Raises InputError if no layer is 2:4."""
-    source, found = Checkpoint(model_folder(model)), 0
-    if any(name.endswith(".values") for name in source.files):
+    dense, found = GPT.open(model_folder(model)), 0
+    source, count = dense.source, dense.config.num_hidden_layers
+    if source.compressed:
         raise InputError(f"{model} is compressed already")
-    count = source.config.num_hidden_layers
-    with CheckpointWriter(folder, source.config.raw, source.folder) as out:
+    with CheckpointWriter(folder, source.raw, source.folder) as out:
         for i in range(count):
             with torch.device("meta"):
-                block = Block(source.config, i)
+                block = Block(dense.config, i)
             tensors = {name: source.tensor(f"model.layers.{i}.{name}").contiguous() for name in block.state_dict()}
             block.load_state_dict(tensors, assign=True)  # in the dtypes that they have on disk
             found += sparsify(block, bits)
-            if source.family.conv1d and len({type(getattr(block.self_attn, f"{x}_proj")) for x in "qkv"}) > 1:
+            if source.layout.conv1d and len({type(getattr(block.self_attn, f"{x}_proj")) for x in "qkv"}) > 1:
                 raise InputError(f"{model}: q, k and v of block {i} share a tensor, but not all of them are 2:4")
             held = {f"model.layers.{i}.{name}": value for name, value in block.state_dict().items()}
             out.write(shard(i, count), held)
         if not found:
             raise InputError(f"{model}: no linear layer of the blocks is 2:4; prune it with a 2:4 pattern first")
         out.write(shard(count, count), source.rest())
-    before, after = (sum(file.stat().st_size for file in set(c.files.values())) for c in (source, Checkpoint(folder)))
+    before, after = (sum(file.stat().st_size for file in set(c.files.values())) for c in (source, GPT.open(folder).source))
     return {"layers": found, "before": before, "after": after}
 
 

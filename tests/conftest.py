@@ -18,7 +18,8 @@ sys.path.insert(0, str(ROOT))
 def blocks_read(monkeypatch):
     """The names of the blocks that have been read from checkpoints; fails where one is read while another is in
     memory."""
-    from gpt import Block, Checkpoint
+    from data.checkpoint import Checkpoint
+    from gpt import Block
     load, alive, read = Checkpoint.load, [], []
 
     def watched(source, module, prefix, **place):

@@ -12,9 +12,10 @@ import torch
 from conftest import ROOT, SHARED, make_checkpoint
 from safetensors.torch import load_file, save_file
 
+from data.checkpoint import CheckpointWriter, layout_of
 from data.command import InputError, run
 from data.hub import model_folder
-from gpt import FAMILIES, GPT, CheckpointWriter, Config, main
+from gpt import GPT, Config, main
 
 transformers = pytest.importorskip("transformers")
 
@@ -257,7 +258,7 @@ def ours(family, changes):
     other = theirs(family, changes)
     config = Config.from_dict(other.config.to_dict())
     model = GPT(config).eval()
-    own = FAMILIES[family]
+    own = layout_of(config.raw)
     state = other.state_dict()
     model.load_state_dict({k: own.ours(k, state[own.name(k)]) for k in model.state_dict()})
     return model
@@ -397,7 +398,7 @@ def test_nothing_half_written(folder, monkeypatch):
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr("gpt.save_file", full)
+    monkeypatch.setattr("data.checkpoint.save_file", full)
     with pytest.raises(InputError, match="No space left"):
         model.save_pretrained(folder.with_name("b"))
     assert [p.name for p in folder.parent.iterdir()] == ["model"]

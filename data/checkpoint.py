@@ -1,0 +1,287 @@
+"""A model's folder on disk: config.json, safetensors files and a tokenizer, as the Hugging Face Hub has them.
+
+`Layout` is what the files of a family call our tensors and how they lay them out; `Checkpoint` reads tensors one at a
+time, so that a model may be larger than memory; `CheckpointWriter` writes a folder whole or not at all, and goes on
+where an interrupted run stopped.
+"""
+
+import json
+import math
+import pickle
+import re
+import shutil
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from data.command import InputError, write_atomically
+
+TOKENIZER_FILES = ["tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                   "added_tokens.json", "vocab.json", "merges.txt", "generation_config.json"]
+PROJECTION = re.compile(r"\.(self_attn|mlp)\.\w+\.(weight|bias|slorb_S|slorb_X|values|meta|scale)$")
+BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$")  # constants that old files carry along
+
+
+# ---------------------------------------------------------------------------------------------- names and layouts
+
+@dataclass
+class Layout:
+    """What a family's files call our tensors: `names` turn our names, which are LLaMA's, into its own, one after the
+    other. conv1d: the weights of a block's projections are transposed, and q, k, v are one tensor."""
+    names: tuple = ()
+    conv1d: bool = False
+
+    def name(self, ours):
+        for old, new in self.names:
+            ours = ours.replace(old, new)
+        return ours
+
+    def theirs(self, tensors):
+        """Our tensors {name: tensor} under the family's names and in its layout; q, k, v of a layer come together."""
+        found = {}  # {their name: {our name: tensor}}
+        for name, value in tensors.items():
+            transposed = self.conv1d and PROJECTION.search(name)
+            found.setdefault(self.name(name), {})[name] = value.t() if transposed else value  # a bias has one dimension
+        for name, parts in found.items():
+            assert len(parts) == (3 if "c_attn" in name else 1), f"{name} needs q, k and v, not only {list(parts)}"
+            parts = [parts[k] for k in (sorted(parts, key=which) if "c_attn" in name else parts)]
+            found[name] = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+        return found
+
+    def ours(self, name, value):
+        """The tensor that we call `name` out of the family's `value`."""
+        if not (self.conv1d and PROJECTION.search(name)):
+            return value
+        return (value.chunk(3, -1)[which(name)] if "c_attn" in self.name(name) else value).t()
+
+
+def which(name):
+    """Which of q, k, v a tensor belongs to."""
+    return ("q_proj", "k_proj", "v_proj").index(name.split(".")[-2])
+
+
+def bare(name):
+    """A tensor's name without the prefixes that files of the same family have or lack."""
+    return re.sub(r"^(model\.|decoder\.|transformer\.)*", "", name)
+
+
+LAYOUTS = {  # of the families that do not keep to LLaMA's, by model_type
+    "opt": Layout(
+        names=(("model.norm", "model.final_layer_norm"), ("model.", "model.decoder."), (".mlp.up_proj", ".fc1"),
+               (".mlp.down_proj", ".fc2"), ("self_attn.o_proj", "self_attn.out_proj"),
+               ("input_layernorm", "self_attn_layer_norm"), ("post_attention_layernorm", "final_layer_norm"))),
+    "gpt2": Layout(
+        names=(("model.embed_tokens", "transformer.wte"), ("model.embed_positions", "transformer.wpe"),
+               ("model.norm", "transformer.ln_f"), ("model.layers", "transformer.h"), ("input_layernorm", "ln_1"),
+               ("post_attention_layernorm", "ln_2"), ("self_attn.q_proj", "attn.c_attn"),
+               ("self_attn.k_proj", "attn.c_attn"), ("self_attn.v_proj", "attn.c_attn"),
+               ("self_attn.o_proj", "attn.c_proj"), ("mlp.up_proj", "mlp.c_fc"), ("mlp.down_proj", "mlp.c_proj")),
+        conv1d=True),
+}
+
+
+def layout_of(raw):
+    """The Layout of a model with this config.json."""
+    return LAYOUTS.get(raw["model_type"], Layout())
+
+
+# --------------------------------------------------------------------------------------------------------- reading
+
+def read_tensors(path, names=None):
+    """{name: tensor} of a safetensors or a PyTorch file, all or some; memory-mapped: only what is touched is read."""
+    try:
+        if path.suffix == ".bin":  # files from before torch 1.6 are no zip archives and can't be mapped
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return {k: tensors[k] for k in (tensors if names is None else names)}
+        with safe_open(path, framework="pt") as f:
+            return {k: f.get_tensor(k) for k in (f.keys() if names is None else names)}
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing; is the download complete?") from None
+    except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
+        reason = str(e).split("\n")[0]
+        raise InputError(f"{path} can't be read, it is truncated or damaged ({reason}); fetch it again") from None
+
+
+def weight_files(folder):
+    """safetensors where there are any, else pytorch_model*.bin; with an index, the files that it names."""
+    names = ["model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin"]
+    path = next((folder / name for name in names if (folder / name).is_file()), folder / "model.safetensors")
+    if path.suffix != ".json":
+        return [path]
+    try:
+        return [folder / name for name in sorted(set(json.loads(path.read_text())["weight_map"].values()))]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as e:
+        raise InputError(f"{path} is not an index of weights: {type(e).__name__} {e}") from None
+
+
+class Checkpoint:
+    """A folder opened for reading: tensors under our names, read when they are asked for.
+
+    Opening reads only headers; `match` compares them with what the model needs, so a checkpoint that does not fit is
+    refused before any work is done. After that, `files` {name: path} and `shapes` {name: shape} are known."""
+
+    def __init__(self, folder, raw):
+        """raw: the folder's config.json."""
+        self.folder, self.raw, self.layout = Path(folder), raw, layout_of(raw)
+        self._found = {}  # {bare name: (path, name in the file, tensor)}
+        for path in weight_files(self.folder):
+            for name, value in read_tensors(path).items():
+                if not BUFFERS.search(name):
+                    self._found[bare(name)] = (path, name, value)
+        self.compressed = any(name.endswith(".values") for name in self._found)  # 2:4 layers of sparse_matmul.py
+
+    def stored(self, name):
+        """The dtype in which a tensor is on disk; None where there is none of our name `name`."""
+        found = self._found.get(bare(self.layout.name(name)))
+        return found and found[2].dtype
+
+    def match(self, parameters):
+        """Find every tensor's place in a model. parameters {our name: tensor on the meta device}: all that it needs.
+        Raises InputError where a tensor is missing, superfluous or of another shape."""
+        wanted = {bare(name): (name, value) for name, value in self.layout.theirs(parameters).items()}
+        for key, (name, value) in wanted.items():
+            if key not in self._found:
+                raise InputError(f"{self.folder}: the tensor {name} is missing; is the download complete?")
+            there = self._found[key][2]
+            if there.shape != value.shape:
+                raise InputError(f"{self.folder}: {name} has shape {tuple(there.shape)}, "
+                                 f"config.json implies {tuple(value.shape)}")
+            if there.is_floating_point() != value.is_floating_point():
+                raise InputError(f"{self.folder}: {name} holds {there.dtype} values; "
+                                 f"quantized models of other programs can't be read")
+        for key in self._found.keys() - wanted.keys() - {"lm_head.weight"}:  # a tied head may be stored all the same
+            raise InputError(f"{self.folder}: the tensor {self._found[key][1]} has no place in this model; "
+                             f"is config.json the right one?")
+        here = {name: self._found[bare(self.layout.name(name))] for name in parameters}
+        self.files = {name: path for name, (path, _, _) in here.items()}
+        self.shapes = {name: tuple(value.shape) for name, value in parameters.items()}
+        self._names = {name: theirs for name, (_, theirs, _) in here.items()}
+
+    def check_dense(self):
+        """Raise InputError if layers are compressed: so a model is run, not pruned or trained."""
+        if self.compressed:
+            raise InputError(f"{self.folder} holds compressed 2:4 layers: give the folder that it was made from")
+
+    def tensor(self, name):
+        """One tensor under our name, as it is on disk. Raises InputError if a value is not finite."""
+        path, theirs = self.files[name], self._names[name]
+        value = self.layout.ours(name, read_tensors(path, [theirs])[theirs])
+        if not torch.stack(value.aminmax()).isfinite().all():  # a NaN is the minimum and maximum of its tensor
+            raise InputError(f"{path}: {theirs} holds NaN or infinite values")
+        return value
+
+    def rest(self):
+        """{our name: tensor} of everything outside the blocks."""
+        return {name: self.tensor(name) for name in self.files if not name.startswith("model.layers.")}
+
+    def size(self):
+        """Bytes of all tensors on disk."""
+        return sum(math.prod(shape) * self.stored(name).itemsize for name, shape in self.shapes.items())
+
+    def load(self, module, prefix, device, dtype):
+        """Fill all parameters of a module (on the meta device) with the tensors below `prefix`."""
+        state = {k: self.tensor(f"{prefix}.{k}") for k in module.state_dict()}
+        state = {k: v.to(device=device, dtype=dtype if v.is_floating_point() else v.dtype) for k, v in state.items()}
+        module.load_state_dict({k: v.contiguous() for k, v in state.items()}, assign=True)
+
+
+# --------------------------------------------------------------------------------------------------------- writing
+
+def shard(i, blocks):
+    """The file of block i of so many; shard(blocks, blocks) is that of everything else."""
+    return f"model-{i + 1:05d}-of-{blocks + 1:05d}.safetensors"
+
+
+class CheckpointWriter:
+    """Writes a Hugging Face folder beside its final place; leaving the `with` block renames it, an error removes it.
+
+    `keep` names the run: with it, the files that an interrupted run of the same name has finished are kept and `done`
+    tells which they are. It stays in the folder as run.json, without which nothing is ever replaced."""
+
+    def __init__(self, folder, raw_config, tokenizer_from=None, keep=None):
+        self.folder, self.raw, self.keep = Path(folder).resolve(), raw_config, keep
+        self.layout = layout_of(raw_config)
+        self.partial = self.folder.with_name((self.folder.name or "root") + ".partial")
+        self.tokenizer_from = tokenizer_from
+        try:
+            read = tokenizer_from and self.folder.exists() and self.folder.samefile(tokenizer_from)
+            file = next((place for place in (self.folder, *self.folder.parents) if place.is_file()), None)
+            taken = self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / "run.json").is_file()
+        except OSError as e:  # a name that is too long, a folder that may not be read
+            raise InputError(f"can't write {folder}: {e.strerror}") from None
+        if read:
+            raise InputError(f"{folder} is the model that is being read: choose another output folder")
+        if file:
+            raise InputError(f"can't write {folder}: {file} is a file: choose another output folder")
+        if taken:
+            raise InputError(f"{folder} exists and is no model that was written here: choose another output folder")
+
+    def __enter__(self):
+        marker = self.partial / "run.json"
+        try:
+            if self.keep is None or not marker.is_file() or json.loads(marker.read_text()) != self.keep:
+                if self.keep is not None and any(self.partial.glob("*.safetensors")):
+                    raise InputError(f"{self.partial} holds the finished blocks of another run: give the options that "
+                                     f"it had, choose another output folder, or delete it")
+                shutil.rmtree(self.partial, ignore_errors=True)
+                self.partial.mkdir(parents=True)
+                write_atomically(marker, lambda path: path.write_text(json.dumps(self.keep)))
+        except OSError as e:
+            raise InputError(f"can't write {self.partial}: {e.strerror or e}") from None
+        return self
+
+    def make_room(self, size):
+        """Raise InputError if the disk can't hold a checkpoint of `size` bytes, of which some may be there already."""
+        missing = size - sum(path.stat().st_size for path in self.partial.glob("*.safetensors"))
+        if missing > (free := shutil.disk_usage(self.partial).free):
+            raise InputError(f"{self.folder} will need {missing / 1e9:,.1f} GB more and its disk has "
+                             f"{free / 1e9:,.1f} GB free: make room or choose another output folder")
+
+    def done(self, file):
+        return (self.partial / file).is_file()
+
+    def load(self, file, module, prefix):
+        """Fill a module with the tensors below `prefix` of a file that is done."""
+        held, names = read_tensors(self.partial / file), {k: f"{prefix}.{k}" for k in module.state_dict()}
+        module.load_state_dict({k: self.layout.ours(name, held[self.layout.name(name)]) for k, name in names.items()})
+
+    def write(self, file, tensors):
+        """Write {our name: tensor} as one safetensors file under the family's names, whole or not at all."""
+        tensors = {k: v.detach().cpu().contiguous() for k, v in self.layout.theirs(tensors).items()}
+
+        def write(path):
+            try:
+                save_file(tensors, path, metadata={"format": "pt"})
+            except SafetensorError as e:
+                raise OSError(str(e)) from None
+        write_atomically(self.partial / file, write)
+
+    def __exit__(self, kind, error, trace):
+        if kind is not None:
+            if self.keep is None or not any(self.partial.glob("*.safetensors")):
+                shutil.rmtree(self.partial, ignore_errors=True)
+            return
+        shards = sorted(self.partial.glob("*.safetensors"))
+        if [file.name for file in shards] != ["model.safetensors"]:
+            weights, size = {}, 0
+            for file in shards:
+                weights |= dict.fromkeys(read_tensors(file), file.name)
+                size += file.stat().st_size
+            index = json.dumps({"metadata": {"total_size": size}, "weight_map": weights}, indent=1)
+            write_atomically(self.partial / "model.safetensors.index.json", lambda path: path.write_text(index))
+        text = json.dumps(self.raw, indent=1) + "\n"
+        write_atomically(self.partial / "config.json", lambda path: path.write_text(text))
+        for name in TOKENIZER_FILES:
+            source = Path(self.tokenizer_from or self.partial) / name
+            if source.is_file() and source.parent != self.partial:
+                write_atomically(self.partial / name, lambda path: shutil.copyfile(source, path))
+        before = self.folder.with_name(f"{self.folder.name}.before")
+        shutil.rmtree(before, ignore_errors=True)
+        if self.folder.is_dir():
+            self.folder.rename(before)
+        self.partial.rename(self.folder)
+        shutil.rmtree(before, ignore_errors=True)
