@@ -22,6 +22,15 @@ OPENING = {  # the methods of the first picture, as compare.py names them and as
     "wanda + swap + refit": "Wanda + swaps + refit",
     "wanda + swap + refit (allocate sensitivity)": "Wanda + swaps + refit, by sensitivity",
     "AST": "AST", "AST + SLoRB": "AST + SLoRB"}
+CHOICES = [  # what a reader wants, the command that does it, and the method's name as compare.py gives it
+    ("the least time", "dsnot.py --refine none", "wanda"),
+    ("the paper's method", "dsnot.py", "wanda + dsnot (refine layers all, sign check)"),
+    ("the best mask, weights as they are", "dsnot.py --refine swap", "wanda + swap (propagate)"),
+    ("the best weights for it, too", "dsnot.py --refine swap --refit", "wanda + swap + refit"),
+    ("and layers that differ in sparsity", "dsnot.py --refine swap --refit --allocate sensitivity",
+     "wanda + swap + refit (allocate sensitivity)"),
+    ("the best 2:4, with training", "ast_train.py", "AST"),
+    ("and 12.5 % more parameters", "ast_train.py", "AST + SLoRB")]
 ABLATION = {  # what a run is called: its file, and the row of its table
     "AST": ("seed0", "AST"), "no distillation": ("no-distillation", "AST"), "static decay": ("static-decay", "AST"),
     "no decay": ("no-decay", "AST"), "fixed mask": ("fixed-mask", "AST"), "mask by Wanda score": ("wanda", "AST"),
@@ -47,6 +56,17 @@ def opening():
     rows = pruned("tiny/*") + [row for row in pruned("ast-seed*") if row["method"].startswith("AST")]
     return [row | {"method": OPENING[row["method"]]} for row in rows
             if row["method"] in OPENING and row["amount"] in ("0%", "50%", "70%", "2:4")]
+
+
+def choices():
+    """Which method when: perplexity by what a reader wants."""
+    rows = pruned("tiny/*", "stories260K/*") + pruned("ast-seed*")
+    found = {(row["model"], row["method"], row["amount"]): f"{row['perplexity']:.2f}" for row in rows}
+    cells = [(model, amount) for model in ("tiny", "stories260K") for amount in ("50%", "70%", "2:4")]
+    lines = [[want, f"`{command}`", *(found.get((model, method, amount), "") for model, amount in cells)]
+             for want, command, method in CHOICES]
+    dense = ["the dense model", "", *(found[model, "dense", "0%"] for model, _ in cells)]
+    return markdown(["you want", "command", *map(" ".join, cells)], [dense, *lines], texts=2)
 
 
 def cost():
@@ -154,7 +174,7 @@ def ablated():
 def tables():
     """{name of its marker in README: text}."""
     return {
-        "tables": table_by_method(pruned("tiny/*", "stories260K/*")), "settings": table_by_method(pruned("settings/*")),
+        "choices": choices(), "tables": table_by_method(pruned("tiny/*", "stories260K/*")), "settings": table_by_method(pruned("settings/*")),
         "goal": goal(), "cost": cost(), "cost of swaps": cost_of_swaps(), "retrained": retrained(),
         "ablation": ablated(), "compressed": compressed(), "streamed": streamed(), "texts": texts()}
 

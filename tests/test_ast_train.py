@@ -422,7 +422,8 @@ def test_methods_side_by_side_end_together(files, tmp_path):
     words = command(files, tmp_path, "--methods", "ast", "dense", "--steps", 10000)
     env = os.environ | {"OMP_NUM_THREADS": "2"}
     begun = subprocess.Popen([sys.executable, ROOT / words[0], *words[1:]], env=env, text=True, start_new_session=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE,  # a shell's background jobs ignore SIGINT
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     seen = set()
     while not seen >= {"ast", "dense"}:  # both are training
         line = begun.stdout.readline()
