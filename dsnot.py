@@ -921,6 +921,9 @@ def main():
          f"{config.remark(args.seqlen)})")
     if (source.folder / "pruning.json").is_file():
         talk(f"note: {args.model} has been pruned before; it is what is called dense here")
+    if (args.refit or args.score == "sparsegpt") and calibration.numel() < config.intermediate_size:
+        talk(f"note: weights are fitted to {calibration.numel()} tokens of calibration text, fewer than the "
+             f"{config.intermediate_size} inputs of a layer: with more --nsamples they fit other texts better")
     passes = [("dense", folder, None), (title, out, method)]
     if args.compare:
         passes.insert(1, (args.score, out.with_name(out.name + ".unrefined"), plain))

@@ -8,8 +8,9 @@ Face weights load unchanged), several query heads may share one key/value head, 
 about a checkpoint that its config.json does not say.
 
 Parameter names are those of Hugging Face's LLaMA whatever the family; every projection is an nn.Linear of its own. A
-checkpoint is a Hugging Face folder under the family's own names: what is saved here loads in `transformers` and the
-other way round. Blocks can be read one at a time (`stream=True`), so a model may be larger than memory.
+checkpoint is a Hugging Face folder under the family's own names (data/checkpoint.py): what is saved here loads in
+`transformers` and the other way round. Blocks can be read one at a time (`stream=True`), so a model may be larger than
+memory.
 
     python gpt.py --prompt "Return the"
     python gpt.py --model llama2-7b --prompt "The capital of France is"

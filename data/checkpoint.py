@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from data.command import InputError, write_atomically
+from data.command import InputError, what_keeps_from_writing, write_atomically
 
 TOKENIZER_FILES = ["tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json", "vocab.json", "merges.txt", "generation_config.json"]
@@ -209,14 +209,14 @@ class CheckpointWriter:
         self.tokenizer_from = tokenizer_from
         try:
             read = tokenizer_from and self.folder.exists() and self.folder.samefile(tokenizer_from)
-            file = next((place for place in (self.folder, *self.folder.parents) if place.is_file()), None)
+            obstacle = f"{self.folder} is a file" if self.folder.is_file() else what_keeps_from_writing(self.folder)
             taken = self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / "run.json").is_file()
         except OSError as e:  # a name that is too long, a folder that may not be read
             raise InputError(f"can't write {folder}: {e.strerror}") from None
         if read:
             raise InputError(f"{folder} is the model that is being read: choose another output folder")
-        if file:
-            raise InputError(f"can't write {folder}: {file} is a file: choose another output folder")
+        if obstacle:
+            raise InputError(f"can't write {folder}: {obstacle}: choose another output folder")
         if taken:
             raise InputError(f"{folder} exists and is no model that was written here: choose another output folder")
 

@@ -59,16 +59,10 @@ def start(args):
     except (RuntimeError, AssertionError) as e:
         usable = "cpu or cuda" if torch.cuda.is_available() else "cpu; this PyTorch sees no GPU"
         raise InputError(f"--device {args.device} can't be used ({str(e).splitlines()[0]}): give {usable}") from None
-    if args.json:
-        try:
-            folder = Path(args.json).is_dir()
-            above = next(parent for parent in Path(args.json).absolute().parents if parent.exists())
-        except OSError as e:
-            raise InputError(f"--json {args.json} can't be written: {e.strerror}") from None
-        if folder:
-            raise InputError(f"--json {args.json} is a folder: give a file")
-        if not above.is_dir() or not os.access(above, os.W_OK):
-            raise InputError(f"--json {args.json} can't be written: {above} is no folder that you may write to")
+    if args.json and (obstacle := what_keeps_from_writing(args.json)):
+        raise InputError(f"--json {args.json} can't be written: {obstacle}")
+    if args.json and Path(args.json).is_dir():
+        raise InputError(f"--json {args.json} is a folder: give a file")
 
 
 def at_least(args, **lowest):
@@ -85,6 +79,18 @@ def timed(work, device):
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
     return time.perf_counter() - begin, result
+
+
+def what_keeps_from_writing(path):
+    """Why a file or folder can't be made at a path, in words; None where it can."""
+    try:
+        Path(path).is_dir()  # complains of a name that is too long
+        above = next(folder for folder in Path(path).absolute().parents if folder.exists())
+    except OSError as e:
+        return e.strerror
+    if not above.is_dir():
+        return f"{above} is a file"
+    return None if os.access(above, os.W_OK) else f"you may not write to {above}"
 
 
 def write_atomically(path, write):

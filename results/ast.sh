@@ -4,7 +4,10 @@
 # Then `python results/readme.py` puts them into README.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-run() { [ -f "results/ast-$1.json" ] || python ast_train.py --out "out/ast-$1" --json "results/ast-$1.json" "${@:2}"; }
+run() {
+    if [ -f "results/ast-$1.json" ]; then echo "results/ast-$1.json is there"; return; fi
+    python ast_train.py --out "out/ast-$1" --json "results/ast-$1.json" "${@:2}"
+}
 ablate() { run "$1" --methods ast --no-one-shot "${@:2}"; }
 for seed in 0 1 2; do run seed$seed --seed $seed; done  # the first is the default run
 for seed in 0 1 2; do run control$seed --seed $seed --methods dense --no-one-shot; done

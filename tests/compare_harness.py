@@ -15,7 +15,7 @@ import torch
 from test_eval import ROWS, STORY, write_tasks
 
 from data import load_tokenizer
-from data.command import parser, record, run, start
+from data.command import InputError, parser, record, run, start
 from data.hub import model_folder
 from data.tasks import TASKS, encode_pair, load_task
 from eval import accuracy, log_likelihoods
@@ -54,7 +54,7 @@ def main():
     args = p.parse_args()
     start(args)
     if missing:
-        return print(f"skipped: {missing}")
+        raise InputError(f'the harness is not installed ({missing}): pip install "lm-eval[hf]==0.4.13"')
     folder, manager = model_folder(args.model), TaskManager()
     model, tokenizer = GPT.from_pretrained(folder), load_tokenizer(folder)
     theirs = HFLM(str(folder), device="cpu", dtype="float32", batch_size=4)
