@@ -679,14 +679,12 @@ def prune(model, windows, out, run, *, batch=8, propagate=False, sparsity=None, 
 def allocation(model, where, hidden, sparsity, kind):
     """{layer's name: the share of it to prune}, over all weights `sparsity`, from one pass of `hidden`, a list of
     [sequences, tokens, C], through the dense model. where: (rope, positions) for `steps`; kind:
-    "owl"          linear in how many of a block's Wanda scores are outliers, above 5 times its mean, from sparsity +
-    0.08 to
-                   - 0.08 before the mean is set right (Yin et al. 2024, arXiv 2310.05175)
+    "owl"          the more of a block's Wanda scores are outliers, above 5 times its mean, the less: linear, 0.16 apart
+                   from the fewest to the most (Yin et al. 2024, arXiv 2310.05175)
     "sensitivity"  each layer alone is pruned by Wanda, and the damage is the KL divergence of the model's output on
-    2048
-                   tokens (one window, if that is longer). It grows as the layer's squared error does, known for every
-                   share from its Wanda scores, and the shares within 0.1 of `sparsity` are taken that make the sum of
-                   all damages least."""
+                   2048 tokens (one window, if that is longer). It grows as the layer's squared error does, known for
+                   every share from its Wanda scores, and the shares within 0.1 of `sparsity` are taken that make the
+                   sum of all damages least."""
     names = [f"model.layers.{i}.{name}" for i, block in enumerate(model.model.layers) for name in prunable(block)]
     if kind == "uniform":
         return dict.fromkeys(names, sparsity)
@@ -923,7 +921,7 @@ def main():
         talk(f"note: {args.model} has been pruned before; it is what is called dense here")
     if (args.refit or args.score == "sparsegpt") and calibration.numel() < config.intermediate_size:
         talk(f"note: weights are fitted to {calibration.numel()} tokens of calibration text, fewer than the "
-             f"{config.intermediate_size} inputs of a layer: with more --nsamples they fit other texts better")
+             f"{config.intermediate_size} inputs of a layer: give more --nsamples, or other texts suffer")
     passes = [("dense", folder, None), (title, out, method)]
     if args.compare:
         passes.insert(1, (args.score, out.with_name(out.name + ".unrefined"), plain))

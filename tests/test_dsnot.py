@@ -790,11 +790,14 @@ def test_existing_folders_are_respected(monkeypatch, capsys, model, tmp_path):
     assert json.loads((tmp_path / "new" / "pruning.json").read_text())["run"]["sparsity"] == 0.6
 
 
-def test_what_was_pruned_before_is_said(monkeypatch, capsys, model, tmp_path):
-    """Would catch a pruned model being measured as the dense one without a word; windows that are too long,
-    likewise."""
+def test_what_may_surprise_is_said(monkeypatch, capsys, model, tmp_path):
+    """Would catch a pruned model being measured as the dense one without a word; windows that are too long and a
+    text that is too short to fit weights to, likewise."""
     command(monkeypatch, model, tmp_path / "once")
-    assert "pruned before" not in (said := capsys.readouterr().out) and "made for" not in said
+    said = capsys.readouterr().out
+    assert not any(words in said for words in ("pruned before", "made for", "are fitted"))
+    command(monkeypatch, model, tmp_path / "short", "--refit", "--nsamples", "1")
+    assert "weights are fitted to 32 tokens of calibration text, fewer than the 56 inputs" in capsys.readouterr().out
     command(monkeypatch, model, tmp_path / "twice", "--model", str(tmp_path / "once"), "--seqlen", "65")
     said = capsys.readouterr().out
     assert "pruned before" in said and "65 tokens, more than the 64 that the model is made for" in said
