@@ -720,7 +720,7 @@ BAD = {
     "Hub out of reach, model": (["--model", "llama2-7b"], "meta-llama/Llama-2-7b-hf"),
     "Hub out of reach, text": (["--data", "wikitext2"], "Salesforce/wikitext"),
     "device": (["--device", "tpu9"], "tpu9"),
-    "json": (["--json", "README.md/all.json"], "README.md is no folder"),
+    "json": (["--json", "README.md/all.json"], "README.md is a file"),
     "out": (["--out", "README.md/out"], "README.md is a file"),
 }
 
