@@ -73,7 +73,7 @@ from tqdm import tqdm
 
 from data import load_tokenizer, windows
 from data.checkpoint import CheckpointWriter
-from data.command import InputError, Parser, parser, record, run, start, write_atomically
+from data.command import InputError, Parser, fast_in_bf16, parser, record, run, start, write_atomically
 from data.hub import model_folder
 from data.stream import Mixture, tokens
 from data.text import SOURCES, evaluation_ids
@@ -661,8 +661,7 @@ def options():
                    help="processes that share one copy of the weights (1: data-parallel; 0: all)")
     p.set_defaults(**RECIPES[early.parse_known_args()[0].recipe])
     args = p.parse_args()
-    fast_bf16 = args.device != "cpu" or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-    args.dtype = args.dtype or ("bfloat16" if fast_bf16 else "float32")
+    args.dtype = args.dtype or ("bfloat16" if fast_in_bf16(args.device) else "float32")
     return args
 
 

@@ -4,8 +4,8 @@
     python -m data.train_tiny --compile --out out/small --hidden-size 640 --layers 12 --packages     (larger, for a GPU)
 
 Windows of text are drawn at random, three in ten from the documentation and the others from source code. AdamW, warm-up
-and cosine to zero, bf16 arithmetic on float32 weights; the weights that end up in the folder are bf16. The validation
-text is read while training, the test text never.
+and cosine to zero, arithmetic in bf16 (where that is fast) on float32 weights; those that end up in the folder are bf16.
+The validation text is read while training, the test text never.
 """
 
 import io
@@ -13,12 +13,13 @@ import json
 import math
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from data.command import InputError, at_least, parser, record, run, start, write_atomically
+from data.command import InputError, at_least, fast_in_bf16, parser, record, run, start, write_atomically
 from data.stdlib import package_source, stdlib_source, stdlib_text
 from data.text import windows
 from data.tokenizer import SentencePiece
@@ -133,14 +134,16 @@ def train(args, model, streams, held_out, state_file):
     optimizer = new_optimizer(model, args.lr)
     settings = [args.hidden_size, args.layers, args.packages, args.steps, args.batch, args.seqlen, args.lr, args.seed]
     first, history = load_state(state_file, model, optimizer, settings, args.device)
-    forward = torch.compile(model) if args.compile else model
+    for block in model.model.layers if args.compile else ():
+        block.compile()  # one block's code serves all of them
+    arithmetic = partial(torch.autocast, torch.device(args.device).type, torch.bfloat16, fast_in_bf16(args.device))
     begin = time.perf_counter()
     for step in range(first, args.steps):
         ids = draw(streams, args.seed, step, args.batch, args.seqlen).to(args.device)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.lr, warmup=100)
-        with torch.autocast(torch.device(args.device).type, torch.bfloat16):
-            loss = F.cross_entropy(forward(ids[:, :-1]).float().flatten(0, 1), ids[:, 1:].flatten())
+        with arithmetic():
+            loss = F.cross_entropy(model(ids[:, :-1]).float().flatten(0, 1), ids[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -153,7 +156,7 @@ def train(args, model, streams, held_out, state_file):
                   f"{args.batch * args.seqlen / seconds:6.0f} tokens/s  "
                   f"{seconds * (args.steps - done) / 60:5.1f} min left", flush=True)
         if done % args.save_every == 0 or done == args.steps:
-            with torch.autocast(torch.device(args.device).type, torch.bfloat16):
+            with arithmetic():
                 loss = validation_loss(model, held_out).item()
             print(f"step {done:5d}  validation loss {loss:.4f}  perplexity {math.exp(loss):.2f}", flush=True)
             history.append((done, loss))
