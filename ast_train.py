@@ -73,9 +73,9 @@ from tqdm import tqdm
 
 from data import load_tokenizer, windows
 from data.checkpoint import CheckpointWriter
-from data.command import InputError, Parser, fast_in_bf16, parser, record, run, start, write_atomically
+from data.command import InputError, Parser, fast_in_bf16, parser, record, run, start, versions, write_atomically
 from data.hub import model_folder
-from data.stream import Mixture, tokens
+from data.stream import Mixture, tokens, weighted
 from data.text import SOURCES, evaluation_ids
 from dsnot import InputStats, keep_mask, magnitude_score, parse_pattern, prunable, prune, wanda_score, watch
 from eval import perplexity
@@ -307,7 +307,7 @@ def say(text):
         print(text, flush=True)
 
 
-def average(value):
+def mean_over_processes(value):
     """The mean of a scalar tensor over all processes, as a number."""
     dist.all_reduce(value)
     return value.item() / dist.get_world_size()
@@ -347,6 +347,11 @@ def make_sparse(model, args, slorb_k, calibration):
             block.set_submodule(name, SparseLinear(linear, score, slorb_k, **amount(args)))
 
 
+def text_files(args):
+    """The sources of training and evaluation text, of which some may be files."""
+    return [*(weighted(name)[0] for name in args.data), args.eval_data]
+
+
 def first_weights(args, calibration):
     """Where the student's first weights are. "swap": the folder of the model with the mask that exact swaps find and
     the weights that suit it. Its pruned weights are 0 and return when their gradients have moved them far enough."""
@@ -357,6 +362,7 @@ def first_weights(args, calibration):
     method = dict(score="wanda", refine="swap", refit=True, propagate=True)
     run = {name: str(getattr(args, name)) for name in ("model", "data", "seqlen", "seed")}
     run |= dict(pattern=None if args.sparsity else args.pattern, sparsity=args.sparsity) | method
+    run |= {"files": versions([*sorted(set(model.source.files.values())), *text_files(args)])}
     prune(model, calibration, folder, run, batch=args.micro_batch, **method, **amount(args))  # all processes together
     return folder
 
@@ -402,7 +408,8 @@ def save_model(folder, model, source):
         if not name.endswith(".mask"):
             like = name if name in source.files else name.rpartition(".slorb_")[0] + ".weight"
             value = whole(value) * masks[name] if name in masks else whole(value)
-            tensors[name] = value.to("cpu", source.stored(like))
+            if dist.get_rank() == 0:
+                tensors[name] = value.to("cpu", source.stored(like))
     if dist.get_rank() == 0:
         with CheckpointWriter(folder, model.config.raw | ({"slorb_k": k} if k else {}), source.folder) as out:
             out.write("model.safetensors", tensors)
@@ -442,8 +449,8 @@ def load_state(work, model, optimizer, mean, options):
     for name, value in options.items():
         if (old := before.get(name)) != value:
             option = f"--{name.replace('_', '-')}"
-            if name == "model":
-                told = "of another model"
+            if name in ("model", "texts"):
+                told = f"of {'another model' if name == 'model' else 'other texts'}"
             elif old in (None, "None"):
                 told = f"without {option}"
             else:
@@ -475,7 +482,7 @@ def validation_perplexity(model, ids, args):
         with arithmetic(args):
             logits = model(part[:, :-1])
         loss += training_loss(logits, None, part[:, 1:], 0, 1) / len(parts)
-    return math.exp(average(loss))
+    return math.exp(mean_over_processes(loss))
 
 
 def backward(student, teacher, ids, args):
@@ -498,7 +505,8 @@ def train(method, args, begin, mixture, held_out, calibration):
     work = Path(args.out) / f"{method}.training"
     source = GPT.open(model_folder(args.model)).source
     student, which = new_student(args, method, begin, source, calibration)
-    options = {name: str(value) for name, value in vars(args).items() if name not in NEUTRAL} | {"model": which}
+    options = {name: str(value) for name, value in vars(args).items() if name not in NEUTRAL}
+    options |= {"model": which, "texts": str(versions(text_files(args)))}
     layers = [layer for layer in student.modules() if isinstance(layer, SparseLinear)]
     masked = sum(layer.mask.numel() for layer in layers)
     student, teacher = set_up(student, args, args.checkpoint_activations), None
@@ -522,7 +530,7 @@ def train(method, args, begin, mixture, held_out, calibration):
             state["flips"] = [sum(flips) / masked for flips in zip(*(layer.update_mask() for layer in layers))]
 
         ids = mixture.batch(args.seed, step, args.batch)[rank::world].to(args.device)
-        loss = average(backward(student, teacher, ids, args))
+        loss = mean_over_processes(backward(student, teacher, ids, args))
         norm = whole(nn.utils.clip_grad_norm_(student.parameters(), args.clip)).item()
         if not math.isfinite(loss + norm):
             kept = f"; the state of step {state['step']} is kept in {work}" if state["step"] else ""
@@ -637,7 +645,8 @@ def options():
     g = p.add_argument_group("data")
     g.add_argument("--data", nargs="+", metavar="SOURCE[:WEIGHT]",
                    help="tiny, tiny-code, c4, wikitext2, text or .bin file")
-    g.add_argument("--eval-data", metavar="SOURCE", help="validation and test text")
+    g.add_argument("--eval-data", metavar="SOURCE",
+                   help="validation and test text; of a file the last tenth, half for each")
     g.add_argument("--seqlen", type=int, help="tokens a window")
     g = p.add_argument_group("training")
     g.add_argument("--steps", type=int)
@@ -668,6 +677,8 @@ def options():
 def check(args):
     """Raise InputError for options that can't be."""
     world, out = dist.get_world_size(), Path(args.out)
+    if len(set(args.methods)) < len(args.methods):
+        raise InputError(f"--methods {' '.join(args.methods)} names one twice")
     if (out / "config.json").is_file():
         raise InputError(f"--out {args.out} is a model: give a folder to hold the models that are trained")
     for names, right, rule in [
@@ -695,7 +706,7 @@ def process_group(args):
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
     try:
         yield
-    except (torch.OutOfMemoryError, RuntimeError) as e:
+    except RuntimeError as e:
         killed = isinstance(e, BrokenProcessPool)  # a process of side_by_side, by the system, which needs its memory
         if not (killed or isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e)):
             raise

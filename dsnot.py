@@ -52,16 +52,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import calibration_windows, load_tokenizer, windows
-from data.checkpoint import CheckpointWriter, shard
-from data.command import InputError, at_least, parser, record, run, start, timed, write_atomically
+from data.checkpoint import CheckpointWriter, noted, shard
+from data.command import InputError, at_least, parser, record, run, start, timed, versions, write_atomically
 from data.hub import model_folder
 from data.text import SOURCES, evaluation_ids, usual_text
 from eval import free_memory, perplexity
 from gpt import GPT, Block, Config, prunable, rotary
+from results.compare import method_of, percent
 
-# What a layer's output aims at with --propagate: a point between what its dense weights make of the inputs that are
-# really there (0) and what it is in the dense model (1), and, where it is added to the hidden state, a share of what
-# the hidden state is short of by then. Weights can make up for all of it, a mask alone can't (tests/compare_goal.py).
+# What a layer's output should be with --propagate, (a, b). a: between what its dense weights make of the inputs that it
+# now gets (0) and what it is in the dense model (1). b, for o_proj and down_proj alone, whose outputs are added to the
+# hidden state: the share of the hidden state's error so far (dense less pruned) that they also try to repair. Weights
+# can make up for all of it, a mask alone can't (tests/compare_goal.py).
 AIM = {"mask": (0.5, 0.0), "weights": (1.0, 1.0)}
 
 # ------------------------------------------------------------------------------------------------- many processes
@@ -140,7 +142,8 @@ def wanda_score(W: Tensor, stats: InputStats) -> Tensor:
 
 def extremes(key, k, largest=False):
     """The k smallest entries of each row of key [rows, width] (largest: the k largest), best first: their indices
-    [rows, k] and how many are finite [rows]. The first columns of a stable sort (its last ones, backwards), cheaper."""
+    [rows, k] and how many are finite [rows]. Equal to the first k columns of a stable sort (largest: the last k,
+    reversed), but only rows with ties are sorted."""
     value, index = key.topk(min(k + 1, key.shape[1]), dim=1, largest=largest)
     tied = ((value[:, 1:] == value[:, :-1]) & value[:, 1:].isfinite()).any(1)
     if tied.any():
@@ -149,7 +152,7 @@ def extremes(key, k, largest=False):
     return index[:, :k], value[:, :k].isfinite().sum(1)
 
 
-def fits(pattern, width):
+def check_pattern(pattern, width):
     """The pattern (n, m), or InputError where m does not divide a row of `width` weights."""
     n, m = pattern
     if width % m:
@@ -176,7 +179,7 @@ def keep_mask(score: Tensor, sparsity: float | None = None, pattern: tuple[int, 
             equal, more = score[tied] == kth[tied], width - k - keep[tied].sum(1, keepdim=True)
             keep[tied] |= equal & (equal.cumsum(1, dtype=torch.int32) > equal.sum(1, keepdim=True) - more)
         return keep
-    n, m = fits(pattern, width)
+    n, m = check_pattern(pattern, width)
     group = score.reshape(-1, m).T.contiguous()  # [m, groups]
     rank = torch.zeros_like(group, dtype=torch.int16)  # how many of its group come before each entry
     for i in range(m):
@@ -297,9 +300,9 @@ def swap_refine(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = 
 
 
 def _swap_round(price, mask, slope, G, left, least, candidates, pattern):
-    """A few swaps in each of some rows, of which at most `left` [rows], that lower the error by more than `least`
-    [rows]: the columns that flip, pruned and grown by turns [rows, 2 swaps], and which of these flips are made (bool,
-    the same). price [2, rows, in] of pruning and of growing, mask, slope [rows, in], G: as in swap_refine."""
+    """Choose a few swaps in each row, the best first, at most left[row], each of which lowers the error by more than
+    least[row]. Returns the columns that flip, pruned and grown by turns [rows, 2 swaps], and which of these flips count
+    (bool, the same). price [2, rows, in] of pruning and of growing, mask, slope [rows, in], G: as in swap_refine."""
     prune, grow = _candidates(price, mask, candidates, pattern)
     (rows, groups, a), b = prune.shape, grow.shape[2]
     prune, grow, k, columns, made = prune.flatten(1), grow.flatten(1), groups * a, [], []
@@ -334,8 +337,8 @@ def entries(G, i, j):
 
 
 def lowest(x, k):
-    """The columns of the k smallest entries of each row of x [rows, width], in order. They lie among the k of 16 times
-    fewer sets of columns whose own smallest entries are smallest."""
+    """The columns of the k smallest entries of each row of x [rows, width], in order. To sort fewer entries, a row is
+    cut into width / 16 sets of 16 columns: the k smallest lie in the k sets with the smallest minima."""
     rows, width = x.shape
     if width % 16 or width < 64 * k:
         return x.topk(k, dim=1, largest=False)[1]
@@ -425,7 +428,7 @@ def sparsegpt(W: Tensor, gram: Tensor, *, sparsity: float | None = None, pattern
     assert (sparsity is None) + (pattern is None) + (keep is None) == 2, "one of sparsity, pattern, keep"
     W, H, width = W.float().clone(), gram.float().clone(), W.shape[1]
     if pattern:
-        fits(pattern, width)
+        check_pattern(pattern, width)
     dead = H.diagonal() == 0
     H.diagonal()[dead] = 1
     W[:, dead] = 0
@@ -575,15 +578,21 @@ def relative_error(W, pruned, gram):
     return max(0.0, lost / whole) if whole > 0 else 0.0
 
 
-def prune_block(block, where, hidden, dense, prefix, dtype, *, score, refine, sparsity, refit=False, propagate=False,
+def needs_gram(score, refine, refit=False, propagate=False, **_):
+    """Whether a method, given by these options of `prune`, needs the Gram matrices of the inputs."""
+    return propagate or refit or score == "sparsegpt" or "swap" in refine
+
+
+def prune_block(block, where, hidden, dense, prefix, stored, *, score, refine, sparsity, refit=False, propagate=False,
                 refine_layers="all", **options):
     """Prune the linear layers of one block in place and move `hidden`, a list of [sequences, tokens, C], through it;
     with `propagate` also `dense`, what flows in the dense model. where: (rope, positions) for `steps`; sparsity:
-    {layer's name: share}; dtype: layer's name -> its dtype on disk. Returns a record per layer.
+    {layer's name: share}; stored: a tensor's name -> its dtype on disk. Returns a record per layer.
 
-    With propagate each layer is pruned on what the pruned layers before it really leave, else all on what they leave
-    dense; the last one of either half of a block is the one that adds to the hidden state."""
-    gram = propagate or score == "sparsegpt" or "swap" in refine or refit
+    With propagate each layer is pruned on inputs that the pruned layers before it have made; without, all layers of a
+    block on inputs that the block's dense weights have made. The last layer of either half of a block is the one whose
+    output is added to the hidden state."""
+    gram = needs_gram(score, refine, refit, propagate)
     free = "weights" if refit or score == "sparsegpt" else "mask"
     linears, records, original = prunable(block), [], copy.deepcopy(block) if propagate else None
     for half, step in enumerate(steps(block, *where, halves=propagate)):
@@ -599,7 +608,7 @@ def prune_block(block, where, hidden, dense, prefix, dtype, *, score, refine, sp
                 how = refine if refine_layers == "all" or "self_attn" in name else "none"
                 W = prune_rows(weight, stats[name], layer_goal(weight, stats[name], free), score=score, refine=how,
                                refit=refit, sparsity=sparsity[layer], **options)
-                W = W.to(dtype(f"{layer}.weight"))  # rounded as it will be read again
+                W = W.to(stored(f"{layer}.weight"))  # rounded as it will be read again
                 records.append({"layer": layer, "weights": W.numel(), "sparsity": (W == 0).double().mean().item()})
                 if gram:
                     records[-1]["error"] = relative_error(weight, W, stats[name].gram)
@@ -635,9 +644,8 @@ def prune(model, windows, out, run, *, batch=8, propagate=False, sparsity=None, 
     source, device, count = model.source, model.place["device"], len(model.model.layers)
     source.check_dense()
     rank, world = processes()
-    finished = Path(out) / "pruning.json"
-    if finished.is_file() and (before := json.loads(finished.read_text()))["run"] == run:
-        return before["layers"]
+    if (finished := noted(Path(out) / "pruning.json")) and finished["run"] == run:
+        return finished["layers"]
     positions = torch.arange(windows.shape[1], device=device)
     where, windows = (rotary(model.config, positions), positions), windows[rank::world]
     home = place_for(model.config, windows, 2 if propagate else 1, torch.device(device), model.place["dtype"])
@@ -649,7 +657,7 @@ def prune(model, windows, out, run, *, batch=8, propagate=False, sparsity=None, 
         hidden = [model.embed(ids.to(device)).to(home) for ids in windows.split(batch)]  # the input of the next block
         shares = allocation(model, where, list(hidden), sparsity, allocate)
         dense, records, log = list(hidden), [], writer.partial / "pruning.json"
-        known = json.loads(log.read_text()) if log.is_file() else {"layers": [], "seconds": 0}
+        known = noted(log) or {"layers": [], "seconds": 0}
         for i in tqdm(range(count), desc="pruning", unit="block", leave=False, disable=rank or None):
             block = model.block(i)
             prefix, file = f"model.layers.{i}", shard(i, count)
@@ -679,12 +687,13 @@ def prune(model, windows, out, run, *, batch=8, propagate=False, sparsity=None, 
 def allocation(model, where, hidden, sparsity, kind):
     """{layer's name: the share of it to prune}, over all weights `sparsity`, from one pass of `hidden`, a list of
     [sequences, tokens, C], through the dense model. where: (rope, positions) for `steps`; kind:
-    "owl"          the more of a block's Wanda scores are outliers, above 5 times its mean, the less: linear, 0.16 apart
-                   from the fewest to the most (Yin et al. 2024, arXiv 2310.05175)
-    "sensitivity"  each layer alone is pruned by Wanda, and the damage is the KL divergence of the model's output on
-                   2048 tokens (one window, if that is longer). It grows as the layer's squared error does, known for
-                   every share from its Wanda scores, and the shares within 0.1 of `sparsity` are taken that make the
-                   sum of all damages least."""
+    "owl"          a block's share falls linearly from sparsity + 0.08, of the block with the fewest outliers, to
+                   sparsity - 0.08; then all are moved to the right mean. An outlier is a Wanda score above 5 times the
+                   block's mean (Yin et al. 2024, arXiv 2310.05175)
+    "sensitivity"  each layer alone is pruned by Wanda; its damage is the KL divergence of the model's output on 2048
+                   tokens (one window, if that is longer). For other shares it is scaled by the layer's squared error,
+                   known from the Wanda scores. Of the shares within 0.1 of `sparsity` those with the least total damage
+                   are taken."""
     names = [f"model.layers.{i}.{name}" for i, block in enumerate(model.model.layers) for name in prunable(block)]
     if kind == "uniform":
         return dict.fromkeys(names, sparsity)
@@ -707,8 +716,9 @@ def allocation(model, where, hidden, sparsity, kind):
                 layer.weight.data = torch.where(keep_mask(scores[name], sparsity=sparsity), W, 0)
                 trials.append(step(probe))
                 layer.weight.data = W
-                lost = scores[name].square_().sort(1)[0].sum(0).double().cumsum(0).cpu()  # by so many of each row
-                growth.append(lost[(grid * len(lost)).long()] / lost[int(sparsity * len(lost))].clamp(min=1e-30))
+                lost = F.pad(scores[name].square_().sort(1)[0].sum(0).double().cumsum(0).cpu(), (1, 0))
+                width = len(lost) - 1  # lost[j]: by pruning j weights of each row
+                growth.append(lost[(grid * width).long()] / lost[int(sparsity * width)].clamp(min=1e-30))
             probe = step(probe)
         move(step, hidden)
         del block, linears, step  # before the next one is read
@@ -811,10 +821,10 @@ def check(args, config, text):
     if args.pattern:
         with torch.device("meta"):
             for layer in prunable(Block(config)).values():
-                fits(parse_pattern(args.pattern), layer.in_features)
+                check_pattern(parse_pattern(args.pattern), layer.in_features)
         if args.allocate != "uniform":
             raise InputError(f"--allocate {args.allocate} can't change the pattern {args.pattern}: give a --sparsity")
-    if args.out is not None and not Path(args.out).name:
+    if args.out is not None and Path(os.path.normpath(args.out)).name in ("", ".."):
         raise InputError(f"--out {args.out} has no name of its own: give a folder to make")
     if args.cycles is not None and args.refine == "none":
         raise InputError(f"--cycles {args.cycles} is for swaps, which --refine none leaves out")
@@ -828,13 +838,12 @@ def check(args, config, text):
     usual = args.refit or "swap" in args.refine
     args.propagate = usual if args.propagate is None else args.propagate
     args.compare = text is not None and (args.refit or args.refine != "none") if args.compare is None else args.compare
-    amount = args.pattern or f"{args.sparsity:.0%}"
-    steps = [args.score, *filter(None, args.refine.replace("none", "").split("+")), *["refit"] * args.refit]
+    amount = args.pattern or percent(args.sparsity)
     name = [Path(args.model).name, args.score, args.refine + "+refit" * args.refit,
             amount.replace(":", "of").rstrip("%"), *[args.allocate] * (args.allocate != "uniform"),
             *[f"seed{args.seed}"] * (args.seed != 0), *["no-" * usual + "propagate"] * (args.propagate != usual)]
     args.out = args.out or str(Path("out") / "-".join(name))
-    return amount, " + ".join(steps)
+    return amount, method_of(vars(args))
 
 
 @torch.inference_mode()
@@ -846,7 +855,7 @@ def dry_run(args, config, amount, methods):
     stored = getattr(torch, config.raw.get("dtype") or config.raw.get("torch_dtype") or "", torch.float32)
     dtype, blocks = torch.float32 if args.device == "cpu" else stored, config.num_hidden_layers
     block, tokens, copies = Block(config).to(args.device, dtype), args.nsamples * args.seqlen, 1 + args.propagate
-    layers, gram = prunable(block), args.propagate or args.score == "sparsegpt"
+    layers, gram = prunable(block), any(needs_gram(**method) for method in methods)
     sizes = [layer.weight.numel() for layer in layers.values()]
     held = whole - (blocks - copies) * sum(p.numel() for p in block.parameters())  # embedding, head, a block or two
     gigabytes = {
@@ -908,7 +917,12 @@ def main():
 
     tokenizer, batch, source = load_tokenizer(folder), max(1, 8192 // args.seqlen), GPT.open(folder).source
     source.check_dense()
-    files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(set(source.files.values()))]
+    passes = [("dense", folder, None), (title, out, method)]
+    if args.compare:
+        passes.insert(1, (args.score, out.with_name(out.name + ".unrefined"), plain))
+    for _, place, _ in passes[1:]:
+        CheckpointWriter(place, config.raw, source.folder)  # refuses a folder that it can't fill
+    files = versions([*sorted(set(source.files.values())), args.calib])
     shared = Path(args.data).resolve() == Path(args.calib).resolve()
     split = args.split if args.data in SOURCES or shared else None  # a file of its own is read whole
     ids = evaluation_ids(args.data, split, tokenizer, args.seqlen)
@@ -922,14 +936,9 @@ def main():
     if (args.refit or args.score == "sparsegpt") and calibration.numel() < config.intermediate_size:
         talk(f"note: weights are fitted to {calibration.numel()} tokens of calibration text, fewer than the "
              f"{config.intermediate_size} inputs of a layer: give more --nsamples, or other texts suffer")
-    passes = [("dense", folder, None), (title, out, method)]
-    if args.compare:
-        passes.insert(1, (args.score, out.with_name(out.name + ".unrefined"), plain))
 
     talk(f"\n{'method':<24}{'sparsity':>10}{'perplexity':>14}{'seconds':>10}")
     rows = []
-    for _, place, _ in passes[1:]:
-        CheckpointWriter(place, config.raw, source.folder)  # refuses a folder that it can't fill
     for name, place, how in passes:
         seconds, layers = 0.0, []
         if how:

@@ -8,7 +8,8 @@ beside every figure. Blocks are read from disk one at a time, so a model may be 
 
 Zero-shot accuracy is that of EleutherAI's lm-evaluation-harness: for every choice of a question the log-likelihood of
 the choice after its context, contexts cut from the left where the model can't take them whole. `acc` counts questions
-whose right choice is the most likely one, `acc_norm` those where it is so per character. The one difference:
+whose right choice is the most likely one, `acc_norm` those where it is so after each log-likelihood is divided by its
+choice's length in characters. The one difference:
 log-likelihoods are float32 also where the model computes in bfloat16.
 
     python eval.py --model tiny
@@ -173,7 +174,7 @@ def speed(model, ids, new_tokens=64, repeats=3):
         torch.cuda.reset_peak_memory_stats(ids.device)
     for _ in range(1 + repeats):  # the first one warms up
         marks = [time.perf_counter()]
-        for token in model.stream(ids, new_tokens + 1, temperature=0):
+        for token in model.sample(ids, new_tokens + 1, temperature=0):
             token.tolist()  # waits for the device
             marks.append(time.perf_counter())
         decoding = (marks[-1] - marks[2]) / (new_tokens - 1)  # without the second token, which records a CUDA graph
@@ -269,6 +270,7 @@ def load(args):
     if need > free:
         raise InputError(f"--{'speed' if args.speed else 'sparse'} needs {args.model} in memory, {need / 1e9:,.1f} GB, "
                          f"and {free / 1e9:,.1f} GB are free on {args.device}")
+    del model  # its embedding and head are read once more
     return GPT.from_pretrained(args.model, device=args.device, sparse=args.sparse)
 
 

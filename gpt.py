@@ -4,8 +4,8 @@ The model is the decoder of LLaMA (Touvron et al. 2023): x = embed(ids); for eve
     x = x + attention(norm(x));   x = x + mlp(norm(x))
 then logits = head(norm(x)). Norms are RMSNorm, positions are rotary embeddings in the split-half form (so that Hugging
 Face weights load unchanged), several query heads may share one key/value head, the MLP is SwiGLU. Where a relative
-(Mistral, Qwen, OPT, GPT-2) differs, a field of `Config` says so, which the table FAMILIES fills; nothing is assumed
-about a checkpoint that its config.json does not say.
+(Mistral, Qwen, OPT, GPT-2) differs, a field of `Config` says so, which the table FAMILIES fills; what a config.json
+leaves out gets the Hub's default.
 
 Parameter names are those of Hugging Face's LLaMA whatever the family; every projection is an nn.Linear of its own. A
 checkpoint is a Hugging Face folder under the family's own names (data/checkpoint.py): what is saved here loads in
@@ -127,7 +127,7 @@ class Config:
     def check(self):
         """Raise InputError where config.json asks for something that this file does not compute."""
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "head_dim"):
+                     "num_key_value_heads", "head_dim", "context_length"):
             if type(value := getattr(self, name)) is not int or not 0 < value < 10**8:
                 raise InputError(f"config.json: {name} {value!r} is not a whole number from 1 to 10^8")
         if type(self.slorb_k) is not int or self.slorb_k < 0:
@@ -350,14 +350,15 @@ class GPT(nn.Module):
 
     def embed(self, ids, positions=None):
         """ids [B, T] -> x [B, T, C]; learned positions [T] (None: from 0) are added where the model has them."""
-        if ids.device.type == "cpu" and ids.max() >= self.config.vocab_size:  # a GPU's own complaint is none to read
+        # a GPU's failed assert is none to read; tokens that come one at a time are the model's own
+        if ids.shape[1] > 1 and ids.max() >= self.config.vocab_size:
             raise InputError(f"token {ids.max()} is beyond the model's {self.config.vocab_size}: "
                              f"the tokenizer is not its own")
         x = self.model.embed_tokens(ids)
         if "project_in" in self.model:
             x = self.model.project_in(x)
         if self.config.positions:
-            self.fits(ids.shape[1])
+            self.check_length(ids.shape[1])
             positions = torch.arange(ids.shape[1], device=ids.device) if positions is None else positions
             x = x + self.model.embed_positions(positions + self.config.position_offset)
         return x
@@ -379,7 +380,7 @@ class GPT(nn.Module):
             x = block(x, positions, rope, caches[i] if caches else None)
         return x
 
-    def fits(self, tokens):
+    def check_length(self, tokens):
         """Raise InputError if a text of so many tokens has more positions than the model has learned."""
         if self.config.positions and tokens > self.config.positions:
             raise InputError(f"{tokens} tokens are too many for this model, which has learned {self.config.positions} "
@@ -394,12 +395,12 @@ class GPT(nn.Module):
         return [(w.new_zeros(shape), w.new_zeros(shape)) for _ in self.model.layers]
 
     @torch.inference_mode()
-    def stream(self, ids: Tensor, max_new_tokens: int, temperature: float = 1.0,
+    def sample(self, ids: Tensor, max_new_tokens: int, temperature: float = 1.0,
                top_k: int | None = None) -> Iterator[Tensor]:
         """Yield `max_new_tokens` times the next token [B, 1] of ids [B, T]. temperature 0 takes the most likely token;
         top_k samples among the k most likely ones."""
         B, T = ids.shape
-        self.fits(T + max_new_tokens - 1)  # the last token is not read
+        self.check_length(T + max_new_tokens - 1)  # the last token is not read
         caches = self.new_caches(B, T + max_new_tokens)
         everywhere = torch.arange(T + max_new_tokens, device=ids.device)
         angles = rotary(self.config, everywhere)
@@ -423,8 +424,8 @@ class GPT(nn.Module):
             yield ids
 
     def generate(self, ids: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
-        """ids [B, T] -> ids [B, T + max_new_tokens]: `stream`, collected."""
-        return torch.cat([ids, *self.stream(ids, max_new_tokens, temperature, top_k)], dim=1)
+        """ids [B, T] -> ids [B, T + max_new_tokens]: `sample`, collected."""
+        return torch.cat([ids, *self.sample(ids, max_new_tokens, temperature, top_k)], dim=1)
 
     # checkpoints
 
@@ -565,7 +566,7 @@ def main():
     begin, shown = time.perf_counter(), len(tokenizer.decode(ids))
     print(tokenizer.decode(ids), end="", flush=True)
     prompt = torch.tensor([ids], device=args.device)
-    for token in model.stream(prompt, args.max_new_tokens, args.temperature, args.top_k):
+    for token in model.sample(prompt, args.max_new_tokens, args.temperature, args.top_k):
         ids.append(token.item())
         text = tokenizer.decode(ids)
         if not text.endswith("\ufffd"):  # a character of several tokens is shown when it is whole

@@ -321,14 +321,14 @@ def expect_compressed(module: nn.Module, stored, prefix: str = ""):
 def save_compressed(model: str, folder, bits: int | None = None) -> dict:
     """Write a checkpoint (a preset, a Hub id or a folder) again as `folder` with its 2:4 layers compressed, a block at
     a time. Returns {layers: how many, before, after: bytes on disk}. Raises InputError if no layer is 2:4."""
-    dense, found = GPT.open(model_folder(model)), 0
-    source, count = dense.source, dense.config.num_hidden_layers
+    on_disk, found = GPT.open(model_folder(model)), 0
+    source, count = on_disk.source, on_disk.config.num_hidden_layers
     if source.compressed:
         raise InputError(f"{model} is compressed already")
     with CheckpointWriter(folder, source.raw, source.folder) as out:
         for i in range(count):
             with torch.device("meta"):
-                block = Block(dense.config, i)
+                block = Block(on_disk.config, i)
             tensors = {name: source.tensor(f"model.layers.{i}.{name}").contiguous() for name in block.state_dict()}
             block.load_state_dict(tensors, assign=True)  # in the dtypes that they have on disk
             found += sparsify(block, bits)
@@ -339,7 +339,8 @@ def save_compressed(model: str, folder, bits: int | None = None) -> dict:
         if not found:
             raise InputError(f"{model}: no linear layer of the blocks is 2:4; prune it with a 2:4 pattern first")
         out.write(shard(count, count), source.rest())
-    before, after = (sum(file.stat().st_size for file in set(c.files.values())) for c in (source, GPT.open(folder).source))
+    files = source.files, GPT.open(folder).source.files
+    before, after = (sum(path.stat().st_size for path in set(paths.values())) for paths in files)
     return {"layers": found, "before": before, "after": after}
 
 

@@ -162,7 +162,7 @@ class Checkpoint:
         self._names = {name: theirs for name, (_, theirs, _) in here.items()}
 
     def check_dense(self):
-        """Raise InputError if layers are compressed: so a model is run, not pruned or trained."""
+        """Raise InputError if layers are compressed: such a model can be run, but not pruned or trained."""
         if self.compressed:
             raise InputError(f"{self.folder} holds compressed 2:4 layers: give the folder that it was made from")
 
@@ -191,6 +191,14 @@ class Checkpoint:
 
 # --------------------------------------------------------------------------------------------------------- writing
 
+def noted(path):
+    """What a JSON file holds; None where there is no such file, or a damaged one."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
 def shard(i, blocks):
     """The file of block i of so many; shard(blocks, blocks) is that of everything else."""
     return f"model-{i + 1:05d}-of-{blocks + 1:05d}.safetensors"
@@ -199,8 +207,9 @@ def shard(i, blocks):
 class CheckpointWriter:
     """Writes a Hugging Face folder beside its final place; leaving the `with` block renames it, an error removes it.
 
-    `keep` names the run: with it, the files that an interrupted run of the same name has finished are kept and `done`
-    tells which they are. It stays in the folder as run.json, without which nothing is ever replaced."""
+    `keep` (a dict) identifies the run and is written as run.json. Where an interrupted run has left an unfinished
+    folder with the same one, its files are kept and `done` tells which they are. run.json stays in the finished folder:
+    a folder that lacks it was not made here and is never replaced."""
 
     def __init__(self, folder, raw_config, tokenizer_from=None, keep=None):
         self.folder, self.raw, self.keep = Path(folder).resolve(), raw_config, keep
@@ -223,7 +232,10 @@ class CheckpointWriter:
     def __enter__(self):
         marker = self.partial / "run.json"
         try:
-            if self.keep is None or not marker.is_file() or json.loads(marker.read_text()) != self.keep:
+            if not marker.is_file() and self.partial.is_dir() and any(self.partial.glob("[!.]*")):
+                raise InputError(f"{self.partial} is no unfinished run of this program: move it away or choose another "
+                                 f"output folder")
+            if self.keep is None or noted(marker) != self.keep:
                 if self.keep is not None and any(self.partial.glob("*.safetensors")):
                     raise InputError(f"{self.partial} holds the finished blocks of another run: give the options that "
                                      f"it had, choose another output folder, or delete it")
@@ -279,7 +291,7 @@ class CheckpointWriter:
             source = Path(self.tokenizer_from or self.partial) / name
             if source.is_file() and source.parent != self.partial:
                 write_atomically(self.partial / name, lambda path: shutil.copyfile(source, path))
-        before = self.folder.with_name(f"{self.folder.name}.before")
+        before = self.folder.with_name(f".{self.folder.name}.before")  # a name that nobody else picks
         shutil.rmtree(before, ignore_errors=True)
         if self.folder.is_dir():
             self.folder.rename(before)

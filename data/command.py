@@ -98,6 +98,12 @@ def what_keeps_from_writing(path):
     return None if os.access(above, os.W_OK) else f"you may not write to {above}"
 
 
+def versions(paths):
+    """[[name, bytes, time of the last change]] of those paths that are files: what tells that one was replaced."""
+    found = [(Path(path).name, Path(path).stat()) for path in paths if Path(path).is_file()]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in found]
+
+
 def write_atomically(path, write):
     """Call `write(beside)` on a path beside `path`, then rename: the file is either whole or not there. Makes its
     folder."""

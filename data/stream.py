@@ -6,7 +6,7 @@ A text that is too long to tokenize at every start is tokenized once into a `.bi
     python -m data.stream --model llama2-7b --data arxiv.jsonl --out arxiv.bin
 
 The file is a header of 32 bytes (a mark, then as 64-bit numbers the size of the vocabulary, the bytes of a token and
-the number of tokens) and then the ids. Every document begins with the BOS token where the model's tokenizer has one.
+the number of tokens) and then the ids. Every document begins with the BOS token where the model's tokenizer puts one.
 """
 
 import functools
@@ -29,23 +29,26 @@ CUTS = {"train": (0, 90), "validation": (90, 95), "test": (95, 100)}  # percent 
 
 
 def pieces(texts):
-    """Texts -> (piece, whether it begins a text): long ones are cut at line ends, which bounds memory."""
+    """Texts -> (piece, whether it begins a text, whether it ends it): long ones are cut at line ends, which bounds
+    memory."""
     for text in texts:
         begin = 0
         while begin < len(text):
             end = text.find("\n", begin + PIECE) + 1 or len(text)
-            yield text[begin:end], begin == 0
+            yield text[begin:end], begin == 0, end == len(text)
             begin = end
 
 
 def encode(texts, tokenizer, label):
-    """Texts -> arrays of ids, one for each piece."""
+    """Texts -> arrays of ids, one for each piece. What the tokenizer puts around a text stands around the whole of it;
+    SentencePiece begins every piece with a space, though."""
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    bos = len(tokenizer.encode(""))  # what the tokenizer puts before every text
+    before, after = len(tokenizer.first), len(tokenizer.last)
     with tqdm(total=sum(map(len, texts)), desc=f"tokens of {label}", unit=" characters", unit_scale=True, leave=False,
               disable=None) as bar:
-        for piece, first in pieces(texts):
-            yield np.array(tokenizer.encode(piece)[0 if first else bos:], dtype)
+        for piece, first, last in pieces(texts):
+            ids = tokenizer.encode(piece)
+            yield np.array(ids[0 if first else before:len(ids) - (0 if last else after)], dtype)
             bar.update(len(piece))
 
 
@@ -116,6 +119,12 @@ def tokens(source, tokenizer, split):
     return ids[first:last] if split == "train" else ids[first:last].astype(np.int64)
 
 
+def weighted(name):
+    """"text.txt:0.7" -> ("text.txt", "0.7"); without a weight it is "1"."""
+    source, _, weight = name.rpartition(":")
+    return (source, weight) if source else (name, "1")
+
+
 class Mixture:
     """Training batches: windows from several streams, drawn at random as often as their weights say. Where windows
     begin moves on by the golden ratio of a stream's length, from a random place: that spreads those of a single stream
@@ -126,7 +135,7 @@ class Mixture:
         """names: sources, each with or without `:weight`. Raises InputError for a stream shorter than one batch."""
         self.seqlen, self.streams, weights = seqlen, [], []
         for name in names:
-            source, _, weight = name.rpartition(":") if ":" in name else (name, "", "1")
+            source, weight = weighted(name)
             try:
                 weight = float(weight)
             except ValueError:

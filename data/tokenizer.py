@@ -38,6 +38,7 @@ class SentencePiece:
             raise InputError(f"{path} is not a SentencePiece model: {e}") from None
         self.vocab_size, self.bos = self.model.vocab_size(), self.model.bos_id()
         self.first = [self.bos] if read_json(path.with_name("tokenizer_config.json")).get("add_bos_token", True) else []
+        self.last = []
 
     def encode(self, text):
         """text -> list of ids, BOS first."""
@@ -214,7 +215,9 @@ def load_byte_bpe(folder):
         merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
         return ByteBPE(model["vocab"], merges, splits, added, first, last, nfc=bool(steps), prefix_space=prefix_space,
                        unknown=model["vocab"].get(model.get("unk_token")), whole=model.get("ignore_merges", False))
-    except (KeyError, TypeError, AttributeError) as e:
+    except InputError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise InputError(f"{path} is not a tokenizer: {type(e).__name__} {e}") from None
 
 

@@ -1,10 +1,10 @@
-"""Rebuild the model that ships: a tokenizer and a LLaMA trained on the standard library of the Python that runs this.
+"""Train a model like the one that ships: a tokenizer and a LLaMA on the standard library of the Python that runs this.
 
     python -m data.train_tiny --compile         (about an hour on two CPU cores; after a stop, run it again: it goes on)
     python -m data.train_tiny --compile --out out/small --hidden-size 640 --layers 12 --packages     (larger, for a GPU)
 
 Windows of text are drawn at random, three in ten from the documentation and the others from source code. AdamW, warm-up
-and cosine to zero, arithmetic in bf16 (where that is fast) on float32 weights; those that end up in the folder are bf16.
+and cosine to zero, arithmetic in bf16 (where that is fast) on float32 weights; the folder's are bf16.
 The validation text is read while training, the test text never.
 """
 
@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from data.checkpoint import CheckpointWriter
 from data.command import InputError, at_least, fast_in_bf16, parser, record, run, start, write_atomically
 from data.stdlib import package_source, stdlib_source, stdlib_text
 from data.text import windows
@@ -172,8 +173,9 @@ def main():
     if args.hidden_size < 128 or args.hidden_size % 128:
         raise InputError(f"--hidden-size {args.hidden_size} must be a multiple of 128")
     at_least(args, layers=1, steps=1, batch=1, seqlen=1, save_every=1)
-    work = Path(args.out + ".training")  # the tokenizer and the state of an unfinished run
-    work.mkdir(parents=True, exist_ok=True)
+    CheckpointWriter(args.out, CONFIG)  # refuses a folder that it can't fill
+    out = Path(args.out).resolve()
+    work = out.with_name(out.name + ".training")  # the tokenizer and the state of an unfinished run
     tokenizer, streams = read(work, args.packages)
     held_out = windows(tokenizer.encode(stdlib_text("validation")), args.seqlen + 1).to(args.device)
     print(f"{len(streams[0]):,} tokens of documentation, {len(streams[1]):,} of source, "

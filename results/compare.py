@@ -32,7 +32,7 @@ def read_rows(path):
         if "table" in results:  # of ast_train.py, where a sparsity replaces the pattern
             amount, data, seqlen = options["sparsity"] or options["pattern"], options["eval_data"], options["seqlen"]
         else:
-            amount = options.get("amount") or options.get("pattern") or options.get("sparsity")
+            amount = options.get("pattern") or options.get("sparsity")
             data, seqlen = results.get("data"), results.get("seqlen")
         common = {"model": options["model"], "data": data, "seqlen": seqlen, "amount": amount, "options": options}
         return [complete(common | row) for row in rows]
@@ -45,15 +45,20 @@ def read_rows(path):
 
 
 def method_of(run):
-    """The method's name from what dsnot.py notes of a run."""
+    """The name of a method of dsnot.py, from its options."""
     steps = [run["score"], *run["refine"].replace("none", "").split("+"), "refit" * run.get("refit", False)]
     return " + ".join(filter(None, steps))
+
+
+def percent(share):
+    """0.7 -> "70%", 0.995 -> "99.5%"."""
+    return f"{100 * share:g}%"
 
 
 def complete(row):
     """A row with paths shortened to names, the amount as text and the sparsity as a number."""
     amount = "0%" if row["method"].startswith("dense") or row["amount"] is None else row["amount"]
-    amount = amount if isinstance(amount, str) else f"{amount:.0%}"
+    amount = amount if isinstance(amount, str) else percent(amount)
     n, _, m = amount.rstrip("%").partition(":")
     layers = row.get("layers") or []
     parts = Path(row["model"]).parts  # a snapshot in the Hub's cache: .../models--OWNER--NAME/snapshots/COMMIT
@@ -89,10 +94,10 @@ def merge(rows):
     for row in rows:
         groups.setdefault(key(row), []).append(row)
     for group in groups.values():
-        same = {}  # {what is shown: {seed: row}}; rows of one seed that differ for no known reason stay apart
+        same = {}  # {attempt: {seed: row}}; rows of one seed that differ for no known reason stay apart
         for row in group:
             seed, again = row["options"].get("seed"), 0
-            while not alike(row, same.setdefault((key(row), again), {}).setdefault(seed, row)):
+            while not alike(row, same.setdefault(again, {}).setdefault(seed, row)):
                 again += 1
         for by_seed in same.values():
             values = list(dict.fromkeys(row["perplexity"] for row in by_seed.values() if row["perplexity"]))

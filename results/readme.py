@@ -174,7 +174,8 @@ def ablated():
 def tables():
     """{name of its marker in README: text}."""
     return {
-        "choices": choices(), "tables": table_by_method(pruned("tiny/*", "stories260K/*")), "settings": table_by_method(pruned("settings/*")),
+        "choices": choices(), "tables": table_by_method(pruned("tiny/*", "stories260K/*")),
+        "settings": table_by_method(pruned("settings/*")),
         "goal": goal(), "cost": cost(), "cost of swaps": cost_of_swaps(), "retrained": retrained(),
         "ablation": ablated(), "compressed": compressed(), "streamed": streamed(), "texts": texts()}
 

@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 name=${1:-}
-usage() { sed -n '2,6s/^# //p' "$0" >&2; exit 2; }
+usage() { sed -n '2,6s/^# //p' results/study.sh >&2; exit 2; }
 case $name:$# in
     tiny:1|settings:1) model=() ;;
     tiny:*|settings:*|*/*) usage ;;
@@ -19,7 +19,7 @@ mkdir -p "results/$name"
 run() {
     json=results/$name/${amount/:/of}-$1.json
     if [ -f "$json" ]; then echo "$json is there"; return; fi
-    python dsnot.py "${model[@]}" $option $amount --out "out/study-$name" --json "$json" "${@:2}"
+    python dsnot.py ${model[@]+"${model[@]}"} $option $amount --out "out/study-$name" --json "$json" "${@:2}"
 }
 
 if [ "$name" = settings ]; then

@@ -246,6 +246,19 @@ def test_a_bin_file_returns_the_tokens(files, tmp_path, monkeypatch, capsys):
         stream.open_bin(tmp_path / "text.bin", tokenizer)
 
 
+def test_what_a_tokenizer_puts_around_a_text_stands_around_the_whole(monkeypatch):
+    """Would catch marks of begin and end inside a text that is tokenized piece by piece, and ids lost with them."""
+    class Bytes:
+        first, last, vocab_size = [1], [2], 300
+
+        def encode(self, text):
+            return self.first + list(text.encode()) + self.last
+    monkeypatch.setattr(stream, "PIECE", 10)
+    texts = ["one line\n" * 5, "another"]
+    found = np.concatenate(list(stream.encode(texts, Bytes(), "bytes"))).tolist()
+    assert found == [id for text in texts for id in Bytes().encode(text)]
+
+
 def test_a_mixture_draws_by_weight_and_by_step_alone(files, tmp_path):
     """Would catch a resumed run that reads other windows, and text that is read often while other text is never
     read."""
@@ -443,6 +456,7 @@ def test_methods_side_by_side_end_together(files, tmp_path):
     (["--temperature", "inf"], "--temperature inf must be above 0 and finite"),
     (["--kl-weight", "1.5"], "--kl-weight 1.5 must lie between 0 and 1"),
     (["--pattern", "4:2"], "--pattern 4:2 is no n:m"),
+    (["--methods", "ast", "ast"], "--methods ast ast names one twice"),
     (["--shard", "3"], "--shard 3 must divide the 1 process"),
     (["--out", str(ROOT / "data" / "tiny")], "data/tiny is a model: give a folder"),
     (["--out", str(ROOT / "README.md" / "out")], "README.md is a file: choose another output folder"),

@@ -675,7 +675,8 @@ def test_dry_run_writes_nothing(monkeypatch, capsys, model, tmp_path):
     only = tmp_path / "only"
     only.mkdir()
     (only / "config.json").write_bytes((model / "m" / "config.json").read_bytes())
-    for options in ["--refine", "swap", "--refit"], ["--score", "sparsegpt", "--pattern", "2:4"]:
+    for options in (["--refine", "swap", "--refit"], ["--score", "sparsegpt", "--pattern", "2:4"],
+                    ["--refine", "swap", "--no-propagate"]):
         command(monkeypatch, model, tmp_path / "out", "--model", str(only), "--dry-run", *options)
         printed = capsys.readouterr().out
         assert all(f"{name}_proj" in printed for name in "q k v o gate up down".split()) and "memory" in printed
@@ -708,6 +709,7 @@ BAD = {
     "no such refinement": (["--refine", "swaps"], "invalid choice: 'swaps'"),
     "does not divide": (["--pattern", "3:7"], "--pattern 3:7 needs rows"),
     "no name": (["--out", "/"], "--out /"),
+    "a name above": (["--out", "missing/.."], "--out missing/.. has no name"),
     "a long name": (["--out", "a" * 300], "File name too long"),
     "no cycles in it": (["--refine", "none", "--cycles", "9"], "--cycles 9 is for swaps"),
     "no signs to check": (["--refine", "swap", "--no-sign-check"], "--sign-check is for DSnoT, which --refine swap"),
@@ -801,6 +803,20 @@ def test_what_may_surprise_is_said(monkeypatch, capsys, model, tmp_path):
     command(monkeypatch, model, tmp_path / "twice", "--model", str(tmp_path / "once"), "--seqlen", "65")
     said = capsys.readouterr().out
     assert "pruned before" in said and "65 tokens, more than the 64 that the model is made for" in said
+
+
+def test_a_run_is_told_by_its_texts_and_its_notes(monkeypatch, model, tmp_path):
+    """Would catch a finished folder being taken for the answer after its calibration text was edited, and one whose
+    notes are damaged ending in a traceback."""
+    text, found = tmp_path / "text.txt", []
+    for words in "the words are few ", "the model reads ", None:
+        if words:
+            text.write_text(words * 400)
+        else:
+            (tmp_path / "out" / "pruning.json").write_text('{"run": ')
+        command(monkeypatch, model, tmp_path / "out", "--calib", str(text))
+        found.append(tensors(tmp_path / "out")["model.layers.0.mlp.up_proj.weight"])
+    assert not torch.equal(found[0], found[1]) and torch.equal(found[1], found[2])
 
 
 def test_time_is_kept(monkeypatch, model, tmp_path):

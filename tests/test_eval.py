@@ -379,7 +379,7 @@ def test_results_of_training_and_pruned_folders(tmp_path):
         ("dense", "0%", 0.0, 5.0), ("AST", "2:4", 0.5, 5.5)]
     (tmp_path / "pruning.json").write_text(json.dumps({"layers": [], "run": dict(
         model="cache/models--meta-llama--Llama-2-7b-hf/snapshots/abc", score="wanda", refine="dsnot+swap", refit=True,
-        amount="60%")}))
+        sparsity=0.6, pattern=None)}))
     row = read_rows(tmp_path)[0]
     assert (row["model"], row["method"], row["sparsity"]) == ("Llama-2-7b-hf", "wanda + dsnot + swap + refit", 0.6)
 

@@ -144,6 +144,21 @@ def test_block_by_block(family, changes, tmp_path):
     assert gap(new(ids).logits, other(ids).logits) > 1e-3
 
 
+def test_folders_of_others_beside_a_checkpoint_are_left_alone(tmp_path):
+    """Would catch a folder of the user's that has a name which we might use for a moment."""
+    make_checkpoint(tmp_path / "source")
+    for name in "out.before", "out.partial":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text("mine")
+    model = GPT.from_pretrained(tmp_path / "source")
+    with pytest.raises(InputError, match="out.partial is no unfinished run of this program"):
+        model.save_pretrained(tmp_path / "out")
+    (tmp_path / "out.partial").rename(tmp_path / "elsewhere")
+    for _ in range(2):
+        model.save_pretrained(tmp_path / "out")
+    assert (tmp_path / "out.before" / "mine.txt").is_file() and (tmp_path / "elsewhere" / "mine.txt").is_file()
+
+
 def test_a_finished_checkpoint_takes_the_place_of_the_one_before(tmp_path_factory, tmp_path, monkeypatch):
     """Would catch a moment at which a kill costs the old checkpoint or the finished new one; and a folder behind a
     link."""
@@ -351,6 +366,7 @@ def test_tensors_are_accounted_for(edit, words, folder, monkeypatch, capsys):
     ("config.json", lambda b: b"[1, 2]", "config.json"),
     ("config.json", lambda b: b.replace(b'"hidden_size"', b'"hidden"'), "hidden_size"),
     ("config.json", lambda b: b.replace(b'"hidden_size": 48', b'"hidden_size": "48"'), "hidden_size"),
+    ("config.json", lambda b: b.replace(b'"max_position_embeddings": 64', b'"max_position_embeddings": "64"'), "'64'"),
     ("config.json", lambda b: b.replace(b'"llama"', b'"mamba"'), "mamba"),
     ("config.json", lambda b: b.replace(b'"silu"', b'"swoosh"'), "swoosh"),
     ("config.json", lambda b: b.replace(b'"rope_type": "default"', b'"rope_type": "yarn"'), "yarn"),
