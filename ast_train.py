@@ -36,12 +36,13 @@ and 27.0 GB with --average.
     torchrun --nproc-per-node 8 ast_train.py --recipe llama2-7b --data c4.bin:0.7 arxiv.bin:0.3    (of data.stream)
 
 A run that was stopped goes on when the same command is given again, on as many processes as you like, and ends with the
-same weights (with another number of processes but for rounding): nothing is random but the windows that are read, and
+same weights (with another number of processes, or on a GPU, but for rounding): nothing is random but the windows that are read, and
 those depend on --seed and the step alone.
 Letters: B windows, T tokens of a window, N = B * T, V vocabulary (of logits).
 """
 
 import functools
+import gc
 import json
 import logging
 import math
@@ -309,7 +310,8 @@ def say(text):
 
 def mean_over_processes(value):
     """The mean of a scalar tensor over all processes, as a number."""
-    dist.all_reduce(value)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(value)
     return value.item() / dist.get_world_size()
 
 
@@ -504,6 +506,7 @@ def train(method, args, begin, mixture, held_out, calibration):
     is the folder `args.out / method`."""
     work = Path(args.out) / f"{method}.training"
     source = GPT.open(model_folder(args.model)).source
+    gc.collect()  # compiled blocks of the method before refer to each other, and stay on the GPU until this
     student, which = new_student(args, method, begin, source, calibration)
     options = {name: str(value) for name, value in vars(args).items() if name not in NEUTRAL}
     options |= {"model": which, "texts": str(versions(text_files(args)))}

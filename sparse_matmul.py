@@ -19,11 +19,12 @@ Quantization is symmetric, to nearest, -127..127 or -7..7. A compressed model is
 `X.values`, `X.meta` (and `X.scale`) in place of `X.weight` for each 2:4 layer X; `transformers` can't read it.
 
 A token at a time, a matmul waits for its weights: 16 bits each dense, here 8 + 1, so at most 1.78 times as fast; int8
-and int4 values read 5.125 and 3.125 bits (3.1 and 5.1 times). For one row of x no W is built: W x = sum v0 x[i0] +
-v1 x[i1]. For more rows W is put together in registers as the left operand of the tensor cores; K is split where N alone
-can't fill the GPU. Where many rows make arithmetic the limit, W is decompressed for the dense matmul. Which tile, or
-the dense way, is timed at the first call for each shape (so call once before capturing a CUDA graph). No GPU has run
-this yet: the kernel is checked in Triton's interpreter and compiled for sm_80 and sm_90, no more.
+and int4 values read 5.125 and 3.125 bits (3.1 and 5.1 times), if putting them together does not take longer than reading
+them. For one row of x no W is built: W x = sum v0 x[i0] + v1 x[i1]. For more rows W is put together in registers as the
+left operand of the tensor cores; K is split where N alone can't fill the GPU. Where many rows make arithmetic the limit,
+W is decompressed for the dense matmul. Which tile, or the dense way, is timed at the first call for each shape (so call
+once before capturing a CUDA graph). No GPU has run this yet: the kernels are checked in Triton's interpreter and compiled
+for sm_80 and sm_90, no more.
 
     python sparse_matmul.py                                            # check the kernel and, on a GPU, measure it
     python sparse_matmul.py --model out/llama2-7b-wanda-dsnot-2of4 --bits 8 --out out/small
@@ -130,7 +131,47 @@ def decompress(w: Sparse24) -> torch.Tensor:
     return values.new_zeros(N, K // 4, 4).scatter_(-1, place, values.view(N, K // 4, 2)).view(N, K)
 
 
-# ----------------------------------------------------------------------------------------------------------- the kernel
+# ---------------------------------------------------------------------------------------------------------- the kernels
+
+@jit
+def unpack(pair, BITS: tl.constexpr, dtype: tl.constexpr, out: tl.constexpr):
+    """Two values of BITS bits that are stored as one integer: v0 and v1 as dtype `out`; of 16 bits they are `dtype`."""
+    if BITS < 16:  # sign-extended
+        v0 = (pair.to(tl.int32) << (32 - BITS)) >> (32 - BITS)
+        v1 = (pair.to(tl.int32) << (32 - 2 * BITS)) >> (32 - BITS)
+    else:
+        v0 = pair.to(tl.int16).to(dtype, bitcast=True)
+        v1 = (pair >> 16).to(tl.int16).to(dtype, bitcast=True)
+    return v0.to(out), v1.to(out)
+
+
+@jit
+def row_kernel(x, pairs, meta, scale, y, N, G, dtype: tl.constexpr, BITS: tl.constexpr, BN: tl.constexpr,
+               BW: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr):
+    """y [SPLIT, N] for one row x of `dtype`, given as int64 [G]: a group's four numbers, of which a shift by 16 i brings
+    the one at place i to the low end. A tile is BN rows and BW words of meta, four groups each."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    rows = tl.minimum(n, N - 1).to(tl.int64)  # beyond the end the last row is read again, and never stored
+    four = tl.arange(0, 4)
+    acc = tl.zeros([BN, BW], tl.float32)
+    for first in tl.range(tl.program_id(1) * BW, G // 4, SPLIT * BW, num_stages=STAGES):
+        word = first + tl.arange(0, BW)
+        group, inside = word[:, None] * 4 + four[None, :], word < G // 4  # [BW, 4], [BW]
+        pair = tl.load(pairs + rows[:, None, None] * G + group[None], mask=inside[None, :, None], other=0)
+        places = tl.load(meta + rows[:, None] * (G // 4) + word[None, :], mask=inside[None, :], other=0).to(tl.int32)
+        nibble = places[:, :, None] >> (four * 4)[None, None, :]  # [BN, BW, 4]: 3 masks i0, 12 masks 4 i1
+        v0, v1 = unpack(pair, BITS, dtype, tl.float32)
+        xs = tl.load(x + group, mask=inside[:, None], other=0)[None]  # [1, BW, 4]
+        x0 = (xs >> ((nibble & 3) * 16).to(tl.int64)).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+        x1 = (xs >> ((nibble & 12) * 4).to(tl.int64)).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+        part = tl.sum(v0 * x0 + v1 * x1, 2)
+        if BITS < 16:  # 8 words share a scale
+            part *= tl.load(scale + rows[:, None] * tl.cdiv(G, 32) + (word // 8)[None, :],
+                            mask=inside[None, :], other=0).to(tl.float32)
+        acc += part
+    y += tl.program_id(1).to(tl.int64) * N
+    tl.store(y + n, tl.sum(acc, 1).to(y.dtype.element_ty), mask=n < N)
+
 
 @jit
 def load(pairs, meta, rows, groups, G, BITS: tl.constexpr, dtype: tl.constexpr, out: tl.constexpr):
@@ -138,68 +179,46 @@ def load(pairs, meta, rows, groups, G, BITS: tl.constexpr, dtype: tl.constexpr, 
     inside = (groups < G)[None, :]
     pair = tl.load(pairs + rows[:, None] * G + groups[None, :], mask=inside, other=0)
     word = tl.load(meta + rows[:, None] * (G // 4) + (groups // 4)[None, :], mask=inside, other=0)
-    if BITS < 16:  # sign-extended
-        v0 = (pair.to(tl.int32) << (32 - BITS)) >> (32 - BITS)
-        v1 = (pair.to(tl.int32) << (32 - 2 * BITS)) >> (32 - BITS)
-    else:
-        half: tl.constexpr = tl.int16 if BITS == 16 else tl.int32
-        v0 = pair.to(half).to(dtype, bitcast=True)
-        v1 = (pair >> BITS).to(half).to(dtype, bitcast=True)
-    return v0.to(out), v1.to(out), word.to(tl.int32) >> (groups % 4 * 4)[None, :]
+    v0, v1 = unpack(pair, BITS, dtype, out)
+    return v0, v1, word.to(tl.int32) >> (groups % 4 * 4)[None, :]
 
 
 @jit
 def spread(v0, v1, nibble):
-    """Values [BN, BG] at their places: [BN, 4 BG]. In the nibble, 3 masks i0 and 12 masks i1; i0 < i1."""
-    zero = tl.zeros_like(v0)
-    d0 = tl.where((nibble & 3) == 0, v0, zero)
-    d1 = tl.where((nibble & 3) == 1, v0, tl.where((nibble & 12) == 4, v1, zero))
-    d2 = tl.where((nibble & 3) == 2, v0, tl.where((nibble & 12) == 8, v1, zero))
-    d3 = tl.where((nibble & 12) == 12, v1, zero)
+    """16-bit values [BN, BG] at their places: [BN, 4 BG]. Each group is put together as one 64-bit number."""
+    v0_bits = v0.to(tl.int16, bitcast=True).to(tl.int64) & 0xFFFF
+    v1_bits = v1.to(tl.int16, bitcast=True).to(tl.int64) & 0xFFFF
+    group = (v0_bits << ((nibble & 3) * 16).to(tl.int64)) | (v1_bits << ((nibble & 12) * 4).to(tl.int64))
+    d0 = group.to(tl.int16).to(v0.dtype, bitcast=True)
+    d1 = (group >> 16).to(tl.int16).to(v0.dtype, bitcast=True)
+    d2 = (group >> 32).to(tl.int16).to(v0.dtype, bitcast=True)
+    d3 = (group >> 48).to(tl.int16).to(v0.dtype, bitcast=True)
     return tl.interleave(tl.interleave(d0, d2), tl.interleave(d1, d3))
 
 
 @jit
 def matmul_kernel(x, pairs, meta, scale, y, M, N, G, stride_m, stride_k, BITS: tl.constexpr, BM: tl.constexpr,
                   BN: tl.constexpr, BG: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr):
-    """y [SPLIT, M, N]: part s sums the tiles s, s + SPLIT, ... of K. Quantized values need BG = 32 if BM > 1."""
+    """y [SPLIT, M, N]: part s sums the tiles s, s + SPLIT, ... of K. Quantized values need BG = 32."""
     dtype: tl.constexpr = x.dtype.element_ty
     n = tl.program_id(0) * BN + tl.arange(0, BN)
-    rows = tl.minimum(n, N - 1).to(tl.int64)  # beyond the end the last row is read again, and never stored
+    rows = tl.minimum(n, N - 1).to(tl.int64)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
-    acc = tl.zeros([BN, BG // 4 if BM == 1 else BM], tl.float32)
+    acc = tl.zeros([BN, BM], tl.float32)
     for first in tl.range(tl.program_id(2) * BG, G, SPLIT * BG, num_stages=STAGES):
         k = first * 4 + tl.arange(0, BG * 4)
-        if BM == 1:
-            v0, v1, nibble = load(pairs, meta, rows, first + tl.arange(0, BG), G, BITS, dtype, tl.float32)
-            columns = tl.load(x + k * stride_k, mask=k < 4 * G, other=0).to(tl.float32)
-            even, odd = tl.split(tl.reshape(columns, [BG, 2, 2]))
-            x0, x2 = tl.split(even)
-            x1, x3 = tl.split(odd)
-            at_i0 = tl.where((nibble & 2) != 0, x2[None, :], tl.where((nibble & 1) != 0, x1[None, :], x0[None, :]))
-            at_i1 = tl.where((nibble & 8) != 0, tl.where((nibble & 4) != 0, x3[None, :], x2[None, :]), x1[None, :])
-            part = tl.sum(tl.reshape(v0 * at_i0 + v1 * at_i1, [BN, BG // 4, 4]), 2)
-            if BITS < 16:  # 32 groups, 8 words of meta, share a scale
-                word = first // 4 + tl.arange(0, BG // 4)
-                part *= tl.load(scale + rows[:, None] * tl.cdiv(G, 32) + (word // 8)[None, :],
-                                mask=(word < G // 4)[None, :], other=0).to(tl.float32)
-            acc += part
+        v0, v1, nibble = load(pairs, meta, rows, first + tl.arange(0, BG), G, BITS, dtype, dtype)
+        W = spread(v0, v1, nibble)  # [BN, 4 BG]
+        xT = tl.load(x + m[None, :] * stride_m + k[:, None] * stride_k,
+                     mask=(m < M)[None, :] & (k < 4 * G)[:, None], other=0)  # [4 BG, BM]
+        if BITS < 16:  # integers are exact in both dtypes; the scale comes after the sum
+            s = tl.load(scale + rows * tl.cdiv(G, 32) + first // 32).to(tl.float32)
+            acc += tl.dot(W, xT) * s[:, None]
         else:
-            v0, v1, nibble = load(pairs, meta, rows, first + tl.arange(0, BG), G, BITS, dtype, dtype)
-            W = spread(v0, v1, nibble)  # [BN, 4 BG]
-            xT = tl.load(x + m[None, :] * stride_m + k[:, None] * stride_k,
-                         mask=(m < M)[None, :] & (k < 4 * G)[:, None], other=0)  # [4 BG, BM]
-            if BITS < 16:  # integers are exact in every dtype; the scale comes after the sum
-                s = tl.load(scale + rows * tl.cdiv(G, 32) + first // 32).to(tl.float32)
-                acc += tl.dot(W, xT, input_precision="ieee") * s[:, None]
-            else:
-                acc = tl.dot(W, xT, acc, input_precision="ieee")
+            acc = tl.dot(W, xT, acc)
     y += tl.program_id(2).to(tl.int64) * M * N
-    if BM == 1:
-        tl.store(y + n, tl.sum(acc, 1).to(y.dtype.element_ty), mask=n < N)
-    else:
-        tl.store(y + m[None, :].to(tl.int64) * N + n[:, None], acc.to(y.dtype.element_ty),
-                 mask=(m < M)[None, :] & (n < N)[:, None])
+    tl.store(y + m[None, :].to(tl.int64) * N + n[:, None], acc.to(y.dtype.element_ty),
+             mask=(m < M)[None, :] & (n < N)[:, None])
 
 
 @jit
@@ -219,9 +238,9 @@ def dense_kernel(pairs, meta, scale, W, N, G, BITS: tl.constexpr, BN: tl.constex
 
 # ---------------------------------------------------------------------------------------------------------- the wrapper
 
-PAIR = {4: torch.int8, 8: torch.int16, 16: torch.int32, 32: torch.int64}  # two values of so many bits as one integer
-# tiles to try: BN, BG, parts of K, warps, stages
-ONE_ROW = [(16, 128, 1, 4, 1), (16, 128, 4, 4, 1), (32, 128, 1, 4, 1), (16, 128, 4, 4, 3)]
+PAIR = {4: torch.int8, 8: torch.int16, 16: torch.int32}  # two values of so many bits as one integer
+# tiles to try: BN, BG (for one row BW), parts of K, warps, stages
+ONE_ROW = [(16, 32, 1, 4, 1), (16, 32, 4, 4, 1), (8, 64, 1, 4, 1), (8, 32, 1, 2, 1)]
 MORE_ROWS = [(64, 32, 1, 4, 3), (64, 32, 4, 4, 3), (32, 32, 4, 2, 3), (128, 32, 1, 8, 3)]
 MOST_ROWS = 1024  # of x that are tried with the kernel; the dense way should win from about 200 on
 fastest = {}  # (shape, bits, dtype, device, rows of x rounded up) -> tile, or None for the dense way; measured once
@@ -233,13 +252,19 @@ def parts(w):
 
 
 def matmul(x, w, tile):
-    """x [M, K] @ W.T -> [M, N] with the kernel and tile (BN, BG, parts of K, warps, stages)."""
-    BN, BG, split, warps, stages = tile
+    """x [M, K] @ W.T -> [M, N] with a kernel and tile (BN, BG or BW, parts of K, warps, stages)."""
+    BN, size, split, warps, stages = tile
     (M, K), N = x.shape, w.shape[0]
-    BM = 1 if M == 1 else min(64, max(16, triton.next_power_of_2(M)))  # at 128 registers spill
     y = torch.empty(split, M, N, device=x.device, dtype=x.dtype if split == 1 else torch.float32)
-    matmul_kernel[triton.cdiv(N, BN), triton.cdiv(M, BM), split](
-        x, *parts(w), y, M, N, K // 4, *x.stride(), w.bits, BM, BN, BG, split, stages, num_warps=warps)
+    if M == 1:
+        fours = x.contiguous() if x.data_ptr() % 8 == 0 else x.clone(memory_format=torch.contiguous_format)
+        row_kernel[triton.cdiv(N, BN), split](
+            fours.view(torch.int64), *parts(w), y, N, K // 4, tl.float16 if x.dtype == torch.float16 else tl.bfloat16,
+            w.bits, BN, size, split, stages, num_warps=warps)
+    else:
+        BM = min(64, max(16, triton.next_power_of_2(M)))  # at 128 registers spill
+        matmul_kernel[triton.cdiv(N, BN), triton.cdiv(M, BM), split](
+            x, *parts(w), y, M, N, K // 4, *x.stride(), w.bits, BM, BN, size, split, stages, num_warps=warps)
     return y[0] if split == 1 else y.sum(0).to(x.dtype)
 
 
@@ -267,9 +292,10 @@ def fastest_tile(x, w):
 
 
 def sparse_linear(x: torch.Tensor, w: Sparse24, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [..., K] @ W.T (+ bias) -> [..., N], without gradient; by the kernel on a GPU with Triton, else dense."""
+    """x [..., K] @ W.T (+ bias) -> [..., N], without gradient; 16-bit numbers on a GPU with Triton by a kernel, else
+    dense."""
     assert x.shape[-1] == w.shape[1] and x.dtype == w.dtype, (x.shape, x.dtype, w.shape, w.dtype)
-    if triton is None or not x.is_cuda:
+    if triton is None or not x.is_cuda or x.dtype == torch.float32:
         return F.linear(x, decompress(w), bias)
     with torch.cuda.device(x.device):  # Triton launches on the current one
         flat = x.reshape(-1, x.shape[-1])
@@ -388,7 +414,7 @@ def main():
     if triton is None or not (gpu or os.environ.get("TRITON_INTERPRET")):
         raise InputError(f"--device {args.device}: the kernel needs Triton, and runs on a CPU only without a GPU")
     if not gpu:
-        check("cpu", [torch.float16, torch.float32], (40, 600), [1, 17, 130])
+        check("cpu", [torch.float16], (40, 600), [1, 1, 17, 130])
         print("The kernel agrees with float64 in Triton's interpreter; speeds need a GPU.")
         return record(args, {"agrees": True})
     with torch.cuda.device(args.device):
@@ -396,7 +422,8 @@ def main():
         print("The kernel agrees with float64.", flush=True)
         sys.path.append(str(Path(__file__).parent / "tests"))
         from bench_sparse_matmul import measure  # a file of its own, so that this one stays short
-        record(args, measure(args.device))
+        for results in measure(args.device):
+            record(args, results)
 
 
 if __name__ == "__main__":

@@ -79,10 +79,11 @@ def fast_in_bf16(device):
 
 def timed(work, device):
     """(seconds that work() takes, what it returns)."""
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    wait()
     begin = time.perf_counter()
     result = work()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
+    wait()
     return time.perf_counter() - begin, result
 
 
@@ -154,6 +155,10 @@ def run(main, goes_on=False):
         main()
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError as e:
+        print(f"error: the GPU's memory is full ({str(e).split('. ')[0]}): lower --seqlen, --nsamples or --batch, or give "
+              f"--device cpu", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted" + ": the same command goes on from what is finished" * goes_on, file=sys.stderr)

@@ -16,12 +16,14 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from data.checkpoint import CheckpointWriter
 from data.command import InputError, at_least, fast_in_bf16, parser, record, run, start, write_atomically
 from data.stdlib import package_source, stdlib_source, stdlib_text
+from data.stream import open_bin, write_bin
 from data.text import windows
 from data.tokenizer import SentencePiece
 from gpt import GPT, Config
@@ -33,6 +35,7 @@ CONFIG = dict(  # what does not depend on the size
 TOKENIZER = dict(  # tokenizer_config.json, without which transformers adds neither BOS nor the first word's space
     tokenizer_class="LlamaTokenizer", add_bos_token=True, add_eos_token=False, bos_token="<s>", eos_token="</s>",
     unk_token="<unk>")
+MOST_SOURCE = 200_000_000  # characters of packages that are read: a longer training than ours needs no more
 
 
 def train_tokenizer(path, text, vocab_size):
@@ -72,15 +75,20 @@ def new_model(hidden_size, layers):
 
 
 def read(work, packages):
-    """The tokenizer, trained if `work` has none, and the training ids of documentation and of source code."""
-    docs, source = stdlib_text("train"), stdlib_source() + (package_source() if packages else "")
+    """The tokenizer, trained if `work` has none, and the training ids of documentation and of source code (arrays),
+    which take minutes where packages are many: they, too, are kept in `work`."""
+    docs = stdlib_text("train")
     if not (work / "tokenizer.model").is_file():
         print("training the tokenizer ...", flush=True)
         train_tokenizer(work / "tokenizer.model", docs + "\n" + stdlib_source(), CONFIG["vocab_size"])
         text = json.dumps(TOKENIZER, indent=1) + "\n"
         write_atomically(work / "tokenizer_config.json", lambda beside: beside.write_text(text))
     tokenizer = SentencePiece(work / "tokenizer.model")
-    return tokenizer, [torch.tensor(tokenizer.encode(text)) for text in (docs, source)]
+    file = work / ("packages.bin" if packages else "source.bin")
+    if not file.is_file():
+        texts = [stdlib_source(), package_source()[:MOST_SOURCE] if packages else ""]
+        write_bin(file, [texts], tokenizer, "source code")
+    return tokenizer, [np.array(tokenizer.encode(docs), np.uint16), open_bin(file, tokenizer)]
 
 
 def new_optimizer(model, lr):
@@ -96,7 +104,7 @@ def draw(streams, seed, step, batch, seqlen):
     for _ in range(batch):
         stream = streams[int(torch.rand(1, generator=rng) >= 0.3)]
         at = torch.randint(len(stream) - seqlen, (1,), generator=rng).item()
-        ids.append(stream[at:at + seqlen + 1])
+        ids.append(torch.from_numpy(stream[at:at + seqlen + 1].astype(np.int64)))
     return torch.stack(ids)
 
 
@@ -116,12 +124,12 @@ def options():
     return p.parse_args()
 
 
-def load_state(file, model, optimizer, settings, device):
+def load_state(file, model, optimizer, settings):
     """(step, validation losses so far) of the state that a stopped run has left in `file`, loaded into model and
     optimizer."""
     if not file.is_file():
         return 0, []
-    state = torch.load(file, map_location=device, weights_only=True)
+    state = torch.load(file, map_location="cpu", weights_only=True)
     if state["options"] != settings:
         raise InputError(f"{file} belongs to a run with other options: delete it or choose another --out")
     model.load_state_dict(state["model"])
@@ -134,7 +142,7 @@ def train(args, model, streams, held_out, state_file):
     """Train the model, saving its state at intervals; returns [(step, validation loss)]."""
     optimizer = new_optimizer(model, args.lr)
     settings = [args.hidden_size, args.layers, args.packages, args.steps, args.batch, args.seqlen, args.lr, args.seed]
-    first, history = load_state(state_file, model, optimizer, settings, args.device)
+    first, history = load_state(state_file, model, optimizer, settings)
     for block in model.model.layers if args.compile else ():
         block.compile()  # one block's code serves all of them
     arithmetic = partial(torch.autocast, torch.device(args.device).type, torch.bfloat16, fast_in_bf16(args.device))

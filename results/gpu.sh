@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The pruning tables, AST and compressed models once more at 57 million parameters, for a GPU; what has its file is skipped:
+# The pruning tables, AST and compressed models once more at 57 million parameters, for a GPU; what has its file is skipped
+# and what was cut off goes on:
 #     bash results/gpu.sh
 # then `python eval.py --compare results/small/*.json --by-method` and `python eval.py --compare results/small/ast.json
 # results/small/speed-*.json` print its tables.
@@ -7,8 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p results/small
 [ -d out/small ] || python -m data.train_tiny --hidden-size 640 --layers 12 --packages --steps 4000 --batch 128 --lr 1e-3 \
-    --compile --out out/small --json results/small/train.json
-bash results/study.sh small out/small tiny
+    --compile --save-every 500 --out out/small --json results/train_small.json
 [ -f results/small/ast.json ] || python ast_train.py --model out/small --methods dense ast ast-slorb --out out/ast-small \
     --data tiny:3 tiny-code:7 --steps 1000 --batch 64 --micro-batch 64 --warmup 50 --decay-steps 250 --json results/small/ast.json
 
@@ -21,3 +21,4 @@ for method in ast ast-slorb; do
         measure "$name" "out/small-$name"
     done
 done
+JOBS=${JOBS:-4} bash results/study.sh small out/small tiny  # many short runs: they share the GPU

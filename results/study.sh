@@ -3,11 +3,12 @@
 #     bash results/study.sh tiny                       (the model that ships; about an hour on two CPU cores)
 #     bash results/study.sh settings                   (DSnoT's own settings, on the validation text of tiny)
 #     bash results/study.sh NAME FOLDER TEXT_FILE      (a model and a text of yours; its results go to results/NAME)
+# JOBS=6 OMP_NUM_THREADS=2 makes six runs at a time, for a machine with room for them.
 # `python eval.py --compare results/NAME/*.json --by-method --plot NAME.png` then prints the table and draws it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 name=${1:-}
-usage() { sed -n '2,6s/^# //p' results/study.sh >&2; exit 2; }
+usage() { sed -n '2,7s/^# //p' results/study.sh >&2; exit 2; }
 case $name:$# in
     tiny:1|settings:1) model=() ;;
     tiny:*|settings:*|*/*) usage ;;
@@ -16,10 +17,27 @@ case $name:$# in
 esac
 mkdir -p "results/$name"
 
+pids=()
+trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
 run() {
-    json=results/$name/${amount/:/of}-$1.json
+    local row=${amount/:/of}-$1
+    local json=results/$name/$row.json
     if [ -f "$json" ]; then echo "$json is there"; return; fi
-    python dsnot.py ${model[@]+"${model[@]}"} $option $amount --out "out/study-$name" --json "$json" "${@:2}"
+    while [ "$(jobs -rp | wc -l)" -ge "${JOBS:-1}" ]; do sleep 0.2; done
+    tidy
+    python dsnot.py ${model[@]+"${model[@]}"} $option $amount --out "out/study-$name/$row" --json "$json" "${@:2}" &
+    pids+=($!)
+}
+tidy() {  # of the models that have been measured
+    local folder row
+    for folder in "out/study-$name"/*; do
+        row=$(basename "$folder" .unrefined)
+        [ ! -f "results/$name/$row.json" ] || rm -rf "$folder"
+    done
+}
+finish() {  # with an error if a run had one
+    for pid in ${pids[@]+"${pids[@]}"}; do wait "$pid"; done
+    tidy
 }
 
 if [ "$name" = settings ]; then
@@ -34,6 +52,7 @@ if [ "$name" = settings ]; then
             done
         done
     done
+    finish
     exit
 fi
 amounts="0.5 0.6 0.7 2:4"
@@ -62,3 +81,4 @@ for amount in $amounts; do
         run sparsegpt-swap-refit-sensitivity --score sparsegpt --refine swap --refit --no-compare --allocate sensitivity
     fi
 done
+finish

@@ -52,7 +52,8 @@ def microseconds(graphs, repeats=7):
 
 
 def matmuls(device, dtype=torch.bfloat16):
-    """{bandwidth: that of a copy in bytes per microsecond, table: a row for each shape and number of rows of x}."""
+    """Yield after each shape what is known by then {bandwidth: that of a copy in bytes per microsecond, table: a row
+    for each shape and number of rows of x}."""
     big, table = torch.empty(2 ** 30, dtype=torch.uint8, device=device), []
     bandwidth = 2 * big.nbytes / microseconds({"copy": capture(big.clone().copy_, [big])})["copy"]
     print(f"{torch.cuda.get_device_name()}, {dtype}, a copy moves {bandwidth / 1e6:.2f} TB/s\n"
@@ -61,6 +62,10 @@ def matmuls(device, dtype=torch.bfloat16):
         W = prune_24(torch.randn(N, K, device=device)).to(dtype)
         forms = {"dense": W} | {kind: compress(W, bits) for kind, bits in KINDS.items()}
         copies = {name: [copy.deepcopy(w) for _ in range(1 + 300_000_000 // size(w))] for name, w in forms.items()}
+        try:
+            copies["torch"] = [torch.sparse.to_sparse_semi_structured(W) for W in copies["dense"]]
+        except RuntimeError as e:  # whatever it can't do on this GPU must not cost the other numbers
+            print(f"torch's own 2:4 is left out: {e}")
         for M in ROWS:
             x, graphs = torch.randn(M, K, device=device, dtype=dtype), {}
             for library in ("cublas", "cublaslt"):  # the faster one is "dense"
@@ -68,11 +73,8 @@ def matmuls(device, dtype=torch.bfloat16):
                 graphs[library] = capture(lambda W: F.linear(x, W), copies["dense"])
             torch.backends.cuda.preferred_blas_library("default")
             graphs |= {kind: capture(lambda w: sparse_linear(x, w), copies[kind]) for kind in KINDS}
-            try:
-                theirs = [torch.sparse.to_sparse_semi_structured(W) for W in copies["dense"]]
-                graphs["torch"] = capture(lambda W: F.linear(x, W), theirs)
-            except RuntimeError as e:  # whatever it can't do on this GPU must not cost the other numbers
-                print(f"torch's own 2:4 is left out: {e}")
+            if "torch" in copies:
+                graphs["torch"] = capture(lambda W: F.linear(x, W), copies["torch"])
             us = microseconds(graphs)
             us = {"dense": min(us.pop("cublas"), us.pop("cublaslt"))} | us
             share = {name: size(w) / us[name] / bandwidth for name, w in forms.items()}
@@ -80,7 +82,7 @@ def matmuls(device, dtype=torch.bfloat16):
             print(f"{N:>5} x {K:<5} M {M:<4}" + "".join(
                 f"{name:>10}{t:>8.1f} {us['dense'] / t:>5.2f}x" + (f" {share[name]:>4.0%}" if name in share else "")
                 for name, t in us.items()), flush=True)
-    return {"bandwidth": bandwidth, "table": table}
+        yield {"bandwidth": bandwidth, "table": table}
 
 
 @torch.no_grad()
@@ -112,9 +114,10 @@ def draw(table, path):
 
 
 def measure(device):
-    """All of it."""
-    results = matmuls(device)
+    """Yield all that is measured by then, so that a run that is cut off has something to show."""
+    for results in matmuls(device):
+        yield results
     draw(results["table"], Path(__file__).parents[1] / "assets" / "sparse_matmul.svg")
     results["decode_tokens_per_second"] = rates = {kind: decode(device, kind) for kind in ("dense", *KINDS)}
     print("LLaMA2-7B's shape decodes", ", ".join(f"{rate:.1f} tokens/s {kind}" for kind, rate in rates.items()))
-    return results
+    yield results

@@ -103,9 +103,10 @@ def compiled(kernel, arch, dtype, bits, tile, BM):
     """A kernel compiled for a GPU that need not be there, for rows whose length is a multiple of 64."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
-    BN, BG, split, warps, stages = tile
-    values = dict(BITS=bits, BM=BM, BN=BN, BG=BG, SPLIT=split, STAGES=stages, stride_k=1)
-    types = dict(x=f"*{dtype}", W=f"*{dtype}", y="*fp32", pairs={16: "*i32", 8: "*i16", 4: "*i8"}[bits], meta="*i16",
+    BN, size, split, warps, stages = tile
+    values = dict(BITS=bits, BM=BM, BN=BN, BG=size, BW=size, SPLIT=split, STAGES=stages, stride_k=1,
+                  dtype=triton.language.float16 if dtype == "fp16" else triton.language.bfloat16)
+    types = dict(x="*i64" if kernel is sparse_matmul.row_kernel else f"*{dtype}", W=f"*{dtype}", y="*fp32", pairs={16: "*i32", 8: "*i16", 4: "*i8"}[bits], meta="*i16",
                  scale=f"*{dtype}", M="i32", N="i32", G="i32", stride_m="i32")
     names = kernel.arg_names
     source = triton.compiler.ASTSource(
@@ -120,7 +121,7 @@ def test_kernels_compile(tmp_path, arch, dtype, bits):
     """Catches what the interpreter does not see: types and layouts that Triton's compiler refuses, matmuls that miss
     the tensor cores, registers that spill to the stack, more shared memory than a small GPU has."""
     knobs = pytest.importorskip("triton").knobs
-    for kernel, tile, BM in [(sparse_matmul.matmul_kernel, sparse_matmul.ONE_ROW[1], 1),
+    for kernel, tile, BM in [(sparse_matmul.row_kernel, sparse_matmul.ONE_ROW[1], 1),
                              (sparse_matmul.matmul_kernel, sparse_matmul.MORE_ROWS[1], 16),
                              (sparse_matmul.dense_kernel, (32, 32, 1, 4, 1), None)]:
         built = compiled(kernel, arch, dtype, bits, tile, BM)
