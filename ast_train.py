@@ -46,17 +46,12 @@ import gc
 import json
 import logging
 import math
-import os
 import shutil
-import signal
 import tempfile
-import threading
 import time
 from argparse import BooleanOptionalAction
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
-from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 
 import torch
@@ -70,17 +65,19 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 from data import load_tokenizer, windows
+from data.calibration import InputStats, watch
 from data.checkpoint import CheckpointWriter
-from data.command import InputError, Parser, fast_in_bf16, parser, record, run, start, versions, write_atomically
+from data.command import InputError, Parser, parser, record, run, versions, write_atomically
+from data.device import fast_in_bf16
 from data.hub import model_folder
+from data.processes import mean_over_processes, process_group, say, side_by_side
 from data.stream import Mixture, tokens, weighted
 from data.text import SOURCES, evaluation_ids
-from dsnot import InputStats, keep_mask, magnitude_score, parse_pattern, prunable, prune, wanda_score, watch
+from dsnot import keep_mask, magnitude_score, parse_pattern, prune, wanda_score
 from eval import perplexity
-from gpt import GPT, Config
+from gpt import GPT, Config, prunable
 
 RECIPES = {  # ours for the model that ships, the authors' for the others (`c4` is one file: give more as a .bin)
     "tiny": dict(
@@ -301,19 +298,7 @@ def training_loss(student_logits, teacher_logits, targets, kl_weight, temperatur
     return ByChunks.apply(both, *inputs) / targets.numel()
 
 
-# ------------------------------------------------------------------------------------ models, processes, states on disk
-
-def say(text):
-    if dist.get_rank() == 0:
-        print(text, flush=True)
-
-
-def mean_over_processes(value):
-    """The mean of a scalar tensor over all processes, as a number."""
-    if dist.get_world_size() > 1:
-        dist.all_reduce(value)
-    return value.item() / dist.get_world_size()
-
+# ------------------------------------------------------------------------------------ models and states on disk
 
 def arithmetic(args):
     """bf16 products where --dtype asks for them; weights stay as they are."""
@@ -699,14 +684,8 @@ def check(args):
 
 
 @contextmanager
-def process_group(args):
-    """Inside, the processes that torchrun began know each other (or there is one); running out of memory is said."""
-    torchrun, cuda = "RANK" in os.environ, args.device.startswith("cuda")
-    if torchrun and cuda:
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    start(args)
-    alone = {} if torchrun else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+def memory_is_enough(args):
+    """Inside, running out of memory raises an InputError that names the options that need less."""
     try:
         yield
     except RuntimeError as e:
@@ -715,8 +694,6 @@ def process_group(args):
             raise
         raise InputError(f"out of memory: lower --micro-batch ({args.micro_batch}), add --checkpoint-activations or "
                          f"take more GPUs; the last state is kept in {args.out}") from None
-    finally:
-        dist.destroy_process_group()
 
 
 def texts(args, tokenizer):
@@ -726,33 +703,15 @@ def texts(args, tokenizer):
     return mixture, held_out, mixture.batch(args.seed, 0, CALIBRATION, stream=0)[:, :-1]
 
 
-def train_in_a_process(method, args, begin, threads):
-    """`train` in a process of its own, on so many threads; it ends when the one that began it is killed."""
-    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
-    tqdm.set_lock(threading.RLock())  # its usual lock would outlive a process that is killed
-    torch.set_num_threads(threads)
-    with process_group(args):
+def train_alone(method, args, begin):
+    """`train` in a process of its own."""
+    with process_group(args), memory_is_enough(args):
         return train(method, args, begin, *texts(args, load_tokenizer(args.model)))
-
-
-def side_by_side(args, begin, threads):
-    """Train all methods at once, a process each on so many threads; yields (method, state) as they end. An error or
-    Ctrl-C ends all of them: the processes themselves ignore Ctrl-C, which would leave some of them waiting."""
-    ignore = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
-    with ProcessPoolExecutor(len(args.methods), get_context("spawn"), **ignore) as pool:
-        began = {pool.submit(train_in_a_process, method, args, begin, threads): method for method in args.methods}
-        try:
-            for ended in as_completed(began):
-                yield began[ended], ended.result()
-        except BaseException:
-            for process in active_children():
-                process.kill()
-            raise
 
 
 def main():
     args, started = options(), time.perf_counter()
-    with process_group(args):
+    with process_group(args), memory_is_enough(args):
         check(args)
         amount(args)
         folder = model_folder(args.model)
@@ -775,7 +734,7 @@ def main():
         # on a CPU side by side: two processes of one thread get more done than two threads that wait for each other
         beside = args.device == "cpu" and dist.get_world_size() == 1 and len(args.methods) > 1 and threads > 0
         one_by_one = ((method, train(method, args, begin, mixture, held_out, calibration)) for method in args.methods)
-        for method, state in side_by_side(args, begin, threads) if beside else one_by_one:
+        for method, state in side_by_side(train_alone, args.methods, threads, args, begin) if beside else one_by_one:
             runs[method] = state
             if dist.get_rank() == 0:
                 plot(Path(args.out) / "curve.png", runs)

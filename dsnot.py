@@ -46,17 +46,19 @@ from functools import partial, reduce
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from data import calibration_windows, load_tokenizer, windows
+from data.calibration import InputStats, input_stats, move, place_for, readers, steps
 from data.checkpoint import CheckpointWriter, noted, shard
-from data.command import InputError, at_least, parser, record, run, start, timed, versions, write_atomically
+from data.command import InputError, at_least, parser, record, run, versions, write_atomically
+from data.device import timed
 from data.hub import model_folder
+from data.processes import add_up, process_group, processes, say, wait
 from data.text import SOURCES, evaluation_ids, usual_text
-from eval import free_memory, perplexity
+from eval import perplexity
 from gpt import GPT, Block, Config, prunable, rotary
 from results.compare import method_of, percent
 
@@ -65,67 +67,6 @@ from results.compare import method_of, percent
 # hidden state: the share of the hidden state's error so far (dense less pruned) that they also try to repair. Weights
 # can make up for all of it, a mask alone can't (tests/compare_goal.py).
 AIM = {"mask": (0.5, 0.0), "weights": (1.0, 1.0)}
-
-# ------------------------------------------------------------------------------------------------- many processes
-
-def processes():
-    """(this process, how many there are): (0, 1) where torchrun has not started several."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def add_up(tensor):
-    """Replace a tensor in every process by the sum over all of them."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-
-
-def wait():
-    """Until all processes are here."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-# ---------------------------------------------------------------------------------------- statistics of the inputs
-
-
-class InputStats:
-    """What a linear layer's inputs x look like, in float32: `sum`, `square`, `variance` [in] as s, q and v above, and
-        gram   [in, in]   on demand, the sum of x x^T over all tokens
-        cross  [in, in]   if z is given, the sum of z x^T; z: what the layer gets in the dense model
-        lack   [out, in]  if d is given, the sum of d x^T; d: the dense model's hidden state less the one that is there,
-                          to which the layer's output is added"""
-
-    def __init__(self, in_features: int, device="cpu", gram: bool = False):
-        self.sequences = 0
-        self._sum, self._square, self._variance = (torch.zeros(in_features, device=device) for _ in range(3))
-        self.gram = torch.zeros(in_features, in_features, device=device) if gram else None
-        self.cross = self.lack = None
-
-    def add(self, x: Tensor, z: Tensor | None = None, d: Tensor | None = None):
-        """One calibration sequence: x, z [tokens, in], d [tokens, out]."""
-        x = x.float()
-        self.sequences += 1
-        self._sum += x.sum(0)
-        self._square += x.square().sum(0)
-        self._variance += x.var(0, unbiased=False)
-        if self.gram is not None:
-            self.gram.addmm_(x.T, x)
-        if z is not None:
-            self.cross = z.float().T @ x if self.cross is None else self.cross.addmm_(z.float().T, x)
-        if d is not None:
-            self.lack = d.float().T @ x if self.lack is None else self.lack.addmm_(d.float().T, x)
-
-    def all_reduce(self):
-        """Add up what all processes have seen."""
-        count = torch.tensor(self.sequences, device=self._sum.device)
-        for tensor in (count, self._sum, self._square, self._variance, self.gram, self.cross, self.lack):
-            if tensor is not None:
-                add_up(tensor)
-        self.sequences = count.item()
-
-    sum = property(lambda self: self._sum / self.sequences)
-    square = property(lambda self: self._square / self.sequences)
-    variance = property(lambda self: self._variance / self.sequences)
 
 
 # ------------------------------------------------------------------------------------------------ scores and masks
@@ -460,63 +401,6 @@ def sparsegpt(W: Tensor, gram: Tensor, *, sparsity: float | None = None, pattern
 
 # --------------------------------------------------------------------------------------------- walking the blocks
 
-class watch:
-    """Context: while it is open, `seen(name, x)` is called for the input x [sequences, tokens, in] of each layer."""
-
-    def __init__(self, linears, seen):
-        self.linears, self.seen = linears, seen
-
-    def __enter__(self):
-        self.hooks = [layer.register_forward_pre_hook(lambda _, inputs, name=name: self.seen(name, inputs[0]))
-                      for name, layer in self.linears.items()]
-
-    def __exit__(self, *_):
-        for hook in self.hooks:
-            hook.remove()
-
-
-def steps(block, rope, positions, halves=False):
-    """A block as one function of x [sequences, tokens, C], or as its two halves; x comes and goes where it lives."""
-    def on_its_way(function):
-        return lambda x: function(x.to(positions.device)).to(x.device)
-    if halves:
-        return [on_its_way(partial(block.attend, positions=positions, rope=rope)), on_its_way(block.transform)]
-    return [on_its_way(partial(block, positions=positions, rope=rope))]
-
-
-def readers(step, x, linears):
-    """The linear layers that a step calls, in order, those that read the same tensor (q, k, v; gate, up) together."""
-    inputs, together = {}, {}
-    with watch(linears, inputs.__setitem__):
-        step(x)
-    for name, tensor in inputs.items():
-        together.setdefault(id(tensor), []).append(name)
-    return list(together.values())
-
-
-def input_stats(step, hidden, linears, groups, gram=False, teacher=None, adds=False):
-    """{name: InputStats} of some groups of linear layers of a step that is called with each [sequences, tokens, C] of
-    `hidden`, over all processes. teacher: (step, hidden, linears) of the dense model, to know what they get there;
-    adds: their output is added to `hidden` and is to make up for what that lacks."""
-    names, stats = [group[0] for group in groups], {}
-    for i, x in enumerate(hidden):
-        inputs, targets = {}, {}
-        with watch({name: linears[name] for name in names}, inputs.__setitem__):
-            step(x)
-        if teacher:
-            with watch({name: teacher[2][name] for name in names}, targets.__setitem__):
-                teacher[0](teacher[1][i])
-        for name in names:
-            one = stats.setdefault(name, InputStats(inputs[name].shape[-1], inputs[name].device, gram))
-            z = targets[name] if teacher else [None] * len(x)
-            d = (teacher[1][i].float() - x.float()).to(inputs[name].device) if adds else [None] * len(x)
-            for sequence in zip(inputs[name], z, d):
-                one.add(*sequence)
-    for one in stats.values():
-        one.all_reduce()
-    return {name: stats[group[0]] for group in groups for name in group}
-
-
 def layer_goal(W, stats, free):
     """The goal [out, in] of a layer, as in swap_refine, from its InputStats; None: what its dense weights make of its
     inputs. free: "mask" or "weights", what can be chosen (see AIM)."""
@@ -617,19 +501,6 @@ def prune_block(block, where, hidden, dense, prefix, stored, *, score, refine, s
         if propagate:
             move(teacher[0], dense)
     return records
-
-
-def move(step, hidden):
-    """hidden <- step(hidden), one batch at a time, so that little more than one copy exists."""
-    for i, x in enumerate(hidden):
-        hidden[i] = step(x)
-
-
-def place_for(config, windows, copies, device, dtype):
-    """Where so many copies of all activations fit beside everything else: on the device if they take less than half of
-    what is free there, else in the computer's memory."""
-    need = copies * windows.numel() * config.hidden_size * dtype.itemsize
-    return device if need < free_memory(device) / 2 else "cpu"
 
 
 @torch.inference_mode()
@@ -898,32 +769,14 @@ def dry_run(args, config, amount, methods):
           f"{blocks} blocks; reading, writing and evaluation come on top")
 
 
-def main():
-    args = options()
-    torchrun, cuda = "RANK" in os.environ, args.device.startswith("cuda")
-    if torchrun and cuda:
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    start(args)
-    if torchrun:
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=torch.device(args.device) if cuda else None)
-    folder = model_folder(args.model, config_only=args.dry_run)
-    config = Config.read(folder)
-    amount, title = check(args, config, usual_text(folder, None))
-    method = {name: getattr(args, name) for name in METHOD} | dict(pattern=args.pattern and parse_pattern(args.pattern))
-    plain = method | dict(refine="none", refit=False, propagate=False)
-    if args.dry_run:
-        return dry_run(args, config, amount, [method] + [plain] * args.compare)
-    (rank, _), out = processes(), Path(os.path.normpath(args.out))  # "missing/.." is where it will be written
-    talk = print if rank == 0 else lambda *_, **__: None
-
+def prune_and_measure(args, folder, config, amount, passes):
+    """Make the checkpoint of each of the passes (name, folder, options of prune; None: it is there), measure it and
+    print a line; returns the rows of the table."""
     def load(folder):
         return GPT.from_pretrained(folder, device=args.device, stream=True)
 
     tokenizer, batch, source = load_tokenizer(folder), max(1, 8192 // args.seqlen), GPT.open(folder).source
     source.check_dense()
-    passes = [("dense", folder, None), (title, out, method)]
-    if args.compare:
-        passes.insert(1, (args.score, out.with_name(out.name + ".unrefined"), plain))
     for _, place, _ in passes[1:]:
         CheckpointWriter(place, config.raw, source.folder)  # refuses a folder that it can't fill
     files = versions([*sorted(set(source.files.values())), args.calib])
@@ -932,34 +785,51 @@ def main():
     ids = evaluation_ids(args.data, split, tokenizer, args.seqlen)
     data = f"the last tenth of {args.data}" if shared and args.data not in SOURCES else args.data
     calibration = calibration_windows(args.calib, tokenizer, args.nsamples, args.seqlen, args.seed)
-    talk(f"{args.model}: {amount} pruned, calibration {args.nsamples} x {args.seqlen} tokens of {args.calib}, "
-         f"perplexity on {data} ({len(windows(ids, args.seqlen))} windows of {args.seqlen} tokens"
-         f"{config.remark(args.seqlen)})")
+    say(f"{args.model}: {amount} pruned, calibration {args.nsamples} x {args.seqlen} tokens of {args.calib}, "
+        f"perplexity on {data} ({len(windows(ids, args.seqlen))} windows of {args.seqlen} tokens"
+        f"{config.remark(args.seqlen)})")
     if (source.folder / "pruning.json").is_file():
-        talk(f"note: {args.model} has been pruned before; it is what is called dense here")
+        say(f"note: {args.model} has been pruned before; it is what is called dense here")
     if (args.refit or args.score == "sparsegpt") and calibration.numel() < config.intermediate_size:
-        talk(f"note: weights are fitted to {calibration.numel()} tokens of calibration text, fewer than the "
-             f"{config.intermediate_size} inputs of a layer: give more --nsamples, or other texts suffer")
+        say(f"note: weights are fitted to {calibration.numel()} tokens of calibration text, fewer than the "
+            f"{config.intermediate_size} inputs of a layer: give more --nsamples, or other texts suffer")
 
-    talk(f"\n{'method':<24}{'sparsity':>10}{'perplexity':>14}{'seconds':>10}")
+    say(f"\n{'method':<24}{'sparsity':>10}{'perplexity':>14}{'seconds':>10}")
     rows = []
     for name, place, how in passes:
         seconds, layers = 0.0, []
         if how:
-            noted = {option: getattr(args, option) for option in ("calib", "nsamples", "seqlen", "seed")} | how
-            noted |= dict(model=str(source.folder.resolve()), files=files, pattern=args.pattern)
-            layers = prune(load(folder), calibration, place, noted, batch=batch, **how)
-            seconds = json.loads((Path(place) / "pruning.json").read_text())["seconds"]
+            identity = {option: getattr(args, option) for option in ("calib", "nsamples", "seqlen", "seed")} | how
+            identity |= dict(model=str(source.folder.resolve()), files=files, pattern=args.pattern)
+            layers = prune(load(folder), calibration, place, identity, batch=batch, **how)
+            seconds = noted(Path(place) / "pruning.json")["seconds"]
         weights = max(1, sum(layer["weights"] for layer in layers))
         zeros = sum(layer["weights"] * layer["sparsity"] for layer in layers) / weights
         ppl = perplexity(load(place), ids, args.seqlen, batch, progress=True)
         rows.append({"method": name, "sparsity": zeros, "perplexity": ppl, "seconds": seconds, "layers": layers})
-        talk(f"{name:<24}{zeros:>10.2%}{ppl:>14.2f}{seconds:>10.1f}", flush=True)
-    talk(f"\nsaved {out}")
-    if rank == 0:
-        record(args, {"data": args.data, "seqlen": args.seqlen, "rows": rows})
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        say(f"{name:<24}{zeros:>10.2%}{ppl:>14.2f}{seconds:>10.1f}")
+    return rows
+
+
+def main():
+    args = options()
+    with process_group(args):
+        folder = model_folder(args.model, config_only=args.dry_run)
+        config = Config.read(folder)
+        amount, title = check(args, config, usual_text(folder, None))
+        method = {name: getattr(args, name) for name in METHOD}
+        method |= dict(pattern=args.pattern and parse_pattern(args.pattern))
+        plain = method | dict(refine="none", refit=False, propagate=False)
+        if args.dry_run:
+            return dry_run(args, config, amount, [method] + [plain] * args.compare)
+        out = Path(os.path.normpath(args.out))  # "missing/.." is where it will be written
+        passes = [("dense", folder, None), (title, out, method)]
+        if args.compare:
+            passes.insert(1, (args.score, out.with_name(out.name + ".unrefined"), plain))
+        rows = prune_and_measure(args, folder, config, amount, passes)
+        say(f"\nsaved {out}")
+        if processes()[0] == 0:
+            record(args, {"data": args.data, "seqlen": args.seqlen, "rows": rows})
 
 
 if __name__ == "__main__":

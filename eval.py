@@ -21,8 +21,6 @@ Shapes: B batch, T tokens, C hidden size.
 """
 
 import math
-import os
-import re
 import statistics
 import sys
 import time
@@ -36,22 +34,13 @@ from tqdm import tqdm
 
 from data import load_tokenizer, windows
 from data.command import InputError, at_least, parser, record, run, start
+from data.device import free_memory
 from data.tasks import SEVEN, TASKS, encode_pair, load_task
 from data.text import SOURCES, evaluation_ids, usual_text
 from gpt import GPT, rotary
 from results.compare import compare, read_rows
 
 # ------------------------------------------------------------------------------------------ perplexity and accuracy
-
-
-def free_memory(device):
-    """Bytes that are free on a device; of a CPU what Linux calls available, elsewhere half of what is built in."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        return 1024 * int(re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())[1])
-    except OSError:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def hidden_states(model, batches, label, progress):

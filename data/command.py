@@ -5,15 +5,15 @@ import json
 import os
 import platform
 import random
-import re
 import sys
-import time
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from data.device import processor
 
 
 class InputError(ValueError):
@@ -72,21 +72,6 @@ def at_least(args, **lowest):
             raise InputError(f"--{name.replace('_', '-')} {value} must be at least {low}")
 
 
-def fast_in_bf16(device):
-    """Whether a device multiplies faster in bf16 than in float32: a GPU, a CPU with AMX."""
-    return device != "cpu" or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-
-
-def timed(work, device):
-    """(seconds that work() takes, what it returns)."""
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    wait()
-    begin = time.perf_counter()
-    result = work()
-    wait()
-    return time.perf_counter() - begin, result
-
-
 def what_keeps_from_writing(path):
     """Why a file or folder can't be made at a path, in words; None where it can."""
     try:
@@ -122,14 +107,6 @@ def write_atomically(path, write):
     finally:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
-
-
-def processor():
-    """The CPU's name, where Linux tells it."""
-    try:
-        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    except (OSError, TypeError):
-        return f"CPU {platform.machine()}"
 
 
 def record(args, results):

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 
 from data.checkpoint import CheckpointWriter
-from data.command import InputError, at_least, fast_in_bf16, parser, record, run, start, write_atomically
+from data.command import InputError, at_least, parser, record, run, start, write_atomically
+from data.device import fast_in_bf16
 from data.stdlib import package_source, stdlib_source, stdlib_text
 from data.stream import open_bin, write_bin
 from data.text import windows

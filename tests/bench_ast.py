@@ -17,7 +17,8 @@ import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from ast_train import AnnealedAdamW, SparseLinear, backward, make_sparse, options, set_up
-from data.command import record, run, start, timed
+from data.command import record, run, start
+from data.device import timed
 from gpt import GPT
 
 STEPS, WARM = 30, 2  # of each kind; the first ones compile and don't count

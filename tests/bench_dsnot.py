@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from data.command import parser, record, run, start, timed
+from data.command import parser, record, run, start
+from data.device import timed
 from dsnot import (InputStats, dsnot_refine, keep_mask, magnitude_score, relative_error, sparsegpt, swap_refine,
                    wanda_score)
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import dsnot
 from conftest import ROOT, SHARED, make_checkpoint
+from data.calibration import watch
 from data.command import InputError, run
 from dsnot import InputStats, dsnot_refine, keep_mask, magnitude_score, sparsegpt, wanda_score
 from test_gpt import ALL, ids_for, theirs
@@ -569,9 +570,9 @@ def test_layers_aim_at_the_dense_model(monkeypatch, family, changes, refit, tmp_
     with torch.no_grad():
         for step in dsnot.steps(block, *where, halves=True):
             seen, wanted = {}, {}
-            with dsnot.watch(linears, seen.__setitem__):
+            with watch(linears, seen.__setitem__):
                 after = step(x)
-            with dsnot.watch(linears, wanted.__setitem__):
+            with watch(linears, wanted.__setitem__):
                 step(z)
             for i, name in enumerate(seen):
                 W = linears[name].weight
@@ -626,7 +627,7 @@ def test_allocation(monkeypatch, model, kind):
                                   [dense.embed(ids) for ids in windows.split(4)], 0.6, kind)
         inputs, layers = {}, {f"model.layers.{i}.{name}": layer for i, block in enumerate(dense.model.layers)
                               for name, layer in dsnot.prunable(block).items()}
-        with dsnot.watch(layers, inputs.__setitem__):
+        with watch(layers, inputs.__setitem__):
             dense(windows)
         stats = {}
         for name, x in inputs.items():

@@ -1,0 +1,127 @@
+"""What the layers of a model see when calibration text flows through it, block by block.
+
+The text is a list `hidden` of hidden states [sequences, tokens, C]. A step (a block, or half of one) is called with each
+of them; while it runs, `watch` sees the input of every linear layer, which `InputStats` sum up.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from data.device import free_memory
+from data.processes import add_up
+
+
+class InputStats:
+    """What a linear layer's inputs x look like, in float32, over N calibration sequences, [in] each:
+        sum       s_k, the mean over sequences of the sum of x_k over a sequence's tokens
+        square    q_k, the same of x_k^2
+        variance  v_k, the mean over sequences of the (biased) variance of x_k inside the sequence
+    and on demand
+        gram   [in, in]   the sum of x x^T over all tokens
+        cross  [in, in]   if z is given, the sum of z x^T; z: what the layer gets in the dense model
+        lack   [out, in]  if d is given, the sum of d x^T; d: the dense model's hidden state less the one that is there,
+                          to which the layer's output is added"""
+
+    def __init__(self, in_features: int, device="cpu", gram: bool = False):
+        self.sequences = 0
+        self._sum, self._square, self._variance = (torch.zeros(in_features, device=device) for _ in range(3))
+        self.gram = torch.zeros(in_features, in_features, device=device) if gram else None
+        self.cross = self.lack = None
+
+    def add(self, x: Tensor, z: Tensor | None = None, d: Tensor | None = None):
+        """One calibration sequence: x, z [tokens, in], d [tokens, out]."""
+        x = x.float()
+        self.sequences += 1
+        self._sum += x.sum(0)
+        self._square += x.square().sum(0)
+        self._variance += x.var(0, unbiased=False)
+        if self.gram is not None:
+            self.gram.addmm_(x.T, x)
+        if z is not None:
+            self.cross = z.float().T @ x if self.cross is None else self.cross.addmm_(z.float().T, x)
+        if d is not None:
+            self.lack = d.float().T @ x if self.lack is None else self.lack.addmm_(d.float().T, x)
+
+    def all_reduce(self):
+        """Add up what all processes have seen."""
+        count = torch.tensor(self.sequences, device=self._sum.device)
+        for tensor in (count, self._sum, self._square, self._variance, self.gram, self.cross, self.lack):
+            if tensor is not None:
+                add_up(tensor)
+        self.sequences = count.item()
+
+    sum = property(lambda self: self._sum / self.sequences)
+    square = property(lambda self: self._square / self.sequences)
+    variance = property(lambda self: self._variance / self.sequences)
+
+
+class watch:
+    """Context: while it is open, `seen(name, x)` is called for the input x [sequences, tokens, in] of each layer."""
+
+    def __init__(self, linears, seen):
+        self.linears, self.seen = linears, seen
+
+    def __enter__(self):
+        self.hooks = [layer.register_forward_pre_hook(lambda _, inputs, name=name: self.seen(name, inputs[0]))
+                      for name, layer in self.linears.items()]
+
+    def __exit__(self, *_):
+        for hook in self.hooks:
+            hook.remove()
+
+
+def steps(block, rope, positions, halves=False):
+    """A block as one function of x [sequences, tokens, C], or as its two halves; x comes and goes where it lives."""
+    def on_its_way(function):
+        return lambda x: function(x.to(positions.device)).to(x.device)
+    if halves:
+        return [on_its_way(partial(block.attend, positions=positions, rope=rope)), on_its_way(block.transform)]
+    return [on_its_way(partial(block, positions=positions, rope=rope))]
+
+
+def readers(step, x, linears):
+    """The linear layers that a step calls, in order, those that read the same tensor (q, k, v; gate, up) together."""
+    inputs, together = {}, {}
+    with watch(linears, inputs.__setitem__):
+        step(x)
+    for name, tensor in inputs.items():
+        together.setdefault(id(tensor), []).append(name)
+    return list(together.values())
+
+
+def input_stats(step, hidden, linears, groups, gram=False, teacher=None, adds=False):
+    """{name: InputStats} of some groups of linear layers of a step that is called with each [sequences, tokens, C] of
+    `hidden`, over all processes. teacher: (step, hidden, linears) of the dense model, to know what they get there;
+    adds: their output is added to `hidden` and is to make up for what that lacks."""
+    names, stats = [group[0] for group in groups], {}
+    for i, x in enumerate(hidden):
+        inputs, targets = {}, {}
+        with watch({name: linears[name] for name in names}, inputs.__setitem__):
+            step(x)
+        if teacher:
+            with watch({name: teacher[2][name] for name in names}, targets.__setitem__):
+                teacher[0](teacher[1][i])
+        for name in names:
+            one = stats.setdefault(name, InputStats(inputs[name].shape[-1], inputs[name].device, gram))
+            z = targets[name] if teacher else [None] * len(x)
+            d = (teacher[1][i].float() - x.float()).to(inputs[name].device) if adds else [None] * len(x)
+            for sequence in zip(inputs[name], z, d):
+                one.add(*sequence)
+    for one in stats.values():
+        one.all_reduce()
+    return {name: stats[group[0]] for group in groups for name in group}
+
+
+def move(step, hidden):
+    """hidden <- step(hidden), one batch at a time, so that little more than one copy exists."""
+    for i, x in enumerate(hidden):
+        hidden[i] = step(x)
+
+
+def place_for(config, windows, copies, device, dtype):
+    """Where so many copies of all activations fit beside everything else: on the device if they take less than half of
+    what is free there, else in the computer's memory."""
+    need = copies * windows.numel() * config.hidden_size * dtype.itemsize
+    return device if need < free_memory(device) / 2 else "cpu"

@@ -1,0 +1,42 @@
+"""What the machine has and how fast it is."""
+
+import os
+import platform
+import re
+import time
+from pathlib import Path
+
+import torch
+
+
+def free_memory(device):
+    """Bytes that are free on a device; of a CPU what Linux calls available, elsewhere half of what is built in."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return 1024 * int(re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())[1])
+    except OSError:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def fast_in_bf16(device):
+    """Whether a device multiplies faster in bf16 than in float32: a GPU, a CPU with AMX."""
+    return device != "cpu" or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+
+
+def timed(work, device):
+    """(seconds that work() takes, what it returns)."""
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    wait()
+    begin = time.perf_counter()
+    result = work()
+    wait()
+    return time.perf_counter() - begin, result
+
+
+def processor():
+    """The CPU's name, where Linux tells it."""
+    try:
+        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):
+        return f"CPU {platform.machine()}"

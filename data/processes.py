@@ -1,0 +1,84 @@
+"""Several processes: those that torchrun begins, which share one run, and those that do a piece of work each, side by
+side on a CPU."""
+
+import os
+import signal
+import threading
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from multiprocessing import active_children, get_context, parent_process
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from data.command import start
+
+
+@contextmanager
+def process_group(args):
+    """`start` of data.command; inside, the processes that torchrun began know each other (or there is one), and each has
+    a GPU of its own."""
+    torchrun, cuda = "RANK" in os.environ, args.device.startswith("cuda")
+    if torchrun and cuda:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    start(args)
+    alone = {} if torchrun else dict(store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def processes():
+    """(this process, how many there are); (0, 1) outside of `process_group`, too."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def say(text=""):
+    """Print, in the first process alone."""
+    if processes()[0] == 0:
+        print(text, flush=True)
+
+
+def wait():
+    """Until all processes are here."""
+    if processes()[1] > 1:
+        dist.barrier()
+
+
+def add_up(tensor):
+    """Replace a tensor in every process by the sum over all of them."""
+    if processes()[1] > 1:
+        dist.all_reduce(tensor)
+
+
+def mean_over_processes(value):
+    """The mean of a scalar tensor over all processes, as a number."""
+    add_up(value)
+    return value.item() / processes()[1]
+
+
+def side_by_side(work, names, threads, *rest):
+    """Call work(name, *rest) for all names at once, a process each on so many threads; yields (name, what it returns) as
+    they end. An error or Ctrl-C ends all of them: the processes themselves ignore Ctrl-C, which would leave some of them
+    waiting."""
+    ignore = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    with ProcessPoolExecutor(len(names), get_context("spawn"), **ignore) as pool:
+        began = {pool.submit(_alone, work, threads, name, *rest): name for name in names}
+        try:
+            for ended in as_completed(began):
+                yield began[ended], ended.result()
+        except BaseException:
+            for process in active_children():
+                process.kill()
+            raise
+
+
+def _alone(work, threads, *arguments):
+    """work(*arguments) on so many threads, in a process that ends when the one that began it is killed."""
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # its usual lock would outlive a process that is killed
+    torch.set_num_threads(threads)
+    return work(*arguments)
