@@ -62,12 +62,6 @@ from eval import perplexity
 from gpt import GPT, Block, Config, prunable, rotary
 from results.compare import method_of, percent
 
-# What a layer's output should be with --propagate, (a, b). a: between what its dense weights make of the inputs that it
-# now gets (0) and what it is in the dense model (1). b, for o_proj and down_proj alone, whose outputs are added to the
-# hidden state: the share of the hidden state's error so far (dense less pruned) that they also try to repair. Weights
-# can make up for all of it, a mask alone can't (tests/compare_goal.py).
-AIM = {"mask": (0.5, 0.0), "weights": (1.0, 1.0)}
-
 
 # ------------------------------------------------------------------------------------------------ scores and masks
 
@@ -400,6 +394,13 @@ def sparsegpt(W: Tensor, gram: Tensor, *, sparsity: float | None = None, pattern
 
 
 # --------------------------------------------------------------------------------------------- walking the blocks
+
+# What a layer's output should be with --propagate, (a, b). a: between what its dense weights make of the inputs that it
+# now gets (0) and what it is in the dense model (1). b, for o_proj and down_proj alone, whose outputs are added to the
+# hidden state: the share of the hidden state's error so far (dense less pruned) that they also try to repair. Weights
+# can make up for all of it, a mask alone can't (tests/compare_goal.py).
+AIM = {"mask": (0.5, 0.0), "weights": (1.0, 1.0)}
+
 
 def layer_goal(W, stats, free):
     """The goal [out, in] of a layer, as in swap_refine, from its InputStats; None: what its dense weights make of its
