@@ -705,13 +705,13 @@ def texts(args, tokenizer):
 
 def train_alone(method, args, begin):
     """`train` in a process of its own."""
-    with process_group(args), memory_is_enough(args):
+    with process_group(args, alone=True), memory_is_enough(args):
         return train(method, args, begin, *texts(args, load_tokenizer(args.model)))
 
 
 def main():
     args, started = options(), time.perf_counter()
-    with process_group(args), memory_is_enough(args):
+    with process_group(args, alone=True), memory_is_enough(args):
         check(args)
         amount(args)
         folder = model_folder(args.model)

@@ -16,19 +16,21 @@ from data.command import start
 
 
 @contextmanager
-def process_group(args):
-    """`start` of data.command; inside, the processes that torchrun began know each other (or there is one), and each has
-    a GPU of its own."""
+def process_group(args, alone=False):
+    """`start` of data.command; inside, the processes that torchrun began know each other, and each has a GPU of its own.
+    alone: also where it began none there is a group, of one process."""
     torchrun, cuda = "RANK" in os.environ, args.device.startswith("cuda")
     if torchrun and cuda:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     start(args)
-    alone = {} if torchrun else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+    if torchrun or alone:
+        of_one = {} if torchrun else dict(store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **of_one)
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def processes():
