@@ -1,6 +1,7 @@
 """What every command shares: the options --seed --device --json, one way to fail, one way to record a result."""
 
 import argparse
+import errno
 import json
 import os
 import platform
@@ -136,6 +137,11 @@ def run(main, goes_on=False):
     except torch.OutOfMemoryError as e:
         print(f"error: the GPU's memory is full ({str(e).split('. ')[0]}): lower --seqlen, --nsamples or --batch, or give "
               f"--device cpu", file=sys.stderr)
+        sys.exit(2)
+    except OSError as e:
+        if e.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"error: {e.filename} is too long for a name", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted" + ": the same command goes on from what is finished" * goes_on, file=sys.stderr)
