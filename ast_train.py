@@ -583,6 +583,7 @@ def results(args, test_ids, calibration, begin):
         return dict(parameters=sum(p.count_nonzero().item() for p in model.parameters()), tokens=used,
                     perplexity=perplexity(model, test_ids, args.seqlen, args.micro_batch))
 
+    print(f"measuring the dense, one-shot and trained models on {args.eval_data} ...", flush=True)
     rows = {"dense": measure(args.model, 0)}
     for score in ["magnitude", "wanda", "sparsegpt"] if args.one_shot else []:
         with tempfile.TemporaryDirectory(dir=args.out) as folder:

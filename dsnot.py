@@ -767,7 +767,7 @@ def dry_run(args, config, amount, methods):
     size = whole * stored.itemsize / 1e9
     print(f"disk      {size:.1f} GB to read, {len(methods) * size:.1f} GB to write")
     print(f"time      {needed * blocks / 60:,.1f} minutes on {args.device}, estimated from a part of one of the "
-          f"{blocks} blocks; reading, writing and evaluation come on top")
+          f"{blocks} blocks and as busy as the machine is now; reading, writing and evaluation come on top")
 
 
 def prune_and_measure(args, folder, config, amount, passes):
@@ -778,9 +778,13 @@ def prune_and_measure(args, folder, config, amount, passes):
 
     tokenizer, batch, source = load_tokenizer(folder), max(1, 8192 // args.seqlen), GPT.open(folder).source
     source.check_dense()
-    for _, place, _ in passes[1:]:
-        CheckpointWriter(place, config.raw, source.folder)  # refuses a folder that it can't fill
-    files = versions([*sorted(set(source.files.values())), args.calib])
+    same = {option: getattr(args, option) for option in ("calib", "nsamples", "seqlen", "seed")}
+    same |= dict(model=str(source.folder.resolve()), pattern=args.pattern,
+                 files=versions([*sorted(set(source.files.values())), args.calib]))
+    for _, place, how in passes[1:]:
+        CheckpointWriter(place, config.raw, source.folder, keep=how | same)  # refuses a folder that it can't fill
+        if (before := noted(Path(place) / "run.json")) and before != how | same:
+            say(f"note: {place} holds a finished run with other options or texts, which will be replaced")
     shared = Path(args.data).resolve() == Path(args.calib).resolve()
     split = args.split if args.data in SOURCES or shared else None  # a file of its own is read whole
     ids = evaluation_ids(args.data, split, tokenizer, args.seqlen)
@@ -800,9 +804,7 @@ def prune_and_measure(args, folder, config, amount, passes):
     for name, place, how in passes:
         seconds, layers = 0.0, []
         if how:
-            identity = {option: getattr(args, option) for option in ("calib", "nsamples", "seqlen", "seed")} | how
-            identity |= dict(model=str(source.folder.resolve()), files=files, pattern=args.pattern)
-            layers = prune(load(folder), calibration, place, identity, batch=batch, **how)
+            layers = prune(load(folder), calibration, place, how | same, batch=batch, **how)
             seconds = noted(Path(place) / "pruning.json")["seconds"]
         weights = max(1, sum(layer["weights"] for layer in layers))
         zeros = sum(layer["weights"] * layer["sparsity"] for layer in layers) / weights

@@ -228,17 +228,18 @@ class CheckpointWriter:
             raise InputError(f"can't write {folder}: {obstacle}: choose another output folder")
         if taken:
             raise InputError(f"{folder} exists and is no model that was written here: choose another output folder")
+        marker = self.partial / "run.json"
+        if not marker.is_file() and self.partial.is_dir() and any(self.partial.glob("[!.]*")):
+            raise InputError(f"{self.partial} is no unfinished run of this program: move it away or choose another "
+                             f"output folder")
+        if keep is not None and noted(marker) != keep and any(self.partial.glob("*.safetensors")):
+            raise InputError(f"{self.partial} holds the finished blocks of another run: give the options that it had, "
+                             f"choose another output folder, or delete it")
 
     def __enter__(self):
         marker = self.partial / "run.json"
         try:
-            if not marker.is_file() and self.partial.is_dir() and any(self.partial.glob("[!.]*")):
-                raise InputError(f"{self.partial} is no unfinished run of this program: move it away or choose another "
-                                 f"output folder")
             if self.keep is None or noted(marker) != self.keep:
-                if self.keep is not None and any(self.partial.glob("*.safetensors")):
-                    raise InputError(f"{self.partial} holds the finished blocks of another run: give the options that "
-                                     f"it had, choose another output folder, or delete it")
                 shutil.rmtree(self.partial, ignore_errors=True)
                 self.partial.mkdir(parents=True)
                 write_atomically(marker, lambda path: path.write_text(json.dumps(self.keep)))

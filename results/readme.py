@@ -29,8 +29,8 @@ CHOICES = [  # what a reader wants, the command that does it, and the method's n
     ("the best weights for it, too", "dsnot.py --refine swap --refit", "wanda + swap + refit"),
     ("and layers that differ in sparsity", "dsnot.py --refine swap --refit --allocate sensitivity",
      "wanda + swap + refit (allocate sensitivity)"),
-    ("the best 2:4, with training", "ast_train.py", "AST"),
-    ("and 12.5 % more parameters", "ast_train.py", "AST + SLoRB")]
+    ("the best 2:4, with training", "ast_train.py --methods ast", "AST"),
+    ("and 12.5 % more parameters", "ast_train.py --methods ast-slorb", "AST + SLoRB")]
 ABLATION = {  # what a run is called: its file, and the row of its table
     "AST": ("seed0", "AST"), "no distillation": ("no-distillation", "AST"), "static decay": ("static-decay", "AST"),
     "no decay": ("no-decay", "AST"), "fixed mask": ("fixed-mask", "AST"), "mask by Wanda score": ("wanda", "AST"),

@@ -791,6 +791,7 @@ def test_existing_folders_are_respected(monkeypatch, capsys, model, tmp_path):
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
     for sparsity in "0.5", "0.6":
         command(monkeypatch, model, tmp_path / "new", "--sparsity", sparsity)
+        assert ("finished run with other options" in capsys.readouterr().out) == (sparsity == "0.6")
     assert json.loads((tmp_path / "new" / "pruning.json").read_text())["run"]["sparsity"] == 0.6
 
 
