@@ -4,6 +4,7 @@ files of results/. Of what a long study makes one by one, runs that have no file
     python results/readme.py
 """
 
+import argparse
 import json
 import math
 import re
@@ -205,6 +206,7 @@ def draw_ast(path):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__).parse_args()
     readme = ROOT / "README.md"
     text = readme.read_text()
     for name, table in tables().items():
@@ -217,6 +219,7 @@ def main():
     plot(pruned("tiny/*", "stories260K/*"), ROOT / "assets/dsnot.png")
     plot(pruned("tiny/0.7-wanda-swap-refit*"), ROOT / "assets/layers.png")
     draw_ast(ROOT / "assets/ast.png")
+    print("README.md and its pictures hold what results/ holds")
 
 
 if __name__ == "__main__":
