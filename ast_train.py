@@ -36,8 +36,8 @@ and 27.0 GB with --average.
     torchrun --nproc-per-node 8 ast_train.py --recipe llama2-7b --data c4.bin:0.7 arxiv.bin:0.3    (of data.stream)
 
 A run that was stopped goes on when the same command is given again, on as many processes as you like, and ends with the
-same weights (with another number of processes, or on a GPU, but for rounding): nothing is random but the windows that are read, and
-those depend on --seed and the step alone.
+same weights (with another number of processes, or on a GPU, but for rounding): nothing is random but the windows that
+are read, and those depend on --seed and the step alone.
 Letters: B windows, T tokens of a window, N = B * T, V vocabulary (of logits).
 """
 
@@ -349,7 +349,7 @@ def first_weights(args, calibration):
     method = dict(score="wanda", refine="swap", refit=True, propagate=True)
     run = {name: str(getattr(args, name)) for name in ("model", "data", "seqlen", "seed")}
     run |= dict(pattern=None if args.sparsity else args.pattern, sparsity=args.sparsity) | method
-    run |= {"files": versions([*sorted(set(model.source.files.values())), *text_files(args)])}
+    run |= {"files": versions([*model.source.paths, *text_files(args)])}
     prune(model, calibration, folder, run, batch=args.micro_batch, **method, **amount(args))  # all processes together
     return folder
 

@@ -780,7 +780,7 @@ def prune_and_measure(args, folder, config, amount, passes):
     source.check_dense()
     same = {option: getattr(args, option) for option in ("calib", "nsamples", "seqlen", "seed")}
     same |= dict(model=str(source.folder.resolve()), pattern=args.pattern,
-                 files=versions([*sorted(set(source.files.values())), args.calib]))
+                 files=versions([*source.paths, args.calib]))
     for _, place, how in passes[1:]:
         CheckpointWriter(place, config.raw, source.folder, keep=how | same)  # refuses a folder that it can't fill
         if (before := noted(Path(place) / "run.json")) and before != how | same:

@@ -365,8 +365,7 @@ def save_compressed(model: str, folder, bits: int | None = None) -> dict:
         if not found:
             raise InputError(f"{model}: no linear layer of the blocks is 2:4; prune it with a 2:4 pattern first")
         out.write(shard(count, count), source.rest())
-    files = source.files, GPT.open(folder).source.files
-    before, after = (sum(path.stat().st_size for path in set(paths.values())) for paths in files)
+    before, after = (sum(path.stat().st_size for path in c.paths) for c in (source, GPT.open(folder).source))
     return {"layers": found, "before": before, "after": after}
 
 

@@ -122,7 +122,8 @@ class Checkpoint:
     """A folder opened for reading: tensors under our names, read when they are asked for.
 
     Opening reads only headers; `match` compares them with what the model needs, so a checkpoint that does not fit is
-    refused before any work is done. After that, `files` {name: path} and `shapes` {name: shape} are known."""
+    refused before any work is done. After that, `files` {name: path}, `paths` (each file once) and `shapes` {name: shape}
+    are known."""
 
     def __init__(self, folder, raw):
         """raw: the folder's config.json."""
@@ -158,6 +159,7 @@ class Checkpoint:
                              f"is config.json the right one?")
         here = {name: self._found[bare(self.layout.name(name))] for name in parameters}
         self.files = {name: path for name, (path, _, _) in here.items()}
+        self.paths = sorted(set(self.files.values()))
         self.shapes = {name: tuple(value.shape) for name, value in parameters.items()}
         self._names = {name: theirs for name, (_, theirs, _) in here.items()}
 
@@ -215,7 +217,7 @@ class CheckpointWriter:
         self.folder, self.raw, self.keep = Path(folder).resolve(), raw_config, keep
         self.layout = layout_of(raw_config)
         self.partial = self.folder.with_name((self.folder.name or "root") + ".partial")
-        self.tokenizer_from = tokenizer_from
+        self.marker, self.tokenizer_from = self.partial / "run.json", tokenizer_from
         try:
             read = tokenizer_from and self.folder.exists() and self.folder.samefile(tokenizer_from)
             obstacle = f"{self.folder} is a file" if self.folder.is_file() else what_keeps_from_writing(self.folder)
@@ -228,21 +230,19 @@ class CheckpointWriter:
             raise InputError(f"can't write {folder}: {obstacle}: choose another output folder")
         if taken:
             raise InputError(f"{folder} exists and is no model that was written here: choose another output folder")
-        marker = self.partial / "run.json"
-        if not marker.is_file() and self.partial.is_dir() and any(self.partial.glob("[!.]*")):
+        if not self.marker.is_file() and self.partial.is_dir() and any(self.partial.glob("[!.]*")):
             raise InputError(f"{self.partial} is no unfinished run of this program: move it away or choose another "
                              f"output folder")
-        if keep is not None and noted(marker) != keep and any(self.partial.glob("*.safetensors")):
+        if keep is not None and noted(self.marker) != keep and any(self.partial.glob("*.safetensors")):
             raise InputError(f"{self.partial} holds the finished blocks of another run: give the options that it had, "
                              f"choose another output folder, or delete it")
 
     def __enter__(self):
-        marker = self.partial / "run.json"
         try:
-            if self.keep is None or noted(marker) != self.keep:
+            if self.keep is None or noted(self.marker) != self.keep:
                 shutil.rmtree(self.partial, ignore_errors=True)
                 self.partial.mkdir(parents=True)
-                write_atomically(marker, lambda path: path.write_text(json.dumps(self.keep)))
+                write_atomically(self.marker, lambda path: path.write_text(json.dumps(self.keep)))
         except OSError as e:
             raise InputError(f"can't write {self.partial}: {e.strerror or e}") from None
         return self
