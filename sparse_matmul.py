@@ -19,12 +19,12 @@ Quantization is symmetric, to nearest, -127..127 or -7..7. A compressed model is
 `X.values`, `X.meta` (and `X.scale`) in place of `X.weight` for each 2:4 layer X; `transformers` can't read it.
 
 A token at a time, a matmul waits for its weights: 16 bits each dense, here 8 + 1, so at most 1.78 times as fast; int8
-and int4 values read 5.125 and 3.125 bits (3.1 and 5.1 times), if putting them together does not take longer than reading
-them. For one row of x no W is built: W x = sum v0 x[i0] + v1 x[i1]. For more rows W is put together in registers as the
-left operand of the tensor cores; K is split where N alone can't fill the GPU. Where many rows make arithmetic the limit,
-W is decompressed for the dense matmul. Which tile, or the dense way, is timed at the first call for each shape (so call
-once before capturing a CUDA graph). No GPU has run this yet: the kernels are checked in Triton's interpreter and compiled
-for sm_80 and sm_90, no more.
+and int4 values read 5.125 and 3.125 bits (3.1 and 5.1 times), if putting them together does not take longer than
+reading them. For one row of x no W is built: W x = sum v0 x[i0] + v1 x[i1]. For more rows W is put together in
+registers as the left operand of the tensor cores; K is split where N alone can't fill the GPU. Where many rows make
+arithmetic the limit, W is decompressed for the dense matmul. Which tile, or the dense way, is timed at the first call
+for each shape (so call once before capturing a CUDA graph). No GPU has run this yet: the kernels are checked in
+Triton's interpreter and compiled for sm_80 and sm_90, no more.
 
     python sparse_matmul.py                                            # check the kernel and, on a GPU, measure it
     python sparse_matmul.py --model out/llama2-7b-wanda-dsnot-2of4 --bits 8 --out out/small
@@ -148,8 +148,8 @@ def unpack(pair, BITS: tl.constexpr, dtype: tl.constexpr, out: tl.constexpr):
 @jit
 def row_kernel(x, pairs, meta, scale, y, N, G, dtype: tl.constexpr, BITS: tl.constexpr, BN: tl.constexpr,
                BW: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr):
-    """y [SPLIT, N] for one row x of `dtype`, given as int64 [G]: a group's four numbers, of which a shift by 16 i brings
-    the one at place i to the low end. A tile is BN rows and BW words of meta, four groups each."""
+    """y [SPLIT, N] for one row x of `dtype`, given as int64 [G]: a group's four numbers, of which a shift by 16 i
+    brings the one at place i to the low end. A tile is BN rows and BW words of meta, four groups each."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     rows = tl.minimum(n, N - 1).to(tl.int64)  # beyond the end the last row is read again, and never stored
     four = tl.arange(0, 4)

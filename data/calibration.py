@@ -1,7 +1,7 @@
 """What the layers of a model see when calibration text flows through it, block by block.
 
-The text is a list `hidden` of hidden states [sequences, tokens, C]. A step (a block, or half of one) is called with each
-of them; while it runs, `watch` sees the input of every linear layer, which `InputStats` sum up.
+The text is a list `hidden` of hidden states [sequences, tokens, C]. A step (a block, or half of one) is called with
+each of them; while it runs, `watch` sees the input of every linear layer, which `InputStats` sum up.
 """
 
 from functools import partial

@@ -122,8 +122,8 @@ class Checkpoint:
     """A folder opened for reading: tensors under our names, read when they are asked for.
 
     Opening reads only headers; `match` compares them with what the model needs, so a checkpoint that does not fit is
-    refused before any work is done. After that, `files` {name: path}, `paths` (each file once) and `shapes` {name: shape}
-    are known."""
+    refused before any work is done. After that, `files` {name: path}, `paths` (each file once) and `shapes` {name:
+    shape} are known."""
 
     def __init__(self, folder, raw):
         """raw: the folder's config.json."""

@@ -135,8 +135,8 @@ def run(main, goes_on=False):
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as e:
-        print(f"error: the GPU's memory is full ({str(e).split('. ')[0]}): lower --seqlen, --nsamples or --batch, or give "
-              f"--device cpu", file=sys.stderr)
+        print(f"error: the GPU's memory is full ({str(e).split('. ')[0]}): lower --seqlen, --nsamples or --batch, or "
+              f"give --device cpu", file=sys.stderr)
         sys.exit(2)
     except OSError as e:
         if e.errno != errno.ENAMETOOLONG:

@@ -17,8 +17,8 @@ from data.command import start
 
 @contextmanager
 def process_group(args, alone=False):
-    """`start` of data.command; inside, the processes that torchrun began know each other, and each has a GPU of its own.
-    alone: also where it began none there is a group, of one process."""
+    """`start` of data.command; inside, the processes that torchrun began know each other, and each has a GPU of its
+    own. alone: also where it began none there is a group, of one process."""
     torchrun, cuda = "RANK" in os.environ, args.device.startswith("cuda")
     if torchrun and cuda:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -63,9 +63,9 @@ def mean_over_processes(value):
 
 
 def side_by_side(work, names, threads, *rest):
-    """Call work(name, *rest) for all names at once, a process each on so many threads; yields (name, what it returns) as
-    they end. An error or Ctrl-C ends all of them: the processes themselves ignore Ctrl-C, which would leave some of them
-    waiting."""
+    """Call work(name, *rest) for all names at once, a process each on so many threads; yields (name, what it returns)
+    as they end. An error or Ctrl-C ends all of them: the processes themselves ignore Ctrl-C, which would leave some of
+    them waiting."""
     ignore = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
     with ProcessPoolExecutor(len(names), get_context("spawn"), **ignore) as pool:
         began = {pool.submit(_alone, work, threads, name, *rest): name for name in names}

@@ -106,8 +106,9 @@ def compiled(kernel, arch, dtype, bits, tile, BM):
     BN, size, split, warps, stages = tile
     values = dict(BITS=bits, BM=BM, BN=BN, BG=size, BW=size, SPLIT=split, STAGES=stages, stride_k=1,
                   dtype=triton.language.float16 if dtype == "fp16" else triton.language.bfloat16)
-    types = dict(x="*i64" if kernel is sparse_matmul.row_kernel else f"*{dtype}", W=f"*{dtype}", y="*fp32", pairs={16: "*i32", 8: "*i16", 4: "*i8"}[bits], meta="*i16",
-                 scale=f"*{dtype}", M="i32", N="i32", G="i32", stride_m="i32")
+    types = dict(x="*i64" if kernel is sparse_matmul.row_kernel else f"*{dtype}", W=f"*{dtype}", y="*fp32",
+                 pairs={16: "*i32", 8: "*i16", 4: "*i8"}[bits], meta="*i16", scale=f"*{dtype}",
+                 M="i32", N="i32", G="i32", stride_m="i32")
     names = kernel.arg_names
     source = triton.compiler.ASTSource(
         kernel, {name: types.get(name, "constexpr") for name in names}, {n: values[n] for n in names if n in values},

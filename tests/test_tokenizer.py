@@ -199,7 +199,8 @@ def test_llama2_against_transformers(llama2, tmp_path):
     (lambda t: json.dumps({**json.loads(t), "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
         {"type": "Punctuation"}, {"type": "ByteLevel"}]}}), "Punctuation"),
     (lambda t: json.dumps({k: v for k, v in json.loads(t).items() if k != "model"}), "model"),
-    (lambda t: json.dumps({**json.loads(t), "model": {**json.loads(t)["model"], "merges": ["a b", "a"]}}), "not a token"),
+    (lambda t: json.dumps({**json.loads(t), "model": {**json.loads(t)["model"], "merges": ["a b", "a"]}}),
+     "not a token"),
     (None, "no tokenizer"),
 ], ids=["cut", "another kind", "normalizer", "pre-tokenizer", "no model", "half a merge", "absent"])
 def test_refused(damage, words, tmp_path):
