@@ -516,7 +516,7 @@ def prune(model, windows, out, run, *, batch=8, propagate=False, sparsity=None, 
     source, device, count = model.source, model.place["device"], len(model.model.layers)
     source.check_dense()
     rank, world = processes()
-    if (finished := noted(Path(out) / "pruning.json")) and finished["run"] == run:
+    if (finished := noted(Path(out) / "pruning.json")) and finished.get("run") == run:
         return finished["layers"]
     positions = torch.arange(windows.shape[1], device=device)
     where, windows = (rotary(model.config, positions), positions), windows[rank::world]

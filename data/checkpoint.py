@@ -194,11 +194,12 @@ class Checkpoint:
 # --------------------------------------------------------------------------------------------------------- writing
 
 def noted(path):
-    """What a JSON file holds; None where there is no such file, or a damaged one."""
+    """The JSON object that a file holds; None where there is no such file, or a damaged one."""
     try:
-        return json.loads(Path(path).read_text())
+        found = json.loads(Path(path).read_text())
     except (FileNotFoundError, ValueError):
         return None
+    return found if isinstance(found, dict) else None
 
 
 def shard(i, blocks):

@@ -812,14 +812,14 @@ def test_a_run_is_told_by_its_texts_and_its_notes(monkeypatch, model, tmp_path):
     """Would catch a finished folder being taken for the answer after its calibration text was edited, and one whose
     notes are damaged ending in a traceback."""
     text, found = tmp_path / "text.txt", []
-    for words in "the words are few ", "the model reads ", None:
+    for words, damage in ("the words are few ", ""), ("the model reads ", ""), ("", '{"run": '), ("", '{"a": 1}'):
         if words:
             text.write_text(words * 400)
         else:
-            (tmp_path / "out" / "pruning.json").write_text('{"run": ')
+            (tmp_path / "out" / "pruning.json").write_text(damage)
         command(monkeypatch, model, tmp_path / "out", "--calib", str(text))
         found.append(tensors(tmp_path / "out")["model.layers.0.mlp.up_proj.weight"])
-    assert not torch.equal(found[0], found[1]) and torch.equal(found[1], found[2])
+    assert not torch.equal(found[0], found[1]) and torch.equal(found[1], found[2]) and torch.equal(found[1], found[3])
 
 
 def test_time_is_kept(monkeypatch, model, tmp_path):
