@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from test_eval import ROWS, STORY, write_tasks
+from test_tasks import ROWS, STORY, write_tasks
 
 from data import load_tokenizer
 from data.command import InputError, parser, record, run, start

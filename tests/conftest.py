@@ -46,3 +46,11 @@ def make_checkpoint(folder, **changes):
     GPT(Config.from_dict(raw)).save_pretrained(folder)
     text = "the model reads words and the words are few so it can learn them by heart in no time at all\n" * 20
     train_tokenizer(folder / "tokenizer.model", text, vocab_size=300)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A folder that make_checkpoint made."""
+    folder = tmp_path_factory.mktemp("model") / "random"
+    make_checkpoint(folder)
+    return folder

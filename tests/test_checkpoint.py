@@ -1,0 +1,274 @@
+"""Checkpoint folders and the Hub: what is read, in which of its old forms, what is written, and what is refused in
+which words."""
+
+import json
+import os
+import subprocess
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, make_checkpoint
+from safetensors.torch import load_file, save_file
+
+from data.checkpoint import CheckpointWriter
+from data.command import InputError
+from data.hub import model_folder
+from gpt import GPT
+from test_gpt import BASE, CASES, LLAMA3, command, gap, ids_for, theirs, transformers
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A small LLaMA's folder to damage."""
+    theirs("llama", {}).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+BIN = {  # what the files on the Hub look like: {case: (family, changes, names changed, constants carried along)}
+    "vicuna": ("llama", {}, lambda k: k, {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": 6 for i in range(3)}),
+    "gpt2": ("gpt2", {}, lambda k: k.removeprefix("transformer."),
+             {f"h.{i}.attn.{x}": 1 for i in range(3) for x in ("bias", "masked_bias")}),
+    "opt without model.": ("opt", {}, lambda k: k.removeprefix("model."), {}),
+    "opt, tied head in the file": ("opt", CASES["opt"]["350m"], lambda k: k, {"lm_head.weight": 96}),
+}
+
+
+@pytest.mark.parametrize("case", BIN)
+@pytest.mark.parametrize("files", ["one", "old", "two"])
+@torch.no_grad()
+def test_pytorch_files(case, files, tmp_path):
+    """pytorch_model*.bin as the Hub has them: other prefixes, constants, a tied head stored twice, shards, the format
+    from before torch 1.6."""
+    family, changes, rename, constants = BIN[case]
+    other = theirs(family, changes)
+    other.config.save_pretrained(tmp_path)
+    tied = "lm_head.weight" if other.config.tie_word_embeddings else None
+    state = {rename(k): v for k, v in other.state_dict().items() if k != tied}
+    state |= {k: torch.ones(n) for k, n in constants.items()}
+    names = list(state)
+    if files == "two":
+        shards = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
+        weight_map = {name: shard for shard, inside in shards.items() for name in inside}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    else:
+        shards = {"pytorch_model.bin": names}
+    for shard, inside in shards.items():
+        torch.save({k: state[k] for k in inside}, tmp_path / shard, _use_new_zipfile_serialization=files != "old")
+    assert gap(GPT.from_pretrained(tmp_path)(ids_for()), other(ids_for()).logits) < 1e-4
+
+
+@pytest.mark.parametrize("rope", ["plain", "linear", "llama3"])
+@torch.no_grad()
+def test_older_config(rope, folder):
+    """config.json as transformers 4 wrote it, or the first LLaMA's, which leaves out all that did not exist yet; and
+    its content must come back as it was."""
+    scaling = {"linear": {"type": "linear", "factor": 2.0},
+               "llama3": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}}
+    raw = dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu", torch_dtype="float32",
+               **{k: BASE[k] for k in BASE if k not in ("num_key_value_heads", "pad_token_id")})
+    if rope != "plain":
+        raw |= dict(rope_theta=500.0, rope_scaling=scaling[rope], num_key_value_heads=4, a_fork=[1, {"x": None}])
+    (folder / "config.json").write_text(json.dumps(raw))
+    other = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = GPT.from_pretrained(folder)
+    assert gap(model(ids_for()), other(ids_for()).logits) < 1e-4
+    model.bfloat16().save_pretrained(folder.with_name("b"))
+    assert json.loads((folder.with_name("b") / "config.json").read_text()) == raw | {"torch_dtype": "bfloat16"}
+
+
+def test_folders_of_others_beside_a_checkpoint_are_left_alone(tmp_path):
+    """Would catch a folder of the user's that has a name which we might use for a moment."""
+    make_checkpoint(tmp_path / "source")
+    for name in "out.before", "out.partial":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text("mine")
+    model = GPT.from_pretrained(tmp_path / "source")
+    with pytest.raises(InputError, match="out.partial is no unfinished run of this program"):
+        model.save_pretrained(tmp_path / "out")
+    (tmp_path / "out.partial").rename(tmp_path / "elsewhere")
+    for _ in range(2):
+        model.save_pretrained(tmp_path / "out")
+    assert (tmp_path / "out.before" / "mine.txt").is_file() and (tmp_path / "elsewhere" / "mine.txt").is_file()
+
+
+def test_a_finished_checkpoint_takes_the_place_of_the_one_before(tmp_path_factory, tmp_path, monkeypatch):
+    """Would catch a moment at which a kill costs the old checkpoint or the finished new one; and a folder behind a
+    link."""
+    source = tmp_path_factory.mktemp("source")
+    make_checkpoint(source)
+    model = GPT.from_pretrained(source)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+
+    def write():
+        with CheckpointWriter(tmp_path / "link", model.config.raw, source, keep={"run": 1}) as out:
+            if not out.done("model.safetensors"):
+                out.write("model.safetensors", model.state_dict())
+
+    for kills in range(3):
+        calls, rename = [], Path.rename
+
+        def killed(path, to):
+            calls.append(path)
+            if len(calls) > kills:
+                raise KeyboardInterrupt
+            return rename(path, to)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", killed)
+            if kills < 2:
+                with pytest.raises(KeyboardInterrupt):
+                    write()
+                assert (tmp_path / "disk.partial" / "model.safetensors").is_file()
+        write()
+        assert GPT.from_pretrained(tmp_path / "link") and sorted(p.name for p in tmp_path.iterdir()) == ["disk", "link"]
+        assert (tmp_path / "link").is_symlink()
+    (tmp_path / "disk" / "run.json").unlink()  # as in a model that came from elsewhere
+    with pytest.raises(InputError, match="no model that was written here"):
+        write()
+
+
+# what is refused, and in which words
+
+def refused(monkeypatch, capsys, folder):
+    """The one sentence with which `python gpt.py --model folder` ends."""
+    with pytest.raises(SystemExit) as end:
+        command(monkeypatch, "--model", str(folder), "--device", "cpu")
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
+def change(folder, edit):
+    state = load_file(folder / "model.safetensors")
+    edit(state)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize("edit, words", [
+    (lambda s: s.pop(Q), "missing"),
+    (lambda s: s.update({Q.replace("q_proj", "z_proj"): s[Q].clone()}), "no place"),
+    (lambda s: s.update({Q: s[Q][:-1].clone()}), "(47, 48)"),
+    (lambda s: s.update({Q: s[Q].to(torch.int8)}), "int8"),
+    (lambda s: s[Q].__setitem__((3, 5), float("nan")), "NaN"),
+    (lambda s: s[Q].__setitem__((3, 5), float("-inf")), "infinite"),
+], ids=["missing", "superfluous", "shape", "integers", "nan", "inf"])
+def test_tensors_are_accounted_for(edit, words, folder, monkeypatch, capsys):
+    """A tensor that is lost, ignored, cut or not finite and changes the model without a word."""
+    change(folder, edit)
+    error = refused(monkeypatch, capsys, folder)
+    assert words in error and Q.replace("q_proj", "z_proj" if words == "no place" else "q_proj") in error
+
+
+@pytest.mark.parametrize("file, damage, words", [
+    ("model.safetensors", lambda b: b[:len(b) // 2], "truncated"),
+    ("model.safetensors", lambda b: b[:5], "truncated"),
+    ("config.json", lambda b: b[:len(b) // 2], "config.json"),
+    ("config.json", lambda b: b"[1, 2]", "config.json"),
+    ("config.json", lambda b: b.replace(b'"hidden_size"', b'"hidden"'), "hidden_size"),
+    ("config.json", lambda b: b.replace(b'"hidden_size": 48', b'"hidden_size": "48"'), "hidden_size"),
+    ("config.json", lambda b: b.replace(b'"max_position_embeddings": 64', b'"max_position_embeddings": "64"'), "'64'"),
+    ("config.json", lambda b: b.replace(b'"llama"', b'"mamba"'), "mamba"),
+    ("config.json", lambda b: b.replace(b'"silu"', b'"swoosh"'), "swoosh"),
+    ("config.json", lambda b: b.replace(b'"rope_type": "default"', b'"rope_type": "yarn"'), "yarn"),
+    ("config.json", lambda b: b.replace(b'"rope_type": "default"', b'"rope_type": "llama3"'), "factor"),
+    ("config.json", lambda b: b.replace(b'"num_key_value_heads": 4', b'"num_key_value_heads": 3'), "evenly"),
+    ("config.json", lambda b: b.replace(b'"num_attention_heads": 4', b'"num_attention_heads": 0'), "config.json"),
+    ("config.json", None, "config.json is missing"),
+    ("model.safetensors", None, "model.safetensors is missing"),
+], ids=lambda x: x if isinstance(x, str) else "")
+def test_damaged_files(file, damage, words, folder, monkeypatch, capsys):
+    """A traceback, or a model that runs, where a file is cut, missing or not what this repository computes."""
+    path = folder / file
+    content = path.read_bytes()
+    path.unlink()
+    if damage:
+        path.write_bytes(damage(content))
+    assert words in refused(monkeypatch, capsys, folder)
+
+
+def test_damaged_pytorch_files(folder, monkeypatch, capsys):
+    """A cut .bin or index, and one that would run code while it is read."""
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    whole = (folder / "pytorch_model.bin").read_bytes()
+    (folder / "pytorch_model.bin").write_bytes(whole[:len(whole) // 2])
+    assert "truncated" in refused(monkeypatch, capsys, folder)
+    torch.save({"a": subprocess.Popen}, folder / "pytorch_model.bin")
+    assert "pytorch_model.bin" in refused(monkeypatch, capsys, folder)
+    (folder / "pytorch_model.bin.index.json").write_text('{"weight_map": 3}')
+    assert "index" in refused(monkeypatch, capsys, folder)
+
+
+def test_others_may_read_what_is_written(folder, tmp_path):
+    """Would catch weights that only their owner may read, which is what safetensors makes of them by itself."""
+    before = os.umask(0o022)
+    GPT.from_pretrained(folder).save_pretrained(tmp_path / "copy")
+    os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "copy").iterdir()} == {0o644}
+
+
+def test_nothing_half_written(folder, monkeypatch):
+    """A full disk while saving: one sentence, and neither a folder nor a rest of one."""
+    model = GPT.from_pretrained(folder)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr("data.checkpoint.save_file", full)
+    with pytest.raises(InputError, match="No space left"):
+        model.save_pretrained(folder.with_name("b"))
+    assert [p.name for p in folder.parent.iterdir()] == ["model"]
+    with pytest.raises(InputError, match="choose another"):
+        model.save_pretrained(folder)
+
+
+def test_unknown_model(monkeypatch, capsys):
+    """A misspelt preset, and a folder that is not there."""
+    assert "llama2-7b" in refused(monkeypatch, capsys, "lama2-7b")
+    assert "no model" in refused(monkeypatch, capsys, "./nowhere")
+
+
+def test_hub_unreachable(tmp_path):
+    """The real command without a network: one sentence that says what to do, soon."""
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run([sys.executable, "gpt.py", "--model", "llama2-7b"], cwd=ROOT, env=environment,
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "meta-llama/Llama-2-7b-hf" in done.stderr and "--model FOLDER" in done.stderr
+
+
+@pytest.mark.parametrize("held, calls", [("model.safetensors", 1), ("pytorch_model.bin", 2)])
+def test_safetensors_are_preferred(held, calls, tmp_path, monkeypatch):
+    """Weights that are downloaded twice, or not at all where only PyTorch's files exist."""
+    asked = []
+
+    def download(target, allow_patterns):
+        asked.append(allow_patterns)
+        if any(fnmatch(held, pattern) for pattern in allow_patterns):
+            (tmp_path / held).touch()
+        return str(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert model_folder("opt-125m", weights=False) == tmp_path and not any(tmp_path.iterdir())
+    assert model_folder("opt-125m") == tmp_path and [p.name for p in tmp_path.iterdir()] == [held]
+    assert len(asked) == 1 + calls
+    assert not any(fnmatch("consolidated.safetensors", pattern) for patterns in asked for pattern in patterns)
+
+
+@pytest.mark.parametrize("error, words", [
+    ("GatedRepoError", "ask for access"), ("RepositoryNotFoundError", "check the id"), ("HTTPError", "--model FOLDER"),
+    ("LocalEntryNotFoundError", "--model FOLDER"), ("HFValidationError", "Hub id")])
+def test_hub_errors(error, words, monkeypatch):
+    """A traceback, or the wrong way out, where the Hub refuses, does not know the model or hangs up."""
+    kind = getattr(pytest.importorskip("huggingface_hub.errors"), error)
+
+    def download(*_, **__):
+        raise kind.__new__(kind)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(InputError, match=words):
+        model_folder("meta-llama/Llama-2-7b-hf")

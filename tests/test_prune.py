@@ -1,0 +1,432 @@
+"""The walk through the blocks and the command of dsnot.py: what it writes, how it goes on, what it refuses."""
+
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import dsnot
+from conftest import ROOT, make_checkpoint
+from data.calibration import watch
+from data.command import run
+from dsnot import InputStats, keep_mask, wanda_score
+from test_gpt import ALL, ids_for, theirs
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    make_checkpoint(folder / "m")
+    words = "the model reads words and the words are few so it can learn them by heart in no time at all".split()
+    rng = random.Random(0)
+    (folder / "text.txt").write_text("\n".join(" ".join(rng.choices(words, k=12)) for _ in range(400)))
+    return folder
+
+
+def command(monkeypatch, model, out, *options):
+    text = str(model / "text.txt")
+    monkeypatch.setattr(sys, "argv", ["dsnot.py", "--device", "cpu", "--model", str(model / "m"), "--calib", text,
+                                      "--data", text, "--nsamples", "4", "--seqlen", "32", "--out", str(out), *options])
+    run(dsnot.main)
+
+
+def tensors(folder):
+    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+@pytest.mark.parametrize("options", [
+    ("--sparsity", "0.6", "--compare"), ("--sparsity", "0.6", "--propagate"),
+    ("--pattern", "2:4", "--refine", "dsnot+swap", "--refit"), ("--pattern", "2:4", "--score", "magnitude"),
+    ("--pattern", "4:8", "--score", "sparsegpt", "--refine-layers", "attn"),
+    ("--sparsity", "0.5", "--score", "sparsegpt", "--refine", "none"),
+])
+def test_command(monkeypatch, capsys, model, tmp_path, options):
+    """Would catch a checkpoint that transformers can't load or reads differently, layers that are not pruned or not
+    exactly, embeddings or norms that changed, and a table without its numbers."""
+    transformers = pytest.importorskip("transformers")
+    from gpt import GPT
+    command(monkeypatch, model, tmp_path / "out", *options, "--json", str(tmp_path / "r.json"))
+    result = json.loads((tmp_path / "r.json").read_text())["results"]
+    printed = capsys.readouterr().out
+    assert all(f"{row['perplexity']:.2f}" in printed and math.isfinite(row["perplexity"]) for row in result["rows"])
+    assert len(result["rows"]) == 2 + ("--compare" in options)
+    before, after = tensors(model / "m"), tensors(tmp_path / "out")
+    assert before.keys() == after.keys()
+    for name, W in after.items():
+        if "proj" not in name:
+            assert torch.equal(W, before[name])
+        elif "--pattern" in options:
+            n, m = map(int, options[1].split(":"))
+            assert ((W != 0).view(len(W), -1, m).sum(-1) == n).all()
+        elif "sparsegpt" not in options:
+            assert ((W == 0).sum(1) == int(W.shape[1] * 0.6)).all()
+            assert torch.equal(W[W != 0], before[name][W != 0])
+    ids = torch.randint(0, 64, (1, 20))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)(ids).logits
+    torch.testing.assert_close(GPT.from_pretrained(tmp_path / "out")(ids), theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("after,method", [(1, ["--score", "sparsegpt"]), (8, ["--score", "sparsegpt"]),
+                                          (13, ["--refine", "swap"])])
+def test_interrupted_run_goes_on(monkeypatch, capsys, model, tmp_path, after, method):
+    """Would catch lost blocks, blocks done twice with other results, and anything random that depends on the stop."""
+    command(monkeypatch, model, tmp_path / "whole", *method)
+    real, calls = dsnot.prune_layer, []
+
+    def stop(*args, **options):
+        calls.append(1)
+        if len(calls) == after:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    monkeypatch.setattr(dsnot, "prune_layer", stop)
+    with pytest.raises(SystemExit):
+        command(monkeypatch, model, tmp_path / "cut", *method)
+    assert not (tmp_path / "cut").exists()
+    log, calls[:] = tmp_path / "cut.partial" / "pruning.json", []
+    if stopped_late := log.is_file():
+        log.write_text(json.dumps(json.loads(log.read_text()) | {"seconds": 1000}))
+    monkeypatch.setattr(dsnot, "prune_layer", lambda *args, **options: (calls.append(1), real(*args, **options))[1])
+    command(monkeypatch, model, tmp_path / "cut", *method)
+    assert len(calls) == 14 - (after - 1) // 7 * 7, "a finished block was pruned again"
+    for file in sorted((tmp_path / "whole").glob("*.safetensors")):
+        assert (tmp_path / "cut" / file.name).read_bytes() == file.read_bytes()
+    layers = [json.loads((tmp_path / run / "pruning.json").read_text())["layers"] for run in ("whole", "cut")]
+    assert layers[0] == layers[1] and len(layers[0]) == 14 and all("error" in layer for layer in layers[0])
+    seconds = json.loads((tmp_path / "cut" / "pruning.json").read_text())["seconds"]
+    assert (seconds > 1000) == stopped_late == (after > 7), "the time before the stop counts, too"
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_an_interruption_says_whether_the_command_goes_on(capsys, goes_on):
+    def main():
+        raise KeyboardInterrupt
+    with pytest.raises(SystemExit) as stopped:
+        run(main, goes_on)
+    assert stopped.value.code == 130 and ("goes on" in capsys.readouterr().err) == goes_on
+
+
+def test_a_finished_folder_is_made_anew_when_the_model_has_changed(monkeypatch, model, tmp_path):
+    """Would catch the masks of weights that are no longer there being handed out; and work done twice where they
+    are."""
+    shutil.copytree(model, tmp_path / "model")
+    real, calls = dsnot.prune_layer, []
+    monkeypatch.setattr(dsnot, "prune_layer", lambda *args, **options: (calls.append(1), real(*args, **options))[1])
+    for times, layers in (1, 14), (2, 14), (3, 28):
+        if times == 3:
+            os.utime(tmp_path / "model" / "m" / "model.safetensors", (0, 0))
+        command(monkeypatch, tmp_path / "model", tmp_path / "out")
+        assert len(calls) == layers
+
+
+@pytest.mark.parametrize("family, changes", ALL)
+def test_every_family_is_pruned(family, changes, tmp_path):
+    """Would catch layers that are left out, fused or transposed weights pruned along the wrong side, a head or a
+    projection of the embedding that is pruned, and folders that transformers reads otherwise."""
+    transformers = pytest.importorskip("transformers")
+    theirs(family, changes).save_pretrained(tmp_path / "m")
+    windows, ids = ids_for(batch=6), ids_for(seed=2)
+    for score, refine, amount in [("wanda", "dsnot", dict(sparsity=0.6)), ("sparsegpt", "dsnot", dict(pattern=(2, 4))),
+                                  ("magnitude", "swap", dict(pattern=(4, 8)))]:
+        dense = dsnot.GPT.from_pretrained(tmp_path / "m")
+        dsnot.prune(dsnot.GPT.from_pretrained(tmp_path / "m", stream=True), windows, tmp_path / "out", {"run": score},
+                    batch=4, score=score, refine=refine, propagate=refine == "swap", **amount)
+        pruned = dsnot.GPT.from_pretrained(tmp_path / "out")
+        layers = {f"model.layers.{i}.{name}.weight": layer.weight for i, block in enumerate(pruned.model.layers)
+                  for name, layer in dsnot.prunable(block).items()}
+        assert len(layers) == 3 * (7 if dense.config.gated else 6)
+        for name, W in layers.items():
+            n, m = amount.get("pattern", (W.shape[1] - int(W.shape[1] * 0.6), W.shape[1]))
+            kept = (W != 0).view(len(W), -1, m).sum(-1)
+            assert (kept <= n).all() if score == "sparsegpt" else (kept == n).all(), name  # it also clears dead inputs
+        assert all(name in layers or torch.equal(value, dense.state_dict()[name])
+                   for name, value in pruned.state_dict().items())
+        other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+        torch.testing.assert_close(pruned(ids), other(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family, changes", ALL)
+@pytest.mark.parametrize("refit", [False, True])
+def test_layers_aim_at_the_dense_model(monkeypatch, family, changes, refit, tmp_path):
+    """Would catch inputs of the wrong model in a goal, and a hidden state that is made up for in the wrong layer or
+    with the wrong sign: with refit, a layer that adds to it aims at all that is missing in the dense one; masks aim
+    half-way."""
+    pytest.importorskip("transformers")
+    theirs(family, changes).save_pretrained(tmp_path)
+    model, goals = dsnot.GPT.from_pretrained(tmp_path), []
+    monkeypatch.setattr(dsnot, "prune_layer", lambda W, stats, goal, **_: (goals.append(goal), W)[1])
+    block, ids = model.model.layers[1], ids_for(batch=4)
+    dense = model.embed(ids)
+    sparse = dense + 0.2 * torch.randn(dense.shape, generator=torch.Generator().manual_seed(0))
+    where = dsnot.rotary(model.config, torch.arange(ids.shape[1])), torch.arange(ids.shape[1])
+    linears, expected, x, z = dsnot.prunable(block), [], sparse, dense
+    with torch.no_grad():
+        for step in dsnot.steps(block, *where, halves=True):
+            seen, wanted = {}, {}
+            with watch(linears, seen.__setitem__):
+                after = step(x)
+            with watch(linears, wanted.__setitem__):
+                step(z)
+            for i, name in enumerate(seen):
+                W = linears[name].weight
+                y = wanted[name] @ W.T if refit else (wanted[name] + seen[name]) / 2 @ W.T
+                if refit and i == len(seen) - 1:
+                    y = y + z - x
+                expected.append(torch.einsum("nto,nti->oi", y, seen[name]))
+            x, z = after, step(z)
+        dsnot.prune_block(block, where, list(sparse.split(2)), list(dense.split(2)), "b", lambda name: torch.float32,
+                          score="wanda", refine="swap", refit=refit, propagate=True,
+                          sparsity={f"b.{name}": 0.5 for name in linears})
+    assert len(goals) == len(linears)
+    for goal, found in zip(expected, goals):
+        torch.testing.assert_close(found, goal, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("options, alike", [
+    (("--sparsity", "0.6"), 0.999),
+    (("--sparsity", "0.6", "--allocate", "sensitivity"), 0.9),  # a layer's share may move a step
+    (("--pattern", "2:4", "--score", "sparsegpt", "--refine", "swap"), 0.99),
+    (("--sparsity", "0.5", "--score", "sparsegpt", "--refine", "none"), 0.99),
+])
+def test_two_processes_prune_as_one(monkeypatch, capsys, model, tmp_path, options, alike):
+    """Would catch statistics that are not those of all sequences, rows that nobody or two prune, and two writers."""
+    command(monkeypatch, model, tmp_path / "one", *options, "--json", str(tmp_path / "one.json"))
+    one = sys.argv[1:-3]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    two = subprocess.run([*torchrun, ROOT / "dsnot.py", *one[:one.index("--out")], "--out", tmp_path / "two", *options,
+                          "--json", tmp_path / "two.json"], capture_output=True, text=True, timeout=300)
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("saved") == 1
+    same, total = 0, 0
+    for name, W in tensors(tmp_path / "one").items():
+        other = tensors(tmp_path / "two")[name]
+        same, total = same + ((W == 0) == (other == 0)).sum().item(), total + W.numel()
+    assert same >= total * alike
+    rows = [json.loads((tmp_path / f"{n}.json").read_text())["results"]["rows"] for n in ("one", "two")]
+    assert rows[0][-1]["perplexity"] == pytest.approx(rows[1][-1]["perplexity"], rel=1e-3 if alike > 0.99 else 3e-2)
+
+
+@pytest.mark.parametrize("kind", ["owl", "sensitivity"])
+def test_allocation(monkeypatch, model, kind):
+    """Would catch shares whose mean is not what was asked for, outliers counted wrongly, and a damage that is not that
+    of one layer pruned alone, which a loop over whole models computes here."""
+    dense, windows, found = dsnot.GPT.from_pretrained(model / "m"), torch.randint(0, 300, (6, 32)), []
+    real = dsnot.damage
+    monkeypatch.setattr(dsnot, "damage", lambda *args: found.append(real(*args)) or found[0])
+    positions = torch.arange(32)
+    with torch.inference_mode():
+        shares = dsnot.allocation(dsnot.GPT.from_pretrained(model / "m", stream=True),
+                                  (dsnot.rotary(dense.config, positions), positions),
+                                  [dense.embed(ids) for ids in windows.split(4)], 0.6, kind)
+        inputs, layers = {}, {f"model.layers.{i}.{name}": layer for i, block in enumerate(dense.model.layers)
+                              for name, layer in dsnot.prunable(block).items()}
+        with watch(layers, inputs.__setitem__):
+            dense(windows)
+        stats = {}
+        for name, x in inputs.items():
+            stats[name] = InputStats(x.shape[-1])
+            for sequence in x:
+                stats[name].add(sequence)
+        sizes = torch.tensor([layer.weight.numel() for layer in layers.values()], dtype=torch.double)
+        assert list(shares) == list(layers)
+        mean = torch.tensor(list(shares.values()), dtype=torch.double) @ sizes / sizes.sum()
+        assert mean.item() == pytest.approx(0.6, abs=1e-9)
+        scores = {name: wanda_score(layer.weight, stats[name]) for name, layer in layers.items()}
+        if kind == "owl":
+            many = []
+            for block in range(2):
+                flat = torch.cat([score.flatten() for name, score in scores.items() if f"layers.{block}." in name])
+                many.append((flat > 5 * flat.mean()).float().mean().item())
+            first, second = (list(shares.values())[i] for i in (0, 7))
+            apart = 0.16 if many[0] > many[1] else -0.16 if many[0] < many[1] else 0
+            assert second - first == pytest.approx(apart, abs=1e-6)
+            return
+        expected = dense(windows[:4]).log_softmax(-1)
+        for name, layer in layers.items():
+            W = layer.weight.data
+            layer.weight.data = torch.where(keep_mask(scores[name], sparsity=0.6), W, 0)
+            got = dense(windows[:4]).log_softmax(-1)
+            layer.weight.data = W
+            damage = (expected.exp() * (expected - got)).sum().item()
+            assert found[0][list(layers).index(name)].item() == pytest.approx(damage, rel=1e-3, abs=1e-4)
+
+
+def test_shares_are_the_cheapest():
+    """Every other choice of shares that prunes as much costs at least as much."""
+    generator = torch.Generator().manual_seed(0)
+    grid, sizes = torch.arange(5).double() / 10, torch.ones(4).double()
+    cost = torch.rand(4, 5, generator=generator).double().cumsum(1).cumsum(1)  # convex, as errors are
+    shares = dsnot.cheapest(cost, grid, sizes, 0.2)
+    index = (shares * 10).round().long()
+    choices = torch.cartesian_prod(*[torch.arange(5)] * 4)
+    same = choices[choices.sum(1) == index.sum()]
+    assert index.sum() <= 8 and index.sum() >= 7
+    assert cost[torch.arange(4), index].sum() <= cost[torch.arange(4), same].sum(1).min() + 1e-9
+
+
+def test_dry_run_writes_nothing(monkeypatch, capsys, model, tmp_path):
+    """Only config.json is needed, every layer is named, nothing is written."""
+    only = tmp_path / "only"
+    only.mkdir()
+    (only / "config.json").write_bytes((model / "m" / "config.json").read_bytes())
+    for options in (["--refine", "swap", "--refit"], ["--score", "sparsegpt", "--pattern", "2:4"],
+                    ["--refine", "swap", "--no-propagate"]):
+        command(monkeypatch, model, tmp_path / "out", "--model", str(only), "--dry-run", *options)
+        printed = capsys.readouterr().out
+        assert all(f"{name}_proj" in printed for name in "q k v o gate up down".split()) and "memory" in printed
+        assert f"{sum(W.numel() for W in tensors(model / 'm').values()):,} parameters" in printed
+    assert [p.name for p in tmp_path.iterdir()] == ["only"]
+
+
+@pytest.mark.parametrize("options", [{}, {"propagate": True}, {"allocate": "sensitivity"}])
+def test_one_block_is_in_memory_at_a_time(blocks_read, model, tmp_path, options):
+    """Would catch a loop variable, a hook or a list that keeps the block before, which is 0.8 GB of LLaMA2-7B."""
+    dsnot.prune(dsnot.GPT.from_pretrained(model / "m", stream=True), torch.randint(0, 300, (4, 32)), tmp_path / "out",
+                {}, batch=2, score="wanda", refine="swap", sparsity=0.5, **options)
+    assert blocks_read == ["model.layers.0", "model.layers.1"] * (2 if "allocate" in options else 1)
+
+
+def test_disk_too_small(monkeypatch, capsys, model, tmp_path):
+    """Would catch a run that finds out after hours that its result does not fit."""
+    usage = type(shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 5000, 5000))
+    expect_refusal(monkeypatch, capsys, model, tmp_path / "out", [], "0.0 GB free")
+
+
+BAD = {
+    "sparsity": (["--sparsity", "1.2"], "1.2"),
+    "pattern": (["--pattern", "5:4"], "5:4"),
+    "nothing to allocate": (["--pattern", "2:4", "--allocate", "owl"], "--allocate owl"),
+    "no pattern": (["--pattern", "half"], "half"),
+    "a sparsity and a pattern": (["--sparsity", "0.5", "--pattern", "2:4"],
+                                 "--pattern: not allowed with argument --sparsity"),
+    "no such refinement": (["--refine", "swaps"], "invalid choice: 'swaps'"),
+    "does not divide": (["--pattern", "3:7"], "--pattern 3:7 needs rows"),
+    "no name": (["--out", "/"], "--out /"),
+    "a name above": (["--out", "missing/.."], "--out missing/.. has no name"),
+    "a long name": (["--out", "a" * 300], "File name too long"),
+    "a text with a long name": (["--calib", "a" * 300], "is too long for a name"),
+    "no cycles in it": (["--refine", "none", "--cycles", "9"], "--cycles 9 is for swaps"),
+    "no signs to check": (["--refine", "swap", "--no-sign-check"], "--sign-check is for DSnoT, which --refine swap"),
+    "unknown model": (["--model", "llama9"], "llama9"),
+    "no such folder": (["--model", "./nothing/here"], "nothing/here"),
+    "a folder, no Hub id": (["--model", "tests/nothing"], "there is no folder tests/nothing"),
+    "no such text": (["--calib", "nothing.txt"], "nothing.txt"),
+    "long window": (["--seqlen", "100000"], "100000"),
+    "nsamples": (["--nsamples", "0"], "nsamples 0"),
+    "Hub out of reach, model": (["--model", "llama2-7b"], "meta-llama/Llama-2-7b-hf"),
+    "Hub out of reach, text": (["--data", "wikitext2"], "Salesforce/wikitext"),
+    "device": (["--device", "tpu9"], "tpu9"),
+    "json": (["--json", "README.md/all.json"], "README.md is a file"),
+    "out": (["--out", "README.md/out"], "README.md is a file"),
+}
+
+
+def expect_refusal(monkeypatch, capsys, model, out, options, said):
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, model, out, *options)
+    error = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(error) == 1 and said in error[0], error
+    assert not out.exists() and not list(out.parent.glob(f"{out.name}*"))
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_options(monkeypatch, capsys, model, tmp_path, name):
+    """One sentence that names the value, exit code 2, nothing written."""
+    expect_refusal(monkeypatch, capsys, model, tmp_path / "out", *BAD[name])
+
+
+def test_bad_texts_and_files(monkeypatch, capsys, model, tmp_path):
+    """An empty text, one that is too short, one that is no text; a missing and a truncated weight file."""
+    for name, content, said in [("empty.txt", b"", "empty"), ("short.txt", b"the words", "fewer than one window"),
+                                ("no.txt", b"\xff\xfe\x00", "UTF-8")]:
+        (tmp_path / name).write_bytes(content)
+        for option in "--calib", "--data":
+            expect_refusal(monkeypatch, capsys, model, tmp_path / "out", [option, str(tmp_path / name)], said)
+    broken = tmp_path / "broken"
+    for damage, said in [(lambda f: f.unlink(), "missing"),
+                         (lambda f: f.write_bytes(f.read_bytes()[:-100]), "truncated")]:
+        make_checkpoint(broken)
+        damage(broken / "model.safetensors")
+        expect_refusal(monkeypatch, capsys, model, tmp_path / "out", ["--model", str(broken)], said)
+
+
+def test_activations_that_are_not_finite(monkeypatch, capsys, model, tmp_path):
+    """Would catch a mask chosen from NaN: the layer is named."""
+    import gpt
+    real = gpt.GPT.embed
+    monkeypatch.setattr(gpt.GPT, "embed", lambda self, *ids: real(self, *ids) * float("nan"))
+    expect_refusal(monkeypatch, capsys, model, tmp_path / "out", [], "layers.0.self_attn.q_proj are not finite")
+
+
+def test_full_disk(monkeypatch, capsys, model, tmp_path):
+    """A file that can't be written whole leaves nothing that looks like a checkpoint."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        expect_refusal(monkeypatch, capsys, model, tmp_path / "out", [], "can't write")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_existing_folders_are_respected(monkeypatch, capsys, model, tmp_path):
+    """Would catch overwriting the model that is being read, one that came from elsewhere, or a folder that holds
+    something else, and work that is done before the refusal. What was written here is replaced."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    theirs("llama", {}).save_pretrained(tmp_path / "theirs")
+    with monkeypatch.context() as patch:
+        patch.setattr(dsnot, "perplexity", None)
+        for out in tmp_path / "mine", tmp_path / "theirs", model / "m":
+            with pytest.raises(SystemExit):
+                command(monkeypatch, model, out)
+            assert "choose another output folder" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    for sparsity in "0.5", "0.6":
+        command(monkeypatch, model, tmp_path / "new", "--sparsity", sparsity)
+        assert ("finished run with other options" in capsys.readouterr().out) == (sparsity == "0.6")
+    assert json.loads((tmp_path / "new" / "pruning.json").read_text())["run"]["sparsity"] == 0.6
+
+
+def test_what_may_surprise_is_said(monkeypatch, capsys, model, tmp_path):
+    """Would catch a pruned model being measured as the dense one without a word; windows that are too long and a
+    text that is too short to fit weights to, likewise."""
+    command(monkeypatch, model, tmp_path / "once")
+    said = capsys.readouterr().out
+    assert not any(words in said for words in ("pruned before", "made for", "are fitted"))
+    command(monkeypatch, model, tmp_path / "short", "--refit", "--nsamples", "1")
+    assert "weights are fitted to 32 tokens of calibration text, fewer than the 56 inputs" in capsys.readouterr().out
+    command(monkeypatch, model, tmp_path / "twice", "--model", str(tmp_path / "once"), "--seqlen", "65")
+    said = capsys.readouterr().out
+    assert "pruned before" in said and "65 tokens, more than the 64 that the model is made for" in said
+
+
+def test_a_run_is_told_by_its_texts_and_its_notes(monkeypatch, model, tmp_path):
+    """Would catch a finished folder being taken for the answer after its calibration text was edited, and one whose
+    notes are damaged ending in a traceback."""
+    text, found = tmp_path / "text.txt", []
+    for words, damage in ("the words are few ", ""), ("the model reads ", ""), ("", '{"run": '), ("", '{"a": 1}'):
+        if words:
+            text.write_text(words * 400)
+        else:
+            (tmp_path / "out" / "pruning.json").write_text(damage)
+        command(monkeypatch, model, tmp_path / "out", "--calib", str(text))
+        found.append(tensors(tmp_path / "out")["model.layers.0.mlp.up_proj.weight"])
+    assert not torch.equal(found[0], found[1]) and torch.equal(found[1], found[2]) and torch.equal(found[1], found[3])
+
+
+def test_time_is_kept(monkeypatch, model, tmp_path):
+    """Would catch a finished folder being told to have taken no time."""
+    seconds = []
+    for _ in range(2):
+        command(monkeypatch, model, tmp_path / "out", "--json", str(tmp_path / "new" / "result.json"))
+        seconds.append(json.loads((tmp_path / "new" / "result.json").read_text())["results"]["rows"][-1]["seconds"])
+    assert seconds[0] == seconds[1] > 0
