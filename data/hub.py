@@ -38,7 +38,9 @@ def model_folder(name, weights=True, config_only=False):
     target = PRESETS.get(str(name), str(name))
     if Path(target).is_dir():
         if not (Path(target) / "config.json").is_file():
-            raise InputError(f"{target} is no model folder: config.json is missing")
+            inside = sorted(str(file.parent) for file in Path(target).glob("*/config.json"))
+            raise InputError(f"{target} is no model folder: config.json is missing" +
+                             (f"; give {' or '.join(inside[:5])}" if inside else ""))
         return Path(target)
     # no Hub id begins with the name of a folder here
     if Path(target).parent != Path() and Path(target).parent.is_dir():

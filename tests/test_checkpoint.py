@@ -228,10 +228,11 @@ def test_nothing_half_written(folder, monkeypatch):
         model.save_pretrained(folder)
 
 
-def test_unknown_model(monkeypatch, capsys):
-    """A misspelt preset, and a folder that is not there."""
+def test_unknown_model(folder, monkeypatch, capsys):
+    """A misspelt preset, a folder that is not there, and one that holds models."""
     assert "llama2-7b" in refused(monkeypatch, capsys, "lama2-7b")
     assert "no model" in refused(monkeypatch, capsys, "./nowhere")
+    assert f"config.json is missing; give {folder}" in refused(monkeypatch, capsys, folder.parent)
 
 
 def test_hub_unreachable(tmp_path):
