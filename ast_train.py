@@ -474,13 +474,14 @@ def validation_perplexity(model, ids, args):
 
 def backward(student, teacher, ids, args):
     """Add the gradients of the mean loss on windows [n, seqlen + 1], a micro-batch at a time; returns that loss."""
-    loss, parts = 0.0, ids.split(args.micro_batch)
-    for part in parts:
+    loss = 0.0
+    for part in ids.split(args.micro_batch):
         with arithmetic(args):
             with torch.no_grad():
                 taught = teacher(part[:, :-1]) if teacher else None
             logits = student(part[:, :-1])
-        mean = training_loss(logits, taught, part[:, 1:], args.kl_weight, args.temperature, args.compile) / len(parts)
+        mean = training_loss(logits, taught, part[:, 1:], args.kl_weight, args.temperature, args.compile)
+        mean = mean * (len(part) / len(ids))
         mean.backward()
         loss += mean.detach()
     return loss
@@ -640,7 +641,7 @@ def options():
     g = p.add_argument_group("training")
     g.add_argument("--steps", type=int)
     g.add_argument("--batch", type=int, help="windows a step, over all processes")
-    g.add_argument("--micro-batch", type=int, help="windows that a process takes at a time")
+    g.add_argument("--micro-batch", type=int, help="windows that a process takes at a time, at most")
     g.add_argument("--lr", type=float, help="peak learning rate")
     g.add_argument("--lr-end", type=float, default=0.1, help="the share of it that is left at the last step")
     g.add_argument("--average", type=float, default=0.0,
@@ -676,8 +677,7 @@ def check(args):
             ("mask_every decay decay_steps warmup", lambda v: 0 <= v < math.inf, "can't be negative or infinite"),
             ("kl_weight lr_end average", lambda v: 0 <= v <= 1, "must lie between 0 and 1"),
             ("sparsity", lambda v: v is None or 0 < v < 1, "must lie between 0 and 1"),
-            ("batch", lambda v: v % (args.micro_batch * world) == 0,
-             f"must be a multiple of --micro-batch ({args.micro_batch}) times the {world} process(es)"),
+            ("batch", lambda v: v % world == 0, f"must be a multiple of the {world} processes"),
             ("shard", lambda v: v == 0 or v > 0 and world % v == 0, f"must divide the {world} process(es)")]:
         for name in names.split():
             if not right(getattr(args, name)):

@@ -205,8 +205,10 @@ def test_a_stopped_run_ends_with_the_same_weights(tmp_path, train, monkeypatch, 
 
 def test_the_ablations_do_what_they_say(tmp_path, train):
     run = lambda name, *options: train(tmp_path / name, "--steps", 4, *options)["runs"]["ast"]
-    base, halves = run("base"), run("halves", "--micro-batch", 4, "--checkpoint-activations")
-    assert abs(base["history"][-1]["loss"] - halves["history"][-1]["loss"]) < 1e-5  # only the order of sums differs
+    base = run("base")
+    for name, options in ("whole", ["--micro-batch", 4, "--checkpoint-activations"]), ("uneven", ["--micro-batch", 3]):
+        other = run(name, *options)
+        assert abs(base["history"][-1]["loss"] - other["history"][-1]["loss"]) < 1e-5  # only the order of sums differs
     fixed = run("fixed", "--mask-every", 0, "--decay-steps", 0, "--kl-weight", 0, "--score", "wanda", "--sparsity", .75)
     assert fixed["flips"] == [0, 0] and fixed["history"][-1]["decay"] == 3e-3  # static
     tensors = load_file(tmp_path / "fixed" / "ast" / "model.safetensors")
@@ -302,7 +304,7 @@ def test_methods_side_by_side_end_together(files, tmp_path):
 
 @pytest.mark.parametrize("options, message", [
     (["--batch", "10000"], "fewer than one batch of 10000 windows"),
-    (["--batch", "5"], "--batch 5 must be a multiple of --micro-batch"),
+    (["--batch", "0"], "--batch 0 must be above 0"),
     (["--temperature", "inf"], "--temperature inf must be above 0 and finite"),
     (["--kl-weight", "1.5"], "--kl-weight 1.5 must lie between 0 and 1"),
     (["--pattern", "4:2"], "--pattern 4:2 is no n:m"),
@@ -320,6 +322,13 @@ def test_wrong_options_get_a_sentence(tmp_path, train, options, message):
     with pytest.raises(InputError, match=message):
         train(tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()
+
+
+def test_processes_share_a_batch_evenly(monkeypatch):
+    monkeypatch.setattr(ast_train.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(sys, "argv", ["ast_train.py", "--batch", "5"])
+    with pytest.raises(InputError, match="--batch 5 must be a multiple of the 2 processes"):
+        ast_train.check(ast_train.options())
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_state(tmp_path, train, monkeypatch):
