@@ -584,7 +584,7 @@ def results(args, test_ids, calibration, begin):
         return dict(parameters=sum(p.count_nonzero().item() for p in model.parameters()), tokens=used,
                     perplexity=perplexity(model, test_ids, args.seqlen, args.micro_batch))
 
-    print(f"measuring the dense, one-shot and trained models on {args.eval_data} ...", flush=True)
+    print(f"measuring the dense{', one-shot' * args.one_shot} and trained models on {args.eval_data} ...", flush=True)
     rows = {"dense": measure(args.model, 0)}
     for score in ["magnitude", "wanda", "sparsegpt"] if args.one_shot else []:
         with tempfile.TemporaryDirectory(dir=args.out) as folder:
@@ -597,7 +597,7 @@ def results(args, test_ids, calibration, begin):
     for method in args.methods:
         name = {"dense": "dense, trained on", "ast": "AST", "ast-slorb": "AST + SLoRB"}[method]
         rows[name] = measure(Path(args.out) / method, args.steps * args.batch * args.seqlen)
-    print(f"\n{args.eval_data}, seqlen {args.seqlen}     parameters kept  test perplexity  gap closed    tokens used")
+    print(f"\n{args.eval_data}, seqlen {args.seqlen}     parameters kept  test perplexity  gap closed    tokens read")
     gap = best_mask - math.log(rows["dense"]["perplexity"])
     for name, row in rows.items():
         row["gap_closed"] = (best_mask - math.log(row["perplexity"])) / gap if args.one_shot and gap else None
@@ -671,6 +671,10 @@ def check(args):
         raise InputError(f"--methods {' '.join(args.methods)} names one twice")
     if (out / "config.json").is_file():
         raise InputError(f"--out {args.out} is a model: give a folder to hold the models that are trained")
+    if out.is_dir() and any(out.iterdir()) and not any([*out.glob("*.training"), *out.glob("start*")]):
+        raise InputError(f"--out {args.out} exists and holds no training of this program: choose another output folder")
+    if args.start_from == "swap" and args.methods == ["dense"]:
+        raise InputError("--start-from swap is for sparse models, and --methods dense names none")
     for names, right, rule in [
             ("steps batch micro_batch seqlen save_every slorb_k temperature clip lr", lambda v: 0 < v < math.inf,
              "must be above 0 and finite"),

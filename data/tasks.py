@@ -3,7 +3,8 @@ harness (EleutherAI lm-evaluation-harness 0.4): `load_task` for every task, `enc
 
 Every choice of a question is one pair; the model answers with the choice whose continuation is the most likely one.
 A continuation is a space and the choice. In WinoGrande it is the rest of the sentence, and the contexts differ.
-Data come from the Hub (files, no scripts), or from a local folder with the same columns:
+Data come from the Hub (files, no scripts), or from a local folder with the same columns, which are those that the
+functions below read:
 
     TASKS_DIR/boolq.jsonl                        one file a task: .jsonl or .parquet
     TASKS_DIR/mmlu/dev.jsonl, test.jsonl         or a folder a task, with files that begin with the name of the split
@@ -131,7 +132,7 @@ def read_split(name, split, folder):
     if not files:
         raise InputError(f"--tasks-dir {folder} has no data of {name}: neither {name}/{split}*.jsonl nor .parquet"
                          + f", nor {name}.jsonl or .parquet" * (split == task.split))
-    return [row for path in files for row in read_file(path)], folder
+    return [row for path in files for row in read_file(path)], files[0] if len(files) == 1 else Path(folder) / name
 
 
 def asked(name, row, i, source):
@@ -158,9 +159,9 @@ def load_task(name, folder=None, limit=None):
     rows, source = read_split(name, task.split, folder)
     solved = {}  # {group: what stands before each of its questions}
     if task.shots:
-        dev, _ = read_split(name, "dev", folder)
+        dev, solved_in = read_split(name, "dev", folder)
         for i, row in enumerate(dev):
-            contexts, choices, gold = asked(name, row, i, source)
+            contexts, choices, gold = asked(name, row, i, solved_in)
             solved.setdefault(row.get("subject"), []).append(f"{contexts[0]} {choices[gold]}\n\n")
     examples, seen = [], {}
     for i, row in enumerate(rows):

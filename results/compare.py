@@ -38,7 +38,8 @@ def read_rows(path):
         return [complete(common | row) for row in rows]
     except FileNotFoundError:
         raise InputError(f"--compare {path}: there is no such file or folder" if file == path else
-                         f"--compare {path}: it has no pruning.json, which dsnot.py writes into a checkpoint") from None
+                         f"--compare {path}: it has no pruning.json, which dsnot.py writes; of another folder "
+                         f"give the files in it that --json wrote") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise InputError(f"--compare {path} is neither a result file (--json of dsnot.py, ast_train.py or eval.py) "
                          f"nor a pruned checkpoint: {type(e).__name__} {e}") from None
@@ -184,7 +185,7 @@ def compare(args):
     if args.by_method and not any(row["perplexity"] for row in rows):
         raise InputError("--by-method: there is no perplexity in what is compared; leave the option out")
     print(table_by_method(rows) if args.by_method else table(rows))
-    if not any(row["perplexity"] for row in rows):
+    if not any(row["perplexity"] or row.get("tasks") or row.get("speed") for row in rows):
         print("\nno perplexity: a pruned folder holds none; compare the files that --json wrote")
     if args.plot:
         plot(rows, args.plot)

@@ -19,4 +19,8 @@ python dsnot.py --no-compare
 write dense tiny
 write 70 out/tiny-wanda-dsnot-70
 write 2of4 out/tiny-2of4
-write ast out/ast-seed0/ast
+if [ -d out/ast-seed0/ast ]; then
+    write ast out/ast-seed0/ast
+else
+    echo "AST's text stays as it is: out/ast-seed0/ast, which bash results/ast.sh trains, is not here"
+fi

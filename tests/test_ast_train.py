@@ -311,6 +311,8 @@ def test_methods_side_by_side_end_together(files, tmp_path):
     (["--methods", "ast", "ast"], "--methods ast ast names one twice"),
     (["--shard", "3"], "--shard 3 must divide the 1 process"),
     (["--out", str(ROOT / "data" / "tiny")], "data/tiny is a model: give a folder"),
+    (["--out", str(ROOT / "data")], "data exists and holds no training of this program: choose another"),
+    (["--methods", "dense", "--start-from", "swap"], "--start-from swap is for sparse models"),
     (["--out", str(ROOT / "README.md" / "out")], "README.md is a file: choose another output folder"),
     (["--sparsity", "0.5", "--pattern", "2:4"], "--pattern: not allowed with argument --sparsity"),
     (["--methods", "ast-slorb", "--slorb-k", "7"], "--slorb-k 7 does not divide"),

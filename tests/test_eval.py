@@ -1,5 +1,5 @@
-"""Oracles for eval.py: perplexity against a plain loop over transformers, tables against numbers worked out by hand, and
-the command."""
+"""Oracles for eval.py: perplexity against a plain loop over transformers, tables against numbers worked out by hand,
+and the command."""
 
 import json
 import math
@@ -210,6 +210,7 @@ def test_command(checkpoint, tmp_path):
     (["--tasks", "rte", "--tasks-dir", "nowhere"], "--tasks-dir nowhere is no folder"),
     (["--data", "ptb"], "ptb_text_only is not in the cache and can't be fetched"),
     (["--compare", "nowhere.json"], "there is no such file"), (["--compare", "LICENSE"], "neither a result file"),
+    (["--compare", "results/tiny"], "give the files in it that --json wrote"),
     (["--plot", "a.png"], "needs --compare"), (["--seqlen", "1"], "--seqlen 1"),
     (["--limit", "3"], "they need --tasks"), (["--by-method"], "needs --compare"),
     (["--compare", "x.json", "--speed"], "leave out --data"),

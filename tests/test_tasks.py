@@ -1,4 +1,4 @@
-"""Oracles for the zero-shot tasks: log-likelihoods against one pair at a time, prompts against texts written by hand."""
+"""Oracles for zero-shot tasks: log-likelihoods against one pair at a time, prompts against texts written by hand."""
 
 import json
 import math
@@ -179,7 +179,7 @@ def test_zero_shot_does_not_depend_on_the_batch(checkpoint, tasks_dir, capsys):
     ("boolq", '{"passage": "a", "question": "b", "label": -1}\n', "answer -1 is none of 2"),
     ("arc_easy", '{"question": "a", "choices": ["b"], "answerKey": "A"}\n', "schema of arc_easy"),
     ("piqa", '{"goal": "a", "sol1": null, "sol2": "b", "label": 1}\n', "a text is missing"),
-    ("piqa", '["goal"]\n', "schema of piqa"),
+    ("piqa", '["goal"]\n', "piqa.jsonl: row 1 does not have the schema of piqa"),
     ("winogrande", '{"sentence": "no gap", "option1": "a", "option2": "b", "answer": "1"}\n', "schema of winogrande"),
     ("rte", "", "rte.jsonl is empty"),
     ("rte", "{\n", "rte.jsonl can't be read as JSON lines"),
