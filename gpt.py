@@ -89,6 +89,8 @@ class Config:
                              f"({', '.join(FAMILIES)} are)")
         said = {"hidden_act": "silu", **raw, **FAMILIES[raw["model_type"]](raw)}  # in LLaMA's words
         heads, layers, bias = said["num_attention_heads"], said["num_hidden_layers"], said.get("attention_bias", False)
+        if type(layers) is not int or not 0 < layers < 10**5:  # lists are made of so many
+            raise InputError(f"config.json: num_hidden_layers {layers!r} is not a whole number from 1 to 10^5")
         rope = said.get("rope_parameters") or said.get("rope_scaling") or {}
         reach = said.get("sliding_window") if said.get("use_sliding_window") else None
         first = min(said.get("first_sliding_layer", layers), layers)
@@ -126,8 +128,8 @@ class Config:
 
     def check(self):
         """Raise InputError where config.json asks for something that this file does not compute."""
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "head_dim", "context_length"):
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+                     "head_dim", "context_length"):
             if type(value := getattr(self, name)) is not int or not 0 < value < 10**8:
                 raise InputError(f"config.json: {name} {value!r} is not a whole number from 1 to 10^8")
         if type(self.slorb_k) is not int or self.slorb_k < 0:

@@ -179,6 +179,7 @@ def test_tensors_are_accounted_for(edit, words, folder, monkeypatch, capsys):
     ("config.json", lambda b: b.replace(b'"rope_type": "default"', b'"rope_type": "llama3"'), "factor"),
     ("config.json", lambda b: b.replace(b'"num_key_value_heads": 4', b'"num_key_value_heads": 3'), "evenly"),
     ("config.json", lambda b: b.replace(b'"num_attention_heads": 4', b'"num_attention_heads": 0'), "config.json"),
+    ("config.json", lambda b: b.replace(b'"num_hidden_layers": 3', b'"num_hidden_layers": 1' + b"0" * 12), "10^5"),
     ("config.json", None, "config.json is missing"),
     ("model.safetensors", None, "model.safetensors is missing"),
 ], ids=lambda x: x if isinstance(x, str) else "")
