@@ -89,8 +89,7 @@ class Config:
                              f"({', '.join(FAMILIES)} are)")
         said = {"hidden_act": "silu", **raw, **FAMILIES[raw["model_type"]](raw)}  # in LLaMA's words
         heads, layers, bias = said["num_attention_heads"], said["num_hidden_layers"], said.get("attention_bias", False)
-        if type(layers) is not int or not 0 < layers < 10**5:  # lists are made of so many
-            raise InputError(f"config.json: num_hidden_layers {layers!r} is not a whole number from 1 to 10^5")
+        check_whole("num_hidden_layers", layers, 5)  # before lists of so many are made
         rope = said.get("rope_parameters") or said.get("rope_scaling") or {}
         reach = said.get("sliding_window") if said.get("use_sliding_window") else None
         first = min(said.get("first_sliding_layer", layers), layers)
@@ -130,8 +129,7 @@ class Config:
         """Raise InputError where config.json asks for something that this file does not compute."""
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
                      "head_dim", "context_length"):
-            if type(value := getattr(self, name)) is not int or not 0 < value < 10**8:
-                raise InputError(f"config.json: {name} {value!r} is not a whole number from 1 to 10^8")
+            check_whole(name, getattr(self, name), 8)
         if type(self.slorb_k) is not int or self.slorb_k < 0:
             raise InputError(f"config.json: slorb_k {self.slorb_k!r} is not a whole number from 0")
         for name in "rms_norm_eps", "rope_theta":
@@ -160,6 +158,12 @@ class Config:
     @property
     def rope_kind(self):
         return self.rope_scaling.get("rope_type", self.rope_scaling.get("type", "default"))
+
+
+def check_whole(name, value, power):
+    """Raise InputError where a number of config.json is no whole one from 1 to 10^power."""
+    if type(value) is not int or not 0 < value < 10**power:
+        raise InputError(f"config.json: {name} {value!r} is not a whole number from 1 to 10^{power}")
 
 
 # ------------------------------------------------------------------------------------------------------ the model
