@@ -342,7 +342,7 @@ def text_files(args):
 def first_weights(args, calibration):
     """Where the student's first weights are. "swap": the folder of the model with the mask that exact swaps find and
     the weights that suit it. Its pruned weights are 0 and return when their gradients have moved them far enough."""
-    if args.start_from == "dense" or args.methods == ["dense"]:
+    if args.start_from == "dense":
         return args.model
     folder = Path(args.out) / "start"
     model = GPT.from_pretrained(args.model, device=args.device, stream=True)
@@ -481,9 +481,9 @@ def backward(student, teacher, ids, args):
                 taught = teacher(part[:, :-1]) if teacher else None
             logits = student(part[:, :-1])
         mean = training_loss(logits, taught, part[:, 1:], args.kl_weight, args.temperature, args.compile)
-        mean = mean * (len(part) / len(ids))
-        mean.backward()
-        loss += mean.detach()
+        share = mean * (len(part) / len(ids))
+        share.backward()
+        loss += share.detach()
     return loss
 
 
@@ -671,7 +671,8 @@ def check(args):
         raise InputError(f"--methods {' '.join(args.methods)} names one twice")
     if (out / "config.json").is_file():
         raise InputError(f"--out {args.out} is a model: give a folder to hold the models that are trained")
-    if out.is_dir() and any(out.iterdir()) and not any([*out.glob("*.training"), *out.glob("start*")]):
+    ours = ["*.training", *(f"{name}*/run.json" for name in ["start", *args.methods])]  # a state, a model's mark
+    if out.is_dir() and any(out.iterdir()) and not any(found for pattern in ours for found in out.glob(pattern)):
         raise InputError(f"--out {args.out} exists and holds no training of this program: choose another output folder")
     if args.start_from == "swap" and args.methods == ["dense"]:
         raise InputError("--start-from swap is for sparse models, and --methods dense names none")

@@ -203,6 +203,17 @@ def test_a_stopped_run_ends_with_the_same_weights(tmp_path, train, monkeypatch, 
     assert [path.name for path in work.iterdir()] == ["step-0000012"]
 
 
+def test_a_run_killed_between_its_first_model_and_its_first_state_begins_anew(tmp_path, train, monkeypatch):
+    """Would catch an output folder that is taken for somebody else's because it holds a model and no state yet."""
+    def killed(*_):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ast_train, "save_state", killed)
+        train(tmp_path, "--steps", 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["ast"]
+    assert train(tmp_path, "--steps", 3)["runs"]["ast"]["step"] == 3
+
+
 def test_the_ablations_do_what_they_say(tmp_path, train):
     run = lambda name, *options: train(tmp_path / name, "--steps", 4, *options)["runs"]["ast"]
     base = run("base")
