@@ -1,0 +1,175 @@
+"""Oracles for exact swaps and refit: direct errors, exhaustive pairs, normal equations."""
+
+import pytest
+import torch
+
+import dsnot
+from dsnot import InputStats, keep_mask, sparsegpt, wanda_score
+from test_dsnot import random_layer
+
+AMOUNTS = [dict(sparsity=0.5), dict(sparsity=0.75), dict(sparsity=0.9),
+           dict(pattern=(2, 4)), dict(pattern=(1, 4)), dict(pattern=(4, 8))]
+
+
+def squared_error(W, kept_weights, inputs, dense_inputs=None):
+    """||W Z - W_sparse X||^2 per row, from the inputs themselves, in float64."""
+    z = (inputs if dense_inputs is None else dense_inputs).flatten(0, 1).double()
+    return (z @ W.double().T - inputs.flatten(0, 1).double() @ kept_weights.double().T).square().sum(0)
+
+
+def inputs_case(seed, with_cross, **layer):
+    """A layer W, what it gets, what it would get in the dense model z, and InputStats of both."""
+    W, z = random_layer(seed, **layer)
+    inputs = z + 0.3 * torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)) if with_cross else z
+    stats = InputStats(W.shape[1], gram=True)
+    for n, x in enumerate(inputs):
+        stats.add(x, z[n] if with_cross else None)
+    return W, inputs, z, stats
+
+
+def swap_case(seed, amount, with_cross, **layer):
+    W, inputs, z, stats = inputs_case(seed, with_cross, **layer)
+    goal = W @ stats.cross if with_cross else None
+    return W, inputs, z, stats.gram, goal, keep_mask(wanda_score(W, stats), **amount)
+
+
+@pytest.mark.parametrize("width", [30, 1000, 1024, 2048])
+def test_lowest_is_topk(width):
+    """Would catch columns that the search in two steps overlooks, and rows that have fewer than k to offer."""
+    x = torch.randn(40, width, generator=torch.Generator().manual_seed(width))
+    x[:20, torch.randperm(width)[:width - 5]] = torch.inf
+    found = dsnot.lowest(x, 16)
+    assert torch.equal(x.gather(1, found), x.topk(16, dim=1, largest=False)[0])
+    assert all(len(set(row)) == 16 for row in found.tolist())
+
+
+@pytest.mark.parametrize("amount", AMOUNTS)
+@pytest.mark.parametrize("with_cross", [False, True])
+def test_swaps_end_where_no_swap_helps(amount, with_cross):
+    """Would catch a wrong price of a swap, an error that rises, a broken pattern, and stopping too early: every pair
+    that is left is tried, directly on the inputs."""
+    W, inputs, z, gram, goal, keep = swap_case(0, amount, with_cross, rows=6, width=24, tokens=32)
+    pattern = amount.get("pattern")
+    new = dsnot.swap_refine(W, keep, gram, goal=goal, candidates=24, pattern=pattern)
+    before, after = squared_error(W, W * keep, inputs, z), squared_error(W, W * new, inputs, z)
+    assert (after <= before * (1 + 1e-6)).all() and after.sum() < before.sum()
+    assert torch.equal(new.sum(1), keep.sum(1))
+    for r in range(len(W)):
+        for j in range(24):
+            for i in range(24):
+                allowed = new[r, j] and not new[r, i] and (pattern is None or i // pattern[1] == j // pattern[1])
+                if allowed:
+                    other = new[r].clone()
+                    other[j], other[i] = False, True
+                    assert squared_error(W[r:r + 1], W[r:r + 1] * other, inputs, z)[0] >= after[r] * (1 - 1e-4)
+    if pattern:
+        assert (new.view(len(W), -1, pattern[1]).sum(-1) == pattern[0]).all()
+
+
+@pytest.mark.parametrize("amount", AMOUNTS)
+def test_few_candidates_do_as_well_as_all(amount):
+    """Would catch a choice of candidates that misses good swaps."""
+    W, inputs, _, gram, _, keep = swap_case(1, amount, False, rows=40, width=96, tokens=64)
+    pattern = amount.get("pattern")
+    masks = [dsnot.swap_refine(W, keep, gram, candidates=c, pattern=pattern) for c in (8, 96)]
+    few, all_pairs = (squared_error(W, W * mask, inputs).sum() for mask in masks)
+    assert few < all_pairs * 1.03
+    one = dsnot.swap_refine(W, keep, gram, max_swaps=1, pattern=pattern)
+    assert ((one != keep).sum(1) <= 2).all() and (one != keep).any()
+
+
+@pytest.mark.parametrize("refine,refit", [("dsnot", False), ("swap", False), ("swap", True), ("dsnot+swap", False)])
+def test_cycles_bound_the_swaps(refine, refit):
+    """Would catch a --cycles that one of the refinements does not hear: a swap flips two weights of a row."""
+    W, _, _, stats = inputs_case(4, False, rows=20, width=64, tokens=64)
+    options = dict(score="wanda", refine=refine, refit=refit, sparsity=0.5)
+    keep = keep_mask(wanda_score(W, stats), sparsity=0.5)
+    flips = [((dsnot.prune_layer(W, stats, cycles=c, **options) != 0) != keep).sum(1).max().item()
+             for c in (0, 1, None)]
+    turns = 2 if refit or "+" in refine else 1
+    assert flips[0] == 0 and 0 < flips[1] <= 2 * turns and (flips[2] > flips[1] or refine == "dsnot")
+
+
+def test_swaps_of_uneven_rows():
+    """Would catch rows of a SparseGPT mask, which keep different numbers of weights, trading theirs; full and empty
+    rows."""
+    W, inputs, _, gram, _, _ = swap_case(2, dict(sparsity=0.5), False, rows=12, width=100)
+    keep = torch.rand(12, 100, generator=torch.Generator().manual_seed(0)) < torch.linspace(0, 1, 12)[:, None]
+    new = dsnot.swap_refine(W, keep, gram, candidates=8)
+    assert torch.equal(new.sum(1), keep.sum(1))
+    assert (squared_error(W, W * new, inputs) <= squared_error(W, W * keep, inputs) * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("with_cross", [False, True])
+def test_refit_is_least_squares(with_cross):
+    """Would catch weights that are not the best ones for the mask: the normal equations hold, and lstsq agrees."""
+    W, inputs, z, gram, goal, keep = swap_case(3, dict(sparsity=0.6), with_cross, rows=10, width=32, tokens=64)
+    keep[3] = False
+    new = dsnot.refit_weights(W, keep, gram, goal=goal, damp=0.0)
+    assert torch.equal(new != 0, keep)
+    x, y = inputs.flatten(0, 1).double(), z.flatten(0, 1).double() @ W.double().T
+    for r in (r for r in range(10) if keep[r].any()):
+        k = keep[r]
+        residual = x[:, k].T @ (x[:, k] @ new[r, k].double() - y[:, r])
+        assert residual.norm() <= 1e-4 * (x[:, k].T @ y[:, r]).norm()
+        best = torch.linalg.lstsq(x[:, k], y[:, r:r + 1]).solution[:, 0]
+        torch.testing.assert_close(new[r, k].double(), best, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("amount", AMOUNTS)
+def test_swaps_after_a_refit_lower_the_error(amount):
+    """Would catch a wrong value for a weight that comes back, and rounds that undo each other or the pattern."""
+    W, inputs, z, gram, goal, keep = swap_case(4, amount, True, rows=40, width=48, tokens=64)
+    errors = []
+    for rounds in range(4):
+        new = dsnot.swap_and_refit(W, keep, gram, goal=goal, pattern=amount.get("pattern"), rounds=rounds)
+        assert torch.equal((new != 0).sum(1), keep.sum(1))
+        errors.append(((inputs @ new.T - z @ W.T) ** 2).sum((0, 1)))
+    assert all((after <= before * (1 + 1e-4)).all() for before, after in zip(errors, errors[1:]))
+    assert errors[1].sum() < errors[0].sum()
+    if pattern := amount.get("pattern"):
+        assert ((new != 0).view(len(W), -1, pattern[1]).sum(-1) == pattern[0]).all()
+
+
+def test_dense_weights_are_least_squares():
+    """Would catch a wrong goal for SparseGPT: they are the refit of a mask that keeps all, and W where its own output
+    is the goal."""
+    W, _, _, gram, goal, keep = swap_case(3, dict(sparsity=0.6), True, rows=10, width=32, tokens=64)
+    expected = dsnot.refit_weights(W, torch.ones_like(keep), gram, goal=goal, damp=0.0)
+    torch.testing.assert_close(dsnot.dense_weights(W, gram, goal, damp=0.0), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(dsnot.dense_weights(W, gram, W @ gram), W)
+    assert not (expected - W).abs().max() < 0.01
+
+
+def test_reported_error_is_the_error():
+    """Would catch an error that is not ||(W - W_sparse) X||^2 / ||W X||^2."""
+    W, inputs, _, gram, _, keep = swap_case(4, dict(sparsity=0.5), False)
+    expected = squared_error(W, W * keep, inputs).sum() / squared_error(W, W * 0, inputs).sum()
+    assert dsnot.relative_error(W, W * keep, gram) == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_pruned_weights_come_back_with_their_best_values():
+    """Would catch a wrong slope or a wrong goal: alone, no other value of a pruned weight lowers its row's error as
+    much."""
+    W, inputs, z, stats = inputs_case(7, True, rows=3, width=12, tokens=32)
+    keep = keep_mask(W.abs(), 0.5)
+    new, goal = torch.where(keep, W, 0), W @ stats.cross
+    values = dsnot.with_pruned(new, keep, stats.gram, goal)
+    assert torch.equal(values[keep], W[keep])
+    for r, i in (~keep).nonzero().tolist():
+        def error(value):
+            other = new.clone()
+            other[r, i] = value
+            return squared_error(W, other, inputs, z)[r]
+        best = values[r, i].item()
+        assert error(best) < min(error(best - 0.05), error(best + 0.05), error(0))
+
+
+def test_sparsegpt_aims_for_what_propagation_says():
+    """Would catch a correction that ignores what the pruned layers before have done: the goal is the dense model's
+    output."""
+    W, inputs, z, stats = inputs_case(6, True, rows=10, width=32, tokens=64)
+    aimed = dsnot.prune_layer(W, stats, goal=dsnot.layer_goal(W, stats, "weights"), score="sparsegpt", refine="none",
+                              sparsity=0.5)
+    plain = sparsegpt(W, stats.gram, sparsity=0.5)
+    assert (inputs @ aimed.T - z @ W.T).square().sum() < 0.8 * (inputs @ plain.T - z @ W.T).square().sum()
