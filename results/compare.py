@@ -41,8 +41,9 @@ def read_rows(path):
                          f"--compare {path}: it has no pruning.json, which dsnot.py writes; of another folder "
                          f"give the files in it that --json wrote") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise InputError(f"--compare {path} is neither a result file (--json of dsnot.py, ast_train.py or eval.py) "
-                         f"nor a pruned checkpoint: {type(e).__name__} {e}") from None
+        why = f": {e}" if isinstance(e, (OSError, ValueError)) else ""
+        raise InputError(f"--compare {path} is neither a result file with a table (--json of dsnot.py, ast_train.py or "
+                         f"eval.py) nor a pruned checkpoint{why}") from None
 
 
 def method_of(run):

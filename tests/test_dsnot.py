@@ -1,4 +1,4 @@
-"""Oracles for statistics, masks, DSnoT and SparseGPT: golden outputs, and slow loops per row that follow the formulas."""
+"""Oracles for statistics, masks, DSnoT and SparseGPT: golden outputs, slow loops per row that follow the formulas."""
 
 import json
 
