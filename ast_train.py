@@ -317,7 +317,7 @@ def make_sparse(model, args, slorb_k, calibration):
     blocks, stats = model.model.layers, {}  # {layer: InputStats}
 
     def seen(linear, x):
-        stats.setdefault(linear, InputStats(x.shape[-1], x.device))
+        stats.setdefault(linear, InputStats(x.shape[-1]))
         for sequence in x:
             stats[linear].add(sequence)
 

@@ -208,7 +208,7 @@ def swap_refine(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = 
     y x^T over the outputs y that it should give, None: those of W. Then g is the goal less what the kept weights make.
     max_swaps: per row, None: until none helps, or as many as the row is wide. pattern: (n, m) of the mask, which stays.
     """
-    new, W, G = keep.clone(), W.float(), gram
+    new, W, G, goal = keep.clone(), W.float(), gram.float(), None if goal is None else goal.float()
     for rows in torch.arange(len(W), device=W.device).split(512 if W.device.type == "cpu" else 4096):
         w, mask = W[rows], keep[rows]
         g = torch.where(mask, 0, w) @ G if goal is None else goal[rows] - torch.where(mask, w, 0) @ G
@@ -301,8 +301,8 @@ def refit_weights(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None 
     """The weights that give the least squared error for a mask [out, in]: on each row's kept weights k they solve
     G_kk u = (G w)_k, or goal_k with `goal` [out, in] as in swap_refine. damp: added to G's diagonal, times its mean.
     Batched Cholesky over rows with at most `chunk` numbers of G_kk at a time."""
-    W, G = W.float(), damped(gram, damp)
-    goal, new = W @ G if goal is None else goal, torch.zeros_like(W)
+    W, G = W.float(), damped(gram.float(), damp)
+    goal, new = W @ G if goal is None else goal.float(), torch.zeros_like(W)
     for count in keep.sum(1).unique().tolist():  # rows that keep equally many are solved together
         same = (keep.sum(1) == count).nonzero()[:, 0]
         for rows in same.split(max(1, chunk // max(1, count * count))) if count else ():
@@ -318,8 +318,10 @@ def refit_weights(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None 
 
 def swap_and_refit(W, keep, gram, *, goal=None, max_swaps=None, pattern=None, rounds=1):
     """The weights that are left when swaps and refit take turns: after the first refit, swaps are made among values
-    that suit it, those of `with_pruned`. The error never rises. Arguments as in swap_refine, keep: to start from."""
-    goal = W.float() @ gram if goal is None else goal
+    that suit it, those of `with_pruned`. But for refit's damping the error never rises. Arguments as in swap_refine,
+    keep: to start from."""
+    gram = gram.float()
+    goal = W.float() @ gram if goal is None else goal.float()
     swap = partial(swap_refine, gram=gram, goal=goal, max_swaps=max_swaps, pattern=pattern)
     keep = swap(W, keep)
     new = refit_weights(W, keep, gram, goal=goal)
@@ -356,10 +358,10 @@ def sparsegpt(W: Tensor, gram: Tensor, *, sparsity: float | None = None, pattern
     """Prune and correct the weights that remain (Frantar & Alistarh 2023, arXiv 2301.00774); returns them, float32.
 
     Columns are taken from left to right; what is lost by pruning one is made up for by the columns to its right, by the
-    inverse of the Hessian H, which is the Gram matrix up to a factor that cancels. W [out, in]; gram [in, in]: the sum
-    of x x^T. sparsity: the lowest w^2 / U_kk^2 of each `block` of columns, over all rows together (as published, one
-    more than the share); pattern (n, m): within each group; keep [out, in]: for a given mask only correct.
-    damp: added to H's diagonal, times its mean."""
+    inverse of the Hessian H, which is the Gram matrix up to a factor that cancels (but where an input is always 0: its
+    H_kk is 1). W [out, in]; gram [in, in]: the sum of x x^T. sparsity: the lowest w^2 / U_kk^2 of each `block` of
+    columns, over all rows together (as published, one more than the share); pattern (n, m): within each group; keep
+    [out, in]: for a given mask only correct. damp: added to H's diagonal, times its mean."""
     assert (sparsity is None) + (pattern is None) + (keep is None) == 2, "one of sparsity, pattern, keep"
     W, H, width = W.float().clone(), gram.float().clone(), W.shape[1]
     if pattern:
@@ -378,7 +380,7 @@ def sparsegpt(W: Tensor, gram: Tensor, *, sparsity: float | None = None, pattern
             prune = ~keep[:, left:right]
         elif sparsity is not None:
             score = w.square() / u.diagonal().square()
-            prune = score <= score.flatten().sort()[0][int(score.numel() * sparsity)]
+            prune = score <= score.flatten().sort()[0][min(int(score.numel() * sparsity), score.numel() - 1)]
         else:
             prune = torch.zeros_like(w, dtype=torch.bool)
         error = torch.zeros_like(w)
@@ -520,15 +522,20 @@ def prune(model, windows, out, run, *, batch=8, propagate=False, sparsity=None, 
         return finished["layers"]
     positions = torch.arange(windows.shape[1], device=device)
     where, windows = (rotary(model.config, positions), positions), windows[rank::world]
-    home = place_for(model.config, windows, 2 if propagate else 1, torch.device(device), model.place["dtype"])
+    states = held_states(windows.numel(), count * len(prunable(model.model.layers[0])), propagate, allocate)
+    home = place_for(model.config, states, torch.device(device), model.place["dtype"])
     writer = CheckpointWriter(out, model.config.raw, source.folder, keep=run)
     with writer if rank == 0 else nullcontext():
         if rank == 0:
             writer.make_room(source.size())
         wait()  # the folder is there
-        hidden = [model.embed(ids.to(device)).to(home) for ids in windows.split(batch)]  # the input of the next block
-        shares = allocation(model, where, list(hidden), sparsity, allocate)
-        dense, records, log = list(hidden), [], writer.partial / "pruning.json"
+
+        def embedded():
+            return (model.embed(ids.to(device)).to(home) for ids in windows.split(batch))
+
+        shares = allocation(model, where, embedded(), sparsity, allocate)
+        hidden = list(embedded())  # the input of the next block
+        dense, records, log = list(hidden) if propagate else [], [], writer.partial / "pruning.json"
         known = noted(log) or {"layers": [], "seconds": 0}
         for i in tqdm(range(count), desc="pruning", unit="block", leave=False, disable=rank or None):
             block = model.block(i)
@@ -556,19 +563,27 @@ def prune(model, windows, out, run, *, batch=8, propagate=False, sparsity=None, 
     return records
 
 
+def held_states(tokens, layers, propagate, allocate):
+    """Of how many tokens a process of `prune` holds hidden states at a time: of its calibration text, twice if it
+    propagates; before that, with "sensitivity", of the text and of a trial for each of the model's layers."""
+    trials = 2048 * layers if allocate == "sensitivity" else 0
+    return max(tokens * (1 + propagate), tokens + trials)
+
+
 def allocation(model, where, hidden, sparsity, kind):
-    """{layer's name: the share of it to prune}, over all weights `sparsity`, from one pass of `hidden`, a list of
+    """{layer's name: the share of it to prune}, over all weights `sparsity`, from one pass of `hidden`, batches
     [sequences, tokens, C], through the dense model. where: (rope, positions) for `steps`; kind:
     "owl"          a block's share falls linearly from sparsity + 0.08, of the block with the fewest outliers, to
                    sparsity - 0.08; then all are moved to the right mean. An outlier is a Wanda score above 5 times the
                    block's mean (Yin et al. 2024, arXiv 2310.05175)
-    "sensitivity"  each layer alone is pruned by Wanda; its damage is the KL divergence of the model's output on 2048
-                   tokens (one window, if that is longer). For other shares it is scaled by the layer's squared error,
-                   known from the Wanda scores. Of the shares within 0.1 of `sparsity` those with the least total damage
-                   are taken."""
+    "sensitivity"  each layer alone is pruned by Wanda; its damage is the KL divergence of the model's output on up to
+                   2048 tokens of the first batch (one window, if that is longer). For other shares it is scaled by
+                   the layer's squared error, known from the Wanda scores. Of the shares within 0.1 of `sparsity` those
+                   with the least total damage are taken."""
     names = [f"model.layers.{i}.{name}" for i, block in enumerate(model.model.layers) for name in prunable(block)]
     if kind == "uniform":
         return dict.fromkeys(names, sparsity)
+    hidden = list(hidden)
     grid = torch.arange(max(0.0, sparsity - 0.1), min(0.99, sparsity + 0.1), 0.01, dtype=torch.double)
     probe, trials, outliers, growth, sizes = hidden[0][:max(1, 2048 // hidden[0].shape[1])], [], [], [], []
     for i in tqdm(range(model.config.num_hidden_layers), desc="allocating", unit="block", leave=False, disable=None):
@@ -696,6 +711,9 @@ def check(args, config, text):
                 check_pattern(parse_pattern(args.pattern), layer.in_features)
         if args.allocate != "uniform":
             raise InputError(f"--allocate {args.allocate} can't change the pattern {args.pattern}: give a --sparsity")
+    if args.allocate != "uniform" and args.sparsity > 0.99:
+        raise InputError(f"--allocate {args.allocate} prunes no layer by more than 0.99, so --sparsity {args.sparsity} "
+                         f"can't be reached: lower it, or leave out --allocate")
     if args.out is not None and Path(os.path.normpath(args.out)).name in ("", ".."):
         raise InputError(f"--out {args.out} has no name of its own: give a folder to make")
     if args.cycles is not None and args.refine == "none":
@@ -726,12 +744,14 @@ def dry_run(args, config, amount, methods):
         whole = sum(p.numel() for p in GPT(config).parameters())
     stored = getattr(torch, config.raw.get("dtype") or config.raw.get("torch_dtype") or "", torch.float32)
     dtype, blocks = torch.float32 if args.device == "cpu" else stored, config.num_hidden_layers
-    block, tokens, copies = Block(config).to(args.device, dtype), args.nsamples * args.seqlen, 1 + args.propagate
+    block, tokens = Block(config).to(args.device, dtype), args.nsamples * args.seqlen
     layers, gram = prunable(block), any(needs_gram(**method) for method in methods)
     sizes = [layer.weight.numel() for layer in layers.values()]
-    held = whole - (blocks - copies) * sum(p.numel() for p in block.parameters())  # embedding, head, a block or two
+    states = held_states(tokens, len(layers) * blocks, args.propagate, args.allocate)
+    elsewhere = blocks - 1 - args.propagate  # blocks that are not in memory
+    held = whole - elsewhere * sum(p.numel() for p in block.parameters())
     gigabytes = {
-        "the calibration text's activations": copies * tokens * config.hidden_size * dtype.itemsize / 1e9,
+        "the calibration text's activations": states * config.hidden_size * dtype.itemsize / 1e9,
         "weights": held * dtype.itemsize / 1e9,
         "a layer's scores and a batch's activations":
             (24 * max(sizes) + 32768 * config.intermediate_size * dtype.itemsize) / 1e9,

@@ -7,10 +7,12 @@ where an interrupted run stopped.
 
 import json
 import math
+import os
 import pickle
 import re
 import shutil
 import zipfile
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,9 +123,9 @@ def weight_files(folder):
 class Checkpoint:
     """A folder opened for reading: tensors under our names, read when they are asked for.
 
-    Opening reads only headers; `match` compares them with what the model needs, so a checkpoint that does not fit is
-    refused before any work is done. After that, `files` {name: path}, `paths` (each file once) and `shapes` {name:
-    shape} are known."""
+    Opening reads only headers (of a .bin older than PyTorch 1.6, everything); `match` compares them with what the model
+    needs, so a checkpoint that does not fit is refused before any work is done. After that, `files` {name: path},
+    `paths` (each file once) and `shapes` {name: shape} are known."""
 
     def __init__(self, folder, raw):
         """raw: the folder's config.json."""
@@ -171,7 +173,11 @@ class Checkpoint:
     def tensor(self, name):
         """One tensor under our name, as it is on disk. Raises InputError if a value is not finite."""
         path, theirs = self.files[name], self._names[name]
-        value = self.layout.ours(name, read_tensors(path, [theirs])[theirs])
+        if path.suffix == ".bin":
+            value = self._found[bare(theirs)][2]  # mapped, or in memory already
+        else:
+            value = read_tensors(path, [theirs])[theirs]
+        value = self.layout.ours(name, value)
         if not torch.stack(value.aminmax()).isfinite().all():  # a NaN is the minimum and maximum of its tensor
             raise InputError(f"{path}: {theirs} holds NaN or infinite values")
         return value
@@ -207,6 +213,31 @@ def shard(i, blocks):
     return f"model-{i + 1:05d}-of-{blocks + 1:05d}.safetensors"
 
 
+@contextmanager
+def alone_in(folder):
+    """Inside, a folder, which is made if need be and removed again if it stays empty, belongs to this process alone,
+    until it ends in whatever way. Raises InputError where another process has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = None
+    try:
+        with suppress(ImportError):  # Windows has no fcntl, and some network drives have no locks
+            import fcntl
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"another run is writing to {folder}: wait for it, or choose another output "
+                                 f"folder") from None
+            except OSError:
+                pass
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+        with suppress(OSError):
+            folder.rmdir()
+
+
 class CheckpointWriter:
     """Writes a Hugging Face folder beside its final place; leaving the `with` block renames it, an error removes it.
 
@@ -219,7 +250,10 @@ class CheckpointWriter:
         self.layout = layout_of(raw_config)
         self.partial = self.folder.with_name((self.folder.name or "root") + ".partial")
         self.marker, self.tokenizer_from = self.partial / "run.json", tokenizer_from
+        self.before = self.folder.with_name(f".{self.folder.name}.before")  # a name that nobody else picks
         try:
+            if self.before.is_dir() and not self.folder.exists():  # killed between the two renames of __exit__
+                self.before.rename(self.folder)
             read = tokenizer_from and self.folder.exists() and self.folder.samefile(tokenizer_from)
             obstacle = f"{self.folder} is a file" if self.folder.is_file() else what_keeps_from_writing(self.folder)
             taken = self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / "run.json").is_file()
@@ -239,13 +273,17 @@ class CheckpointWriter:
                              f"choose another output folder, or delete it")
 
     def __enter__(self):
-        try:
-            if self.keep is None or noted(self.marker) != self.keep:
-                shutil.rmtree(self.partial, ignore_errors=True)
-                self.partial.mkdir(parents=True)
+        with ExitStack() as held:
+            try:
+                held.enter_context(alone_in(self.partial))
+                same = self.keep is not None and noted(self.marker) == self.keep
+                for path in self.partial.glob(".*.partial" if same else "*"):  # same: the last file of a killed run
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            except OSError as e:
+                raise InputError(f"can't write {self.partial}: {e.strerror or e}") from None
+            if not same:
                 write_atomically(self.marker, lambda path: path.write_text(json.dumps(self.keep)))
-        except OSError as e:
-            raise InputError(f"can't write {self.partial}: {e.strerror or e}") from None
+            self.held = held.pop_all()
         return self
 
     def make_room(self, size):
@@ -275,16 +313,21 @@ class CheckpointWriter:
         write_atomically(self.partial / file, write)
 
     def __exit__(self, kind, error, trace):
-        if kind is not None:
-            if self.keep is None or not any(self.partial.glob("*.safetensors")):
+        with self.held:
+            if kind is None:
+                self.finish()
+            elif self.keep is None or not any(self.partial.glob("*.safetensors")):
                 shutil.rmtree(self.partial, ignore_errors=True)
-            return
+
+    def finish(self):
+        """Write what else belongs into the folder, and put it in its place."""
         shards = sorted(self.partial.glob("*.safetensors"))
         if [file.name for file in shards] != ["model.safetensors"]:
             weights, size = {}, 0
             for file in shards:
-                weights |= dict.fromkeys(read_tensors(file), file.name)
-                size += file.stat().st_size
+                tensors = read_tensors(file)
+                weights |= dict.fromkeys(tensors, file.name)
+                size += sum(tensor.nbytes for tensor in tensors.values())
             index = json.dumps({"metadata": {"total_size": size}, "weight_map": weights}, indent=1)
             write_atomically(self.partial / "model.safetensors.index.json", lambda path: path.write_text(index))
         text = json.dumps(self.raw, indent=1) + "\n"
@@ -293,9 +336,8 @@ class CheckpointWriter:
             source = Path(self.tokenizer_from or self.partial) / name
             if source.is_file() and source.parent != self.partial:
                 write_atomically(self.partial / name, lambda path: shutil.copyfile(source, path))
-        before = self.folder.with_name(f".{self.folder.name}.before")  # a name that nobody else picks
-        shutil.rmtree(before, ignore_errors=True)
+        shutil.rmtree(self.before, ignore_errors=True)
         if self.folder.is_dir():
-            self.folder.rename(before)
+            self.folder.rename(self.before)
         self.partial.rename(self.folder)
-        shutil.rmtree(before, ignore_errors=True)
+        shutil.rmtree(self.before, ignore_errors=True)

@@ -10,9 +10,11 @@ import torch
 
 
 def free_memory(device):
-    """Bytes that are free on a device; of a CPU what Linux calls available, elsewhere half of what is built in."""
+    """Bytes that are free on a device, of a GPU with what PyTorch holds and does not use; of a CPU what Linux calls
+    available, elsewhere half of what is built in."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + idle
     try:
         return 1024 * int(re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())[1])
     except OSError:

@@ -28,7 +28,7 @@ def main():
     start(args)
     n, device = args.size, args.device
     W = torch.randn(n, n, device=device).bfloat16().float()  # rounded as in checkpoints, so that scores tie
-    stats = InputStats(n, device, gram=True)
+    stats = InputStats(n, gram=True)
     scale, mix = torch.rand(n, device=device) * 2, torch.randn(n // 4, n, device=device) / (n // 4) ** 0.5
     for _ in range(8):  # inputs of which a part moves together, as in a model
         x = torch.randn(n // 4, n // 4, device=device) @ mix + 0.3 * torch.randn(n // 4, n, device=device)

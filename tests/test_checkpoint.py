@@ -132,6 +132,45 @@ def test_a_finished_checkpoint_takes_the_place_of_the_one_before(tmp_path_factor
 
 # what is refused, and in which words
 
+def test_two_runs_do_not_write_one_folder(tmp_path):
+    """Would catch a second run whose few last files take the place of the first one's finished model."""
+    def writer():
+        return CheckpointWriter(tmp_path / "m", {"model_type": "llama"}, keep={"a": 1})
+    with writer() as first:
+        first.write("model.safetensors", {"w": torch.ones(3)})
+        with pytest.raises(InputError, match="another run is writing"), writer():
+            pass
+    assert load_file(tmp_path / "m" / "model.safetensors")["w"].sum() == 3
+    with writer():  # nobody holds it any more
+        pass
+
+
+def test_a_killed_run_leaves_nothing_in_the_finished_folder(tmp_path):
+    """Would catch the half of a file that was being written, and a model that lies aside for a moment and is lost."""
+    killed = """if True:
+        import os, sys, torch
+        from data import checkpoint
+        from data.checkpoint import CheckpointWriter
+        with CheckpointWriter(sys.argv[1], {"model_type": "llama"}, keep={}) as out:
+            out.write("model-00001-of-00002.safetensors", {"a": torch.ones(3)})
+            checkpoint.save_file = lambda *_, **__: os._exit(9)
+            out.write("model-00002-of-00002.safetensors", {"b": torch.ones(3)})
+    """
+    folder, aside = tmp_path / "m", tmp_path / ".m.before"
+    assert subprocess.run([sys.executable, "-c", killed, folder], cwd=ROOT).returncode == 9
+    with CheckpointWriter(folder, {"model_type": "llama"}, keep={}) as out:
+        assert out.done("model-00001-of-00002.safetensors")
+        out.write("model-00002-of-00002.safetensors", {"b": torch.ones(3)})
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json", "run.json"]
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 2 * 3 * 4
+    folder.rename(aside)  # as a run does that is killed before its next line
+    CheckpointWriter(folder, {"model_type": "llama"})
+    assert folder.is_dir() and not aside.exists()
+
+
 def refused(monkeypatch, capsys, folder):
     """The one sentence with which `python gpt.py --model folder` ends."""
     with pytest.raises(SystemExit) as end:
