@@ -72,6 +72,7 @@ def hidden_states(model, batches, label, progress):
 def perplexity(model: GPT, ids, seqlen: int, batch: int = 8, progress: bool = False) -> float:
     """Perplexity of a model on token ids (a list or a 1-D tensor), protocol as above, `batch` windows at a time in the
     blocks and one at a time in the head, whose float32 logits would be the largest tensor of all."""
+    assert seqlen > 1, "a window's first token is not predicted"
     x, total = windows(ids, seqlen), 0.0
     batches = x.split(batch)
     for part, hidden in zip(batches, hidden_states(model, batches, "perplexity", progress)):
@@ -249,27 +250,14 @@ def check(args):
         raise InputError(f"--tasks-dir {args.tasks_dir} is no folder")
 
 
-def load(args):
-    """The model: its blocks stay on disk, to be read one at a time, unless --speed or --sparse needs them in memory."""
-    model = GPT.from_pretrained(args.model, device=args.device, stream=True)
-    if not args.speed and not args.sparse:
-        return model
-    need = sum(map(math.prod, model.source.shapes.values())) * model.place["dtype"].itemsize
-    need, free = need // 2 if args.sparse else need, free_memory(torch.device(args.device))  # 2:4: half the values
-    if need > free:
-        raise InputError(f"--{'speed' if args.speed else 'sparse'} needs {args.model} in memory, {need / 1e9:,.1f} GB, "
-                         f"and {free / 1e9:,.1f} GB are free on {args.device}")
-    del model  # its embedding and head are read once more
-    return GPT.from_pretrained(args.model, device=args.device, sparse=args.sparse)
-
-
 def main():
     args = options()
     start(args)
     check(args)
     if args.compare:
         return compare(args)
-    model = load(args)
+    streamed = not args.speed and not args.sparse  # they need all blocks in memory
+    model = GPT.from_pretrained(args.model, device=args.device, stream=streamed, sparse=args.sparse)
     data = args.data or usual_text(model.source.folder, "wikitext2")
     tokenizer = load_tokenizer(model.source.folder)
     row, results = describe(model, args.model) if args.json else {}, {}  # it reads every block once

@@ -35,6 +35,7 @@ from torch import Tensor
 from data import load_tokenizer
 from data.checkpoint import Checkpoint, CheckpointWriter
 from data.command import InputError, at_least, parser, record, run, start
+from data.device import free_memory
 from data.hub import model_folder
 
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh")}
@@ -78,6 +79,8 @@ class Config:
         path = Path(folder) / "config.json"
         try:
             return cls.from_dict(json.loads(path.read_text()))
+        except OSError as e:
+            raise InputError(f"{path} can't be read: {e.strerror}") from None
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
             raise InputError(f"{path} is not a model's configuration: {type(e).__name__} {e}") from None
 
@@ -108,6 +111,10 @@ class Config:
             **{name: said[name] for name in said if name in (
                 "qk_norm", "gated", "layer_norm", "post_norm", "positions", "position_offset", "embed_size",
                 "slorb_k")})
+        for kind in kinds:
+            if kind not in ("full_attention", "sliding_attention"):
+                raise InputError(f"config.json: layer_types {kind!r} is not supported "
+                                 f"(full_attention and sliding_attention are)")
         config.check()
         return config
 
@@ -145,12 +152,16 @@ class Config:
                              f"({', '.join(ACTIVATIONS)} are)")
         if len(self.windows) != self.num_hidden_layers:
             raise InputError(f"config.json: layer_types names {len(self.windows)} of {self.num_hidden_layers} layers")
+        for reach in set(self.windows) - {None}:
+            check_whole("sliding_window", reach, 8)
         if self.rope_kind not in ROPE_KINDS:
             raise InputError(f"config.json: rotary scaling {self.rope_kind!r} is not supported "
                              f"({', '.join(ROPE_KINDS)} are)")
         for name in ROPE_KINDS[self.rope_kind]:
-            if not isinstance(self.rope_scaling.get(name), (int, float)):
-                raise InputError(f"config.json: {name} is missing in the rotary scaling {self.rope_scaling}")
+            value = self.rope_scaling.get(name)
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                raise InputError(f"config.json: {name} is missing or not positive in the rotary scaling "
+                                 f"{self.rope_scaling}")
         for name, usual in UNUSUAL.items():
             if (asked := (self.rope_scaling | self.raw).get(name)) not in (None, usual):
                 raise InputError(f"config.json: {name} {asked!r} is not supported")
@@ -255,8 +266,10 @@ class Attention(nn.Module):
             k, v = (old.index_copy_(2, positions, new) for old, new in zip(cache, (k, v)))  # [B, K, S, D]
         mask = None
         if cache is not None or (self.window and T > self.window):
-            back = positions[:, None] - torch.arange(k.shape[2], device=x.device)  # [T, S], how far each key lies back
-            mask = (back >= 0) & (back < self.window) if self.window else back >= 0
+            here, keys = positions[:, None], torch.arange(k.shape[2], device=x.device)
+            mask = keys <= here  # [T, S]
+            if self.window:
+                mask &= keys > here - self.window
         groups = self.c.num_attention_heads // self.c.num_key_value_heads
         if groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)  # [B, H, S, D]
@@ -314,21 +327,23 @@ def prunable(block):
 def graphed(step, *inputs):
     """step as a CUDA graph: launched at once for every later call, so that Python is out of the way. The tensors of a
     call are copied into those of the first, and the result is overwritten by the next call."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
     inputs = [x.clone() for x in inputs]
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            step(*inputs)  # sparse_matmul.py times its tiles, cuBLAS takes its workspace
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = step(*inputs)
+    with torch.cuda.device(inputs[0].device):  # streams and graphs belong to the current one
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                step(*inputs)  # sparse_matmul.py times its tiles, cuBLAS takes its workspace
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = step(*inputs)
 
     def replay(*new):
-        for old, x in zip(inputs, new):
-            old.copy_(x)
-        graph.replay()
+        with torch.cuda.device(result.device):
+            for old, x in zip(inputs, new):
+                old.copy_(x)
+            graph.replay()
         return result
     return replay
 
@@ -406,6 +421,7 @@ class GPT(nn.Module):
         """Yield `max_new_tokens` times the next token [B, 1] of ids [B, T]. temperature 0 takes the most likely token;
         top_k samples among the k most likely ones."""
         B, T = ids.shape
+        assert T > 0 and temperature >= 0 and (top_k is None or top_k > 0), (T, temperature, top_k)
         self.check_length(T + max_new_tokens - 1)  # the last token is not read
         caches = self.new_caches(B, T + max_new_tokens)
         everywhere = torch.arange(T + max_new_tokens, device=ids.device)
@@ -425,7 +441,7 @@ class GPT(nn.Module):
             if temperature == 0:
                 ids = logits.argmax(-1, keepdim=True)
             else:
-                ids = torch.multinomial((logits / temperature).softmax(-1), 1)
+                ids = torch.multinomial(((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1), 1)
             positions = positions[-1:] + 1
             yield ids
 
@@ -453,12 +469,17 @@ class GPT(nn.Module):
         """Load a preset, a Hub id or a Hugging Face folder. dtype None: the checkpoint's own on a GPU, float32 on a
         CPU. stream=True leaves the blocks on disk for `blocks()` to read one by one; sparse=True keeps 2:4 layers
         compressed in memory (a folder written by sparse_matmul.py's save_compressed is so in any case).
-        Raises InputError where a tensor is missing, superfluous, of another shape or not finite."""
+        Raises InputError where a tensor is missing, superfluous, of another shape or not finite, or memory too small."""
         model = cls.open(model_folder(name_or_dir))
         if dtype is None:
             on_cpu = torch.device(device).type == "cpu"
             dtype = torch.float32 if on_cpu else model.source.stored("model.embed_tokens.weight")
         model.streams, model.sparse, model.place = stream, sparse, dict(device=device, dtype=dtype)
+        if not stream:
+            need = model.source.size(dtype) // (2 if sparse else 1)  # 2:4: half the values
+            if need > (free := free_memory(torch.device(device))):
+                raise InputError(f"{name_or_dir} takes {need / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} GB are "
+                                 f"free on {device}: take a smaller or a compressed model, or a larger machine")
         for name, part in model.model.items():
             if name != "layers":
                 model.source.load(part, f"model.{name}", **model.place)
@@ -507,7 +528,10 @@ class GPT(nn.Module):
 
     def save_pretrained(self, dir: str | Path, tokenizer_from: str | Path | None = None):
         """Write a Hugging Face folder: config.json, model.safetensors, and the tokenizer files of another folder
-        (None: of the one that the model was loaded from)."""
+        (None: of the one that the model was loaded from). Raises InputError for a streamed model."""
+        if self.streams:
+            raise InputError(f"the blocks of a streamed model are not in memory: load {self.source.folder} whole to "
+                             f"save it as {dir}")
         raw = self.config.raw
         key = "dtype" if "dtype" in raw else "torch_dtype"  # the name that transformers 5 or 4 gives it
         with CheckpointWriter(dir, raw | {key: str(self.lm_head.weight.dtype).removeprefix("torch.")},
@@ -520,16 +544,17 @@ class GPT(nn.Module):
 # -------------------------------------------------------------------------------------------------- the relatives
 
 def qwen(raw):
-    return dict(first_sliding_layer=raw.get("max_window_layers", 28))
+    return dict(first_sliding_layer=raw.get("max_window_layers", 28), sliding_window=raw.get("sliding_window", 4096),
+                num_key_value_heads=raw.get("num_key_value_heads", 32))
 
 
 FAMILIES = {  # by model_type: what a config.json says, in LLaMA's words and in the fields of Config
     "llama": lambda raw: {},
     "mistral": lambda raw: dict(
         use_sliding_window=True, sliding_window=raw.get("sliding_window", 4096), first_sliding_layer=0,
-        layer_types=None),
+        layer_types=None, num_key_value_heads=raw.get("num_key_value_heads", 8)),
     "qwen2": lambda raw: dict(qkv_bias=True, **qwen(raw)),
-    "qwen3": lambda raw: dict(qk_norm=True, **qwen(raw)),
+    "qwen3": lambda raw: dict(qk_norm=True, head_dim=raw.get("head_dim", 128), **qwen(raw)),
     "opt": lambda raw: dict(
         intermediate_size=raw["ffn_dim"], hidden_act=raw["activation_function"], gated=False, rms_norm_eps=1e-5,
         attention_bias=raw.get("enable_bias", True), mlp_bias=raw.get("enable_bias", True), layer_norm=True,

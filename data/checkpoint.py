@@ -186,9 +186,11 @@ class Checkpoint:
         """{our name: tensor} of everything outside the blocks."""
         return {name: self.tensor(name) for name in self.files if not name.startswith("model.layers.")}
 
-    def size(self):
-        """Bytes of all tensors on disk."""
-        return sum(math.prod(shape) * self.stored(name).itemsize for name, shape in self.shapes.items())
+    def size(self, dtype=None):
+        """Bytes of all tensors on disk, or in memory when those that hold numbers, not places, have a dtype."""
+        stored = {name: self.stored(name) for name in self.shapes}
+        return sum(math.prod(shape) * (dtype if dtype and stored[name].is_floating_point else stored[name]).itemsize
+                   for name, shape in self.shapes.items())
 
     def load(self, module, prefix, device, dtype):
         """Fill all parameters of a module (on the meta device) with the tensors below `prefix`."""

@@ -87,7 +87,7 @@ def windows(ids, seqlen: int) -> torch.Tensor:
     if n == 0:
         raise InputError(f"the text has {len(ids)} tokens, fewer than one window of {seqlen}: "
                          f"give a longer text or a smaller --seqlen")
-    return torch.tensor(ids[:n * seqlen]).view(n, seqlen)
+    return torch.as_tensor(ids[:n * seqlen]).view(n, seqlen)
 
 
 def calibration_windows(source: str, tokenizer, nsamples: int, seqlen: int, seed: int) -> torch.Tensor:

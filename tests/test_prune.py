@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -233,6 +234,25 @@ def test_one_block_is_in_memory_at_a_time(blocks_read, model, tmp_path, options)
     dsnot.prune(dsnot.GPT.from_pretrained(model / "m", stream=True), torch.randint(0, 300, (4, 32)), tmp_path / "out",
                 {}, batch=2, score="wanda", refine="swap", sparsity=0.5, **options)
     assert blocks_read == ["model.layers.0", "model.layers.1"] * (2 if "allocate" in options else 1)
+
+
+@pytest.mark.parametrize("propagate", [False, True])
+def test_hidden_states_are_not_kept(monkeypatch, model, tmp_path, propagate):
+    """Would catch a list that holds the embedded text, which is as large as all activations, to the end."""
+    embedded, alive = [], []
+    embed, prune_block = dsnot.GPT.embed, dsnot.prune_block
+
+    def watched(self, ids):
+        x = embed(self, ids)
+        embedded.append(weakref.ref(x))
+        return x
+
+    monkeypatch.setattr(dsnot.GPT, "embed", watched)
+    monkeypatch.setattr(dsnot, "prune_block", lambda *args, **options: (
+        alive.append(sum(x() is not None for x in embedded)), prune_block(*args, **options))[1])
+    dsnot.prune(dsnot.GPT.from_pretrained(model / "m", stream=True), torch.randint(0, 300, (4, 32)), tmp_path / "out",
+                {}, batch=2, score="wanda", refine="none", sparsity=0.5, propagate=propagate)
+    assert alive == [2, 0]
 
 
 def test_disk_too_small(monkeypatch, capsys, model, tmp_path):
