@@ -47,11 +47,10 @@ import json
 import logging
 import math
 import shutil
-import tempfile
 import time
 from argparse import BooleanOptionalAction
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -68,11 +67,11 @@ from torch.utils.checkpoint import checkpoint
 
 from data import load_tokenizer, windows
 from data.calibration import InputStats, watch
-from data.checkpoint import CheckpointWriter
+from data.checkpoint import CheckpointWriter, alone_in, noted
 from data.command import InputError, Parser, parser, record, run, versions, write_atomically
 from data.device import fast_in_bf16
 from data.hub import model_folder
-from data.processes import mean_over_processes, process_group, say, side_by_side
+from data.processes import add_up, mean_over_processes, process_group, processes, say, side_by_side
 from data.stream import Mixture, tokens, weighted
 from data.text import SOURCES, evaluation_ids
 from dsnot import keep_mask, magnitude_score, parse_pattern, prune, wanda_score
@@ -139,15 +138,16 @@ def mine(tensor):
 class SparseLinear(nn.Linear):
     """A linear layer that trains W [out, in] and computes with m * W; `mask` (bool, True = keep) is a buffer.
 
-    score: W -> what keep_mask ranks; amount: its sparsity=... or pattern=(n, m). slorb_k: k of SLoRB, None: without."""
+    score: W -> what keep_mask ranks; amount: its sparsity=... or pattern=(n, m), 2:4 if neither is given. slorb_k: k of
+    SLoRB, None: without."""
 
     def __init__(self, linear, score=magnitude_score, slorb_k=None, **amount):
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
-        self.score, self.slorb_k, self.amount = score, slorb_k, amount
+        self.score, self.slorb_k, self.amount = score, slorb_k, amount or dict(pattern=(2, 4))
         W = linear.weight.detach()
-        self.register_buffer("mask", keep_mask(score(W), **amount))
-        self.first = self.mask.to("cpu", copy=True)  # to count flips
+        self.register_buffer("mask", keep_mask(score(W), **self.amount))
+        self.first = self.own(self.mask).to("cpu", copy=True)  # to count flips
         if slorb_k:
             S = (W * ~self.mask).unflatten(1, (-1, slorb_k)).mean(-1)  # kept weights count as 0
             self.slorb_S, self.slorb_X = nn.Parameter(S), nn.Parameter(W.new_ones(W.shape[1]))
@@ -164,11 +164,19 @@ class SparseLinear(nn.Linear):
 
     @torch.no_grad()
     def update_mask(self) -> tuple[int, int]:
-        """Choose the mask again; returns how many of its entries changed (since the last time, since the first)."""
+        """Choose the mask again; returns how many of its entries changed (since the last time, since the first), of the
+        rows whose flips this process counts."""
         new = keep_mask(self.score(whole(self.weight)), **self.amount)
-        flips = (new != self.mask).sum().item(), (new.cpu() != self.first).sum().item()
+        counted, first = self.own(new), self.first.to(new.device)
+        flips = [(counted != before).count_nonzero().item() for before in (self.own(self.mask), first)]
         self.mask.copy_(new)
-        return flips
+        return tuple(flips)
+
+    @staticmethod
+    def own(mask):
+        """This process's share of the rows of a mask."""
+        rank, world = processes()
+        return mask.tensor_split(world)[rank]
 
     def pruned(self):
         """(not mask), the rows that belong to this process's part of W."""
@@ -243,16 +251,23 @@ def exchange(model, tensors):
         tensors[name].copy_(old)
 
 
+def by_chunks(f, logits, *others):
+    """The sum of f(logits [N, V], *others [N, ...]) over chunks of tokens. Logits in float32 or better exist for one
+    chunk at a time."""
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return ByChunks.apply(f, logits, *others)
+    return sum(f(at_least_float32(chunk), *rest) for chunk, *rest in zip(*(x.split(CHUNK) for x in (logits, *others))))
+
+
 class ByChunks(torch.autograd.Function):
-    """The sum of f(logits, *others) over chunks of tokens. Float32 logits exist for one chunk at a time, in both
-    directions, because the gradient is computed on the way forward."""
+    """`by_chunks` with a gradient, which is computed on the way forward, so that backward keeps no chunk, either."""
 
     @staticmethod
-    def forward(ctx, f, logits, *others):  # logits [N, V], others [N, ...]
+    def forward(ctx, f, logits, *others):
         grad, total = torch.empty_like(logits), 0.0
         for out, chunk, *rest in zip(*(x.split(CHUNK) for x in (grad, logits, *others))):
             with torch.enable_grad():
-                leaf = chunk.detach().float().requires_grad_()
+                leaf = at_least_float32(chunk.detach()).requires_grad_()
                 loss = f(leaf, *rest)
             out.copy_(torch.autograd.grad(loss, leaf)[0])
             total = total + loss.detach()
@@ -265,16 +280,20 @@ class ByChunks(torch.autograd.Function):
         return None, ctx.saved_tensors[0] * scale, *[None] * ctx.others
 
 
+def at_least_float32(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def kl(student, teacher, temperature):
     """T^2 KL(teacher || student), summed over tokens; logits [N, V]."""
-    student, teacher = (F.log_softmax(logits.float() / temperature, -1) for logits in (student, teacher))
+    student, teacher = (F.log_softmax(at_least_float32(x) / temperature, -1) for x in (student, teacher))
     return temperature ** 2 * F.kl_div(student, teacher, reduction="sum", log_target=True)
 
 
 def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """T^2 KL(teacher || student) of logits [..., V], averaged over tokens -> scalar; little memory beside them."""
     student, teacher = student_logits.flatten(0, -2), teacher_logits.flatten(0, -2)
-    return ByChunks.apply(lambda s, t: kl(s, t, temperature), student, teacher) / len(student)
+    return by_chunks(lambda s, t: kl(s, t, temperature), student, teacher) / len(student)
 
 
 def both_losses(student, target, teacher, kl_weight, temperature):
@@ -295,7 +314,7 @@ def training_loss(student_logits, teacher_logits, targets, kl_weight, temperatur
         return (compiled_losses if compiled else both_losses)(student, target, teacher, kl_weight, temperature)
 
     inputs = [x.flatten(0, 1) for x in (student_logits, targets, teacher_logits) if x is not None]
-    return ByChunks.apply(both, *inputs) / targets.numel()
+    return by_chunks(both, *inputs) / targets.numel()
 
 
 # ------------------------------------------------------------------------------------ models and states on disk
@@ -347,11 +366,19 @@ def first_weights(args, calibration):
     folder = Path(args.out) / "start"
     model = GPT.from_pretrained(args.model, device=args.device, stream=True)
     method = dict(score="wanda", refine="swap", refit=True, propagate=True)
-    run = {name: str(getattr(args, name)) for name in ("model", "data", "seqlen", "seed")}
-    run |= dict(pattern=None if args.sparsity else args.pattern, sparsity=args.sparsity) | method
-    run |= {"files": versions([*model.source.paths, *text_files(args)])}
+    run = one_shot_run(args, model, method)
+    if noted(folder / "run.json") not in (None, run):  # trained models may have begun with it
+        raise InputError(f"{folder} holds a start of other options or texts: give those that it had, choose another "
+                         f"--out, or delete it")
     prune(model, calibration, folder, run, batch=args.micro_batch, **method, **amount(args))  # all processes together
     return folder
+
+
+def one_shot_run(args, model, method):
+    """What tells a model that `prune` makes here from others."""
+    run = {name: str(getattr(args, name)) for name in ("model", "data", "seqlen", "seed")}
+    run |= dict(pattern=None if args.sparsity else args.pattern, sparsity=args.sparsity) | method
+    return run | {"files": versions([*model.source.paths, *text_files(args)])}
 
 
 def new_student(args, method, begin, source, calibration):
@@ -387,7 +414,8 @@ def save_model(folder, model, source):
     """Write the student as a Hugging Face folder in the dtypes of its dense checkpoint `source`; pruned weights are 0.
 
     SLoRB's S and X stand beside each weight. `transformers` does not know them; there, add them to the weights, with k
-    the "slorb_k" of config.json:      weight += slorb_S.repeat_interleave(k, 1) * slorb_X"""
+    the "slorb_k" of config.json:      weight += slorb_S.repeat_interleave(k, 1) * slorb_X
+    (GPT-2's files have W^T and S^T, and those of q, k and v side by side, as they have their X: take each third.)"""
     masks = {f"{name}.weight": layer.mask for name, layer in model.named_modules() if isinstance(layer, SparseLinear)}
     k = next((layer.slorb_k for layer in model.modules() if isinstance(layer, SparseLinear)), None)
     tensors = {}
@@ -403,21 +431,42 @@ def save_model(folder, model, source):
 
 
 def save_state(work, model, optimizer, mean, state):
-    """Write what a stopped run needs to go on. It takes the place of the state before when it is complete."""
+    """Write what a stopped run needs to go on. It takes the place of the state before when it is complete. Raises
+    InputError where it can't be written, such as on a full disk; the state before is kept."""
     final, partial = work / f"step-{state['step']:07d}", work / f"step-{state['step']:07d}.partial"
-    if dist.get_rank() == 0:
+    first = dist.get_rank() == 0
+    if first:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
     dist.barrier()
     weights, moments = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": moments, "mean": mean}, checkpoint_id=partial)
-    if dist.get_rank() == 0:
-        (partial / "run.json").write_text(json.dumps(state))
-        partial.rename(final)
-        for old in work.glob("step-*"):
-            if old != final:
-                shutil.rmtree(old)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        dcp.save({"model": weights, "optimizer": moments, "mean": mean}, checkpoint_id=partial)
+        if first:
+            (partial / "run.json").write_text(json.dumps(state))
+            partial.rename(final)
+            for old in work.glob("step-*"):
+                if old != final:
+                    shutil.rmtree(old)
+    except (OSError, RuntimeError, CheckpointException) as e:
+        if isinstance(e, torch.OutOfMemoryError):
+            raise
+        shutil.rmtree(partial, ignore_errors=True)
+        kept = "; the state before is kept" if any(work.glob("step-*")) else ""
+        raise InputError(f"can't write the state of step {state['step']} to {work}: is the disk full? Make room and "
+                         f"give the same command again{kept}") from None
     dist.barrier()
+
+
+def check_room(work, model, mean):
+    """Raise InputError if the disk has no room for two states: the one before goes when the next is complete."""
+    numbers = sum(W.numel() for W in model.parameters())
+    need = 2 * 4 * numbers * (4 if mean else 3)  # W, M, V and the mean in float32
+    need -= sum(path.stat().st_size for path in work.rglob("*.distcp"))
+    free = shutil.disk_usage(next(folder for folder in work.absolute().parents if folder.exists())).free
+    if need > free:
+        raise InputError(f"{work} will need {need / 1e9:,.1f} GB more for the states to go on from, and its disk has "
+                         f"{free / 1e9:,.1f} GB free: make room or choose another --out")
 
 
 def load_state(work, model, optimizer, mean, options):
@@ -469,7 +518,7 @@ def validation_perplexity(model, ids, args):
         with arithmetic(args):
             logits = model(part[:, :-1])
         loss += training_loss(logits, None, part[:, 1:], 0, 1) / len(parts)
-    return math.exp(mean_over_processes(loss))
+    return math.exp(min(mean_over_processes(loss), 700.0))  # a ruined model overflows nothing
 
 
 def backward(student, teacher, ids, args):
@@ -504,6 +553,7 @@ def train(method, args, begin, mixture, held_out, calibration):
     optimizer = AnnealedAdamW(student, args.lr)
     mean = {name: W.detach().clone() for name, W in student.named_parameters()} if args.average else {}
     average_from = args.steps - round(args.average * args.steps)
+    check_room(work, student, mean)
     state = load_state(work, student, optimizer, mean, options)
     rank, world = dist.get_rank(), dist.get_world_size()
     started, first = time.perf_counter(), state["step"]
@@ -516,7 +566,9 @@ def train(method, args, begin, mixture, held_out, calibration):
         for group in optimizer.param_groups:
             group["lr"], group["decay"] = lr, decay
         if layers and args.mask_every and step and step % args.mask_every == 0:
-            state["flips"] = [sum(flips) / masked for flips in zip(*(layer.update_mask() for layer in layers))]
+            flips = torch.tensor([layer.update_mask() for layer in layers], dtype=torch.double).sum(0).to(args.device)
+            add_up(flips)
+            state["flips"] = (flips / masked).tolist()
 
         ids = mixture.batch(args.seed, step, args.batch)[rank::world].to(args.device)
         loss = mean_over_processes(backward(student, teacher, ids, args))
@@ -584,13 +636,16 @@ def results(args, test_ids, calibration, begin):
         return dict(parameters=sum(p.count_nonzero().item() for p in model.parameters()), tokens=used,
                     perplexity=perplexity(model, test_ids, args.seqlen, args.micro_batch))
 
+    gc.collect()  # what training has left on the GPU
     print(f"measuring the dense{', one-shot' * args.one_shot} and trained models on {args.eval_data} ...", flush=True)
     rows = {"dense": measure(args.model, 0)}
     for score in ["magnitude", "wanda", "sparsegpt"] if args.one_shot else []:
-        with tempfile.TemporaryDirectory(dir=args.out) as folder:
-            model, pruned = GPT.from_pretrained(args.model, device=args.device, stream=True), Path(folder) / "model"
-            prune(model, calibration, pruned, {}, score=score, refine="none", batch=args.micro_batch, **amount(args))
-            rows[f"one-shot {score}"] = measure(pruned, calibration.numel())
+        model = GPT.from_pretrained(args.model, device=args.device, stream=True)
+        pruned, method = Path(args.out) / f"one-shot-{score}", dict(score=score, refine="none")
+        prune(model, calibration, pruned, one_shot_run(args, model, method), batch=args.micro_batch, **method,
+              **amount(args))
+        rows[f"one-shot {score}"] = measure(pruned, calibration.numel())
+        shutil.rmtree(pruned)
     best_mask = min((math.log(row["perplexity"]) for name, row in rows.items() if name != "dense"), default=math.nan)
     if begin != args.model:
         rows["swaps + refit (start)"] = measure(begin, calibration.numel())
@@ -717,7 +772,7 @@ def train_alone(method, args, begin):
 
 def main():
     args, started = options(), time.perf_counter()
-    with process_group(args, alone=True), memory_is_enough(args):
+    with ExitStack() as held, process_group(args, alone=True), memory_is_enough(args):
         check(args)
         amount(args)
         folder = model_folder(args.model)
@@ -735,6 +790,7 @@ def main():
             f"in windows of {args.seqlen} tokens{config.remark(args.seqlen)}")
         if (folder / "pruning.json").is_file():
             say(f"note: {args.model} has been pruned before; it is what is called dense here")
+        held.enter_context(alone_in(Path(args.out)) if dist.get_rank() == 0 else nullcontext())
         begin, runs = first_weights(args, calibration), {}
         threads = torch.get_num_threads() // len(args.methods)
         # on a CPU side by side: two processes of one thread get more done than two threads that wait for each other
@@ -746,7 +802,8 @@ def main():
                 plot(Path(args.out) / "curve.png", runs)
         if dist.get_rank() > 0:
             return
-    table = results(args, test_ids, calibration, begin)
+    with memory_is_enough(args):
+        table = results(args, test_ids, calibration, begin)
     record(args, {"seconds": time.perf_counter() - started, "runs": runs, "table": table})
 
 

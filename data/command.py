@@ -138,6 +138,9 @@ def run(main, goes_on=False):
         print(f"error: the GPU's memory is full ({str(e).split('. ')[0]}): lower --seqlen, --nsamples or --batch, or "
               f"give --device cpu", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # what reads the output, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as e:
         if e.errno != errno.ENAMETOOLONG:
             raise

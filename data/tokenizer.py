@@ -115,10 +115,13 @@ class ByteBPE:
         self.nfc, self.prefix_space, self.first, self.last = nfc, prefix_space, list(first), list(last)
 
         self.added = {content: token["id"] for content, token in added.items()}
-        strip = {True: r"\s*", False: ""}  # some added tokens take the whitespace around them along; the longest wins
-        self.cut = regex.compile("|".join(strip[added[t].get("lstrip", False)] + regex.escape(t)
-                                          + strip[added[t].get("rstrip", False)]
-                                          for t in sorted(added, key=len, reverse=True)) or "(?!)")
+
+        def found(content):  # some are no part of a word, some take the whitespace around them along
+            token, text = added[content], regex.escape(content)
+            text = rf"(?<!\w){text}(?!\w)" if token.get("single_word") else text
+            return r"\s*" * token.get("lstrip", False) + text + r"\s*" * token.get("rstrip", False)
+
+        self.cut = regex.compile("|".join(map(found, sorted(added, key=len, reverse=True))) or "(?!)")  # longest first
 
         self.texts = {i: to_bytes(token) for token, i in vocab.items() if set(token) <= BYTE.keys()}  # {id: bytes}
         self.whole = {text: i for i, text in self.texts.items()} if whole else {}

@@ -15,7 +15,7 @@ from dsnot import keep_mask
 
 def layer(out=6, width=16, **options):
     torch.manual_seed(0)
-    return SparseLinear(nn.Linear(width, out).double(), **{"pattern": (2, 4), **options})
+    return SparseLinear(nn.Linear(width, out).double(), **options)
 
 
 def test_the_gradient_at_the_masked_weight_reaches_all_of_it():
@@ -136,6 +136,10 @@ def test_the_loss_is_the_written_out_divergence():
     task = F.cross_entropy(student.flatten(0, 1), targets.flatten())
     assert (training_loss(student, teacher, targets, 0.7, 2.0) - (0.7 * loss + 0.3 * task)).abs() < 1e-5
     assert (training_loss(student, None, targets, 0.7, 2.0) - task).abs() < 1e-6
+    with torch.inference_mode():
+        assert (distillation_loss(student, teacher, 2.0) - loss).abs() < 1e-6
+    assert torch.autograd.gradcheck(lambda x: distillation_loss(x, teacher.double(), 2.0), b.detach().double()
+                                    .requires_grad_())
 
 
 def test_the_loss_never_holds_all_logits_in_float32(monkeypatch):

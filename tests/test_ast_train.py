@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,6 +24,7 @@ from ast_train import decay_at, learning_rate
 from conftest import ROOT
 from data import load_tokenizer
 from data import stream
+from data.checkpoint import alone_in
 from data.command import InputError
 from data.train_tiny import train_tokenizer
 from dsnot import prunable
@@ -175,6 +177,9 @@ def test_swaps_make_the_first_weights(files, tmp_path, train):
     dense = train(tmp_path / "dense", "--steps", 1, "--lr", 1e-12)
     assert found["table"]["AST"]["perplexity"] == found["table"]["swaps + refit (start)"]["perplexity"]
     assert found["runs"]["ast"]["history"][0]["loss"] < dense["runs"]["ast"]["history"][0]["loss"]
+    with pytest.raises(InputError, match="holds a start of other options"):  # and is still there
+        train(tmp_path, "--start-from", "swap", "--steps", 1, "--lr", 1e-12, "--seed", 5)
+    assert (tmp_path / "start" / "model.safetensors.index.json").is_file()
 
 
 def test_a_stopped_run_ends_with_the_same_weights(tmp_path, train, monkeypatch, files):
@@ -212,6 +217,32 @@ def test_a_run_killed_between_its_first_model_and_its_first_state_begins_anew(tm
         train(tmp_path, "--steps", 3)
     assert [path.name for path in tmp_path.iterdir()] == ["ast"]
     assert train(tmp_path, "--steps", 3)["runs"]["ast"]["step"] == 3
+
+
+def test_a_full_disk_is_told_and_leaves_the_state_before(tmp_path, train, monkeypatch):
+    save, usage = ast_train.dcp.save, type(shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 10**5, 10**5))
+    with pytest.raises(InputError, match="0.0 GB free: make room"):
+        train(tmp_path / "small")
+    assert not (tmp_path / "small").exists()
+    monkeypatch.undo()
+
+    def full(*args, checkpoint_id):
+        if checkpoint_id.name == "step-0000006.partial":
+            (checkpoint_id / "__0_0.distcp").write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(*args, checkpoint_id=checkpoint_id)
+
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="state of step 6 .* the state before is kept"):
+        patch.setattr(ast_train.dcp, "save", full)
+        train(tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out" / "ast.training").iterdir()] == ["step-0000003"]
+    assert train(tmp_path / "out")["runs"]["ast"]["step"] == 12
+
+
+def test_one_run_at_a_time_writes_a_folder(tmp_path, train):
+    with alone_in(tmp_path / "out"), pytest.raises(InputError, match="another run is writing to"):
+        train(tmp_path / "out")
 
 
 def test_the_ablations_do_what_they_say(tmp_path, train):

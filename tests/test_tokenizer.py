@@ -1,6 +1,7 @@
 """data/tokenizer.py against the models' own tokenizers, as `transformers` and `tokenizers` run them: the same ids."""
 
 import json
+import random
 import sys
 
 import pytest
@@ -134,6 +135,17 @@ def test_vocab_and_merges(kind, tmp_path):
     assert ours.encode("") == ([2] if "opt" in kind else [])
     for text in TEXTS:
         assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text), skip_special_tokens=True)
+
+
+def test_added_tokens_that_are_words_or_take_space_along(tmp_path):
+    """Would catch an added token that is found inside a word, or leaves the whitespace that belongs to it."""
+    theirs, rng = train("gpt2", tmp_path), random.Random(0)
+    theirs.add_tokens([AddedToken("foo", single_word=True), AddedToken("bar", single_word=True, lstrip=True),
+                       AddedToken("baz", rstrip=True)])
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    parts = ["foo", "bar", "baz", " ", "  ", "x", "_", ".", "é", "\n", "1"]
+    texts = ["".join(rng.choices(parts, k=rng.randint(1, 8))) for _ in range(500)]
+    same(load_tokenizer(tmp_path), lambda text: theirs.encode(text).ids, texts)
 
 
 def test_partial_text_decodes(tmp_path):
