@@ -88,10 +88,8 @@ def merge(rows):
                  and a["options"].get("seed") == b["options"].get("seed") and not alike(a, b)]
         differ = sorted({k for a, b in pairs for k in a.keys() & b.keys() - IGNORED
                          if (a[k] or None) != (b[k] or None)})  # what is not given is off
-        silent = {k for k in differ if any(row["options"].get(k) is None for row in group)}  # there, off is not said
         for row in group:
-            said = [said_of(k, row["options"][k]) for k in differ if row["options"].get(k) not in (None, "uniform")
-                    and (row["options"][k] is not False or k not in silent)]
+            said = [said_of(k, row["options"][k]) for k in differ if not is_usual(k, row)]
             row["method"] += f" ({', '.join(said)})" if said else ""
     for row in rows:
         groups.setdefault(key(row), []).append(row)
@@ -108,6 +106,14 @@ def merge(rows):
                 "spread": statistics.stdev(values) if values[1:] else None})
     return sorted(merged, key=lambda r: (r["model"], r["data"] or "", r["seqlen"] or 0, r["sparsity"], r["amount"],
                                          r["method"]))
+
+
+def is_usual(name, row):
+    """Whether an option of a row is as it is if nobody asks for it: that need not be said."""
+    value = row["options"].get(name)
+    if name == "propagate":
+        return value in (None, "swap" in row["method"] or "refit" in row["method"])
+    return value in (None, "uniform")
 
 
 def said_of(name, value):

@@ -19,14 +19,14 @@ from results.compare import markdown, merge, plot, read_rows, table_by_method
 OPENING = {  # the methods of the first picture, as compare.py names them and as they are called there
     "dense": "dense", "magnitude": "magnitude", "wanda": "Wanda",
     "wanda + dsnot (refine layers all, sign check)": "Wanda + DSnoT", "sparsegpt": "SparseGPT",
-    "wanda + swap (propagate)": "Wanda + swaps", "sparsegpt + swap": "SparseGPT + swaps",
+    "wanda + swap": "Wanda + swaps", "sparsegpt + swap": "SparseGPT + swaps",
     "wanda + swap + refit": "Wanda + swaps + refit",
     "wanda + swap + refit (allocate sensitivity)": "Wanda + swaps + refit, by sensitivity",
     "AST": "AST", "AST + SLoRB": "AST + SLoRB"}
 CHOICES = [  # what a reader wants, the command that does it, and the method's name as compare.py gives it
     ("the least time", "dsnot.py --refine none", "wanda"),
     ("the paper's method", "dsnot.py", "wanda + dsnot (refine layers all, sign check)"),
-    ("the best mask, weights as they are", "dsnot.py --refine swap", "wanda + swap (propagate)"),
+    ("the best mask, weights as they are", "dsnot.py --refine swap", "wanda + swap"),
     ("the best weights for it, too", "dsnot.py --refine swap --refit", "wanda + swap + refit"),
     ("and layers that differ in sparsity", "dsnot.py --refine swap --refit --allocate sensitivity",
      "wanda + swap + refit (allocate sensitivity)"),

@@ -17,7 +17,7 @@ case $name:$# in
 esac
 mkdir -p "results/$name"
 
-pids=()
+measured=()
 trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
 run() {
     local row=${amount/:/of}-$1
@@ -26,7 +26,7 @@ run() {
     while [ "$(jobs -rp | wc -l)" -ge "${JOBS:-1}" ]; do sleep 0.2; done
     tidy
     python dsnot.py ${model[@]+"${model[@]}"} $option $amount --out "out/study-$name/$row" --json "$json" "${@:2}" &
-    pids+=($!)
+    measured+=("$json")
 }
 tidy() {  # of the models that have been measured
     local folder row
@@ -36,8 +36,12 @@ tidy() {  # of the models that have been measured
     done
 }
 finish() {  # with an error if a run had one
-    for pid in ${pids[@]+"${pids[@]}"}; do wait "$pid"; done
+    local json
+    wait
     tidy
+    for json in ${measured[@]+"${measured[@]}"}; do
+        [ -f "$json" ] || { echo "error: $json could not be measured, its run says why" >&2; exit 1; }
+    done
 }
 
 if [ "$name" = settings ]; then
