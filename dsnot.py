@@ -54,7 +54,7 @@ from data import calibration_windows, load_tokenizer, windows
 from data.calibration import InputStats, input_stats, move, place_for, readers, steps
 from data.checkpoint import CheckpointWriter, noted, shard
 from data.command import InputError, at_least, parser, record, run, versions, write_atomically
-from data.device import timed
+from data.device import free_memory, timed
 from data.hub import model_folder
 from data.processes import add_up, process_group, processes, say, wait
 from data.text import SOURCES, evaluation_ids, usual_text
@@ -725,6 +725,11 @@ def check(args, config, text):
             raise InputError(f"--{name.replace('_', '-')} is for DSnoT, which --refine {args.refine} leaves out")
     args.calib, args.data = args.calib or text or "c4", args.data or text or "wikitext2"
     args.seqlen = args.seqlen or config.window_length()
+    need = args.nsamples * args.seqlen * config.hidden_size * 2 / 1e9  # the activations, at least
+    free = sum(map(free_memory, {torch.device("cpu"), torch.device(args.device)})) / 1e9
+    if need > free and not args.dry_run:
+        raise InputError(f"--nsamples {args.nsamples} of --seqlen {args.seqlen} make {need:,.0f} GB of activations, "
+                         f"and {free:,.0f} GB of memory are free: give fewer or shorter ones")
     usual = args.refit or "swap" in args.refine
     args.propagate = usual if args.propagate is None else args.propagate
     args.compare = text is not None and (args.refit or args.refine != "none") if args.compare is None else args.compare
@@ -786,8 +791,12 @@ def dry_run(args, config, amount, methods):
     print(f"memory    {sum(gigabytes.values()):.1f} GB on {args.device}: {parts}")
     size = whole * stored.itemsize / 1e9
     print(f"disk      {size:.1f} GB to read, {len(methods) * size:.1f} GB to write")
-    print(f"time      {needed * blocks / 60:,.1f} minutes on {args.device}, estimated from a part of one of the "
-          f"{blocks} blocks and as busy as the machine is now; reading, writing and evaluation come on top")
+    needed *= blocks
+    unit, seconds = next((u for u in (("days", 86400), ("hours", 3600), ("minutes", 60)) if needed > 2 * u[1]),
+                         ("seconds", 1))
+    print(f"time      {needed / seconds:,.1f} {unit} on {args.device}, estimated from a part of one of the {blocks} "
+          f"blocks and as busy as the machine is now; reading, writing and evaluation come on top")
+    record(args, {"memory_gb": gigabytes, "read_gb": size, "written_gb": len(methods) * size, "seconds": needed})
 
 
 def prune_and_measure(args, folder, config, amount, passes):
@@ -819,7 +828,7 @@ def prune_and_measure(args, folder, config, amount, passes):
         say(f"note: weights are fitted to {calibration.numel()} tokens of calibration text, fewer than the "
             f"{config.intermediate_size} inputs of a layer: give more --nsamples, or other texts suffer")
 
-    say(f"\n{'method':<24}{'sparsity':>10}{'perplexity':>14}{'seconds':>10}")
+    say(f"\n{'method':<24}{'sparsity':>10} {'perplexity':>13} {'seconds':>9}")
     rows = []
     for name, place, how in passes:
         seconds, layers = 0.0, []
@@ -830,7 +839,7 @@ def prune_and_measure(args, folder, config, amount, passes):
         zeros = sum(layer["weights"] * layer["sparsity"] for layer in layers) / weights
         ppl = perplexity(load(place), ids, args.seqlen, batch, progress=True)
         rows.append({"method": name, "sparsity": zeros, "perplexity": ppl, "seconds": seconds, "layers": layers})
-        say(f"{name:<24}{zeros:>10.2%}{ppl:>14.2f}{seconds:>10.1f}")
+        say(f"{name:<24}{zeros:>10.2%} {ppl:>13.2f} {seconds:>9.1f}")
     return rows
 
 

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import load_tokenizer, windows
-from data.command import InputError, at_least, parser, record, run, start
+from data.command import InputError, at_least, parser, record, run, start, what_keeps_from_writing
 from data.device import free_memory
 from data.tasks import SEVEN, TASKS, encode_pair, load_task
 from data.text import SOURCES, evaluation_ids, usual_text
@@ -243,6 +243,12 @@ def check(args):
         raise InputError(f"--plot {args.plot} draws what is compared: it needs --compare")
     if args.plot and Path(args.plot).suffix not in (".png", ".svg"):
         raise InputError(f"--plot {args.plot} must end in .png or .svg")
+    if args.plot and (obstacle := what_keeps_from_writing(args.plot)):
+        raise InputError(f"--plot {args.plot} can't be written: {obstacle}")
+    if args.data and args.data not in SOURCES and args.split != "test":
+        raise InputError(f"--split {args.split} is of a named text, but --data {args.data} is a file, read whole")
+    if args.seqlen and not args.data and (args.tasks is not None or args.speed):
+        raise InputError(f"--seqlen {args.seqlen} is for perplexity: it needs --data")
     for name in args.tasks or []:
         if name not in TASKS:
             raise InputError(f"--tasks {name}: there is no such task; there are {', '.join(TASKS)}")

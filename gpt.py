@@ -469,7 +469,7 @@ class GPT(nn.Module):
         """Load a preset, a Hub id or a Hugging Face folder. dtype None: the checkpoint's own on a GPU, float32 on a
         CPU. stream=True leaves the blocks on disk for `blocks()` to read one by one; sparse=True keeps 2:4 layers
         compressed in memory (a folder written by sparse_matmul.py's save_compressed is so in any case).
-        Raises InputError where a tensor is missing, superfluous, of another shape or not finite, or memory too small."""
+        Raises InputError where a tensor is missing, superfluous, of another shape or not finite, or memory is short."""
         model = cls.open(model_folder(name_or_dir))
         if dtype is None:
             on_cpu = torch.device(device).type == "cpu"

@@ -1,11 +1,11 @@
 """What every command shares: the options --seed --device --json, one way to fail, one way to record a result."""
 
 import argparse
-import errno
 import json
 import os
 import platform
 import random
+import re
 import sys
 from contextlib import suppress
 from importlib import metadata
@@ -53,6 +53,8 @@ def start(args):
     random.seed(args.seed)
     np.random.seed(args.seed % 2**32)
     torch.manual_seed(args.seed)
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
+        raise InputError(f"--device {args.device} is not supported: give cpu, cuda or cuda:1")
     try:
         device = torch.empty(1, device=args.device).device
         if device.type == "cuda":
@@ -142,9 +144,9 @@ def run(main, goes_on=False):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as e:
-        if e.errno != errno.ENAMETOOLONG:
+        if e.filename is None:
             raise
-        print(f"error: {e.filename} is too long for a name", file=sys.stderr)
+        print(f"error: {e.filename}: {e.strerror}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted" + ": the same command goes on from what is finished" * goes_on, file=sys.stderr)

@@ -78,6 +78,9 @@ def load_text(source, split=None):
 def evaluation_ids(source, split, tokenizer, seqlen):
     """The ids of the text that perplexity is measured on: of C4 the first 256 windows, as the papers do, else all."""
     ids = tokenizer.encode(load_text(source, split))
+    if len(ids) < seqlen:
+        raise InputError(f"the evaluation text {source} has {len(ids)} tokens, fewer than one window of {seqlen}: "
+                         f"give a longer text or a smaller --seqlen")
     return ids[:256 * seqlen] if source == "c4" else ids
 
 

@@ -182,6 +182,8 @@ def main():
     if args.hidden_size < 128 or args.hidden_size % 128:
         raise InputError(f"--hidden-size {args.hidden_size} must be a multiple of 128")
     at_least(args, layers=1, steps=1, batch=1, seqlen=1, save_every=1)
+    if not 0 < args.lr < float("inf"):
+        raise InputError(f"--lr {args.lr} must be above 0 and finite")
     CheckpointWriter(args.out, CONFIG)  # refuses a folder that it can't fill
     out = Path(args.out).resolve()
     work = out.with_name(out.name + ".training")  # the tokenizer and the state of an unfinished run

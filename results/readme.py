@@ -31,7 +31,7 @@ CHOICES = [  # what a reader wants, the command that does it, and the method's n
     ("and layers that differ in sparsity", "dsnot.py --refine swap --refit --allocate sensitivity",
      "wanda + swap + refit (allocate sensitivity)"),
     ("the best 2:4, with training", "ast_train.py --methods ast", "AST"),
-    ("and 12.5 % more parameters", "ast_train.py --methods ast-slorb", "AST + SLoRB")]
+    ("and SLoRB, a few dense parameters beside it", "ast_train.py --methods ast-slorb", "AST + SLoRB")]
 ABLATION = {  # what a run is called: its file, and the row of its table
     "AST": ("seed0", "AST"), "no distillation": ("no-distillation", "AST"), "static decay": ("static-decay", "AST"),
     "no decay": ("no-decay", "AST"), "fixed mask": ("fixed-mask", "AST"), "mask by Wanda score": ("wanda", "AST"),
@@ -151,7 +151,7 @@ def compressed():
 def texts():
     """What each model makes of one prompt, as it came."""
     names = {"dense": "dense", "70": "70 %, Wanda + DSnoT", "2of4": "2:4, swaps + refit", "ast": "2:4, AST"}
-    made = [f"[{said}]\n{results(f'text-{name}')['text'].rstrip()}" for name, said in names.items()]
+    made = [f"[{said}]\n{results(f'text-{name}')['text'].rstrip(chr(0xfffd)).rstrip()}" for name, said in names.items()]
     return "```text\n" + "\n\n".join(made) + "\n```"
 
 

@@ -274,7 +274,7 @@ BAD = {
     "no name": (["--out", "/"], "--out /"),
     "a name above": (["--out", "missing/.."], "--out missing/.. has no name"),
     "a long name": (["--out", "a" * 300], "File name too long"),
-    "a text with a long name": (["--calib", "a" * 300], "is too long for a name"),
+    "a text with a long name": (["--calib", "a" * 300], "File name too long"),
     "no cycles in it": (["--refine", "none", "--cycles", "9"], "--cycles 9 is for swaps"),
     "no signs to check": (["--refine", "swap", "--no-sign-check"], "--sign-check is for DSnoT, which --refine swap"),
     "unknown model": (["--model", "llama9"], "llama9"),
