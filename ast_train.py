@@ -553,8 +553,9 @@ def train(method, args, begin, mixture, held_out, calibration):
     optimizer = AnnealedAdamW(student, args.lr)
     mean = {name: W.detach().clone() for name, W in student.named_parameters()} if args.average else {}
     average_from = args.steps - round(args.average * args.steps)
-    check_room(work, student, mean)
     state = load_state(work, student, optimizer, mean, options)
+    if state["step"] < args.steps:
+        check_room(work, student, mean)
     rank, world = dist.get_rank(), dist.get_world_size()
     started, first = time.perf_counter(), state["step"]
     if args.device.startswith("cuda"):

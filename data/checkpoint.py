@@ -174,7 +174,7 @@ class Checkpoint:
         """One tensor under our name, as it is on disk. Raises InputError if a value is not finite."""
         path, theirs = self.files[name], self._names[name]
         if path.suffix == ".bin":
-            value = self._found[bare(theirs)][2]  # mapped, or in memory already
+            value = self._found[bare(theirs)][2].clone()  # of what is mapped, or in memory already
         else:
             value = read_tensors(path, [theirs])[theirs]
         value = self.layout.ours(name, value)
