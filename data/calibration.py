@@ -58,7 +58,7 @@ class InputStats:
 def add_product(total, a, b):
     """total (None: zeros) + a^T b of a, b [tokens, ...], in float32. An NVIDIA GPU multiplies 16-bit numbers as they
     are: the products are as exact, the sums are float32 there, too, and it takes a fraction of the time."""
-    if a.is_cuda and a.dtype == b.dtype != torch.float32 and torch.version.hip is None:
+    if a.is_cuda and a.dtype == b.dtype and b.dtype in (torch.float16, torch.bfloat16) and not torch.version.hip:
         product = torch.mm(a.T, b, out_dtype=torch.float32)
         return product if total is None else total.add_(product)
     return a.float().T @ b.float() if total is None else total.addmm_(a.float().T, b.float())

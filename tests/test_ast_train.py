@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 from safetensors.torch import load_file
 
@@ -220,7 +221,7 @@ def test_a_run_killed_between_its_first_model_and_its_first_state_begins_anew(tm
 
 
 def test_a_full_disk_is_told_and_leaves_the_state_before(tmp_path, train, monkeypatch):
-    save, usage = ast_train.dcp.save, type(shutil.disk_usage(tmp_path))
+    save, usage = dcp.save, type(shutil.disk_usage(tmp_path))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 10**5, 10**5))
     with pytest.raises(InputError, match="0.0 GB free: make room"):
         train(tmp_path / "small")
@@ -234,7 +235,7 @@ def test_a_full_disk_is_told_and_leaves_the_state_before(tmp_path, train, monkey
         save(*args, checkpoint_id=checkpoint_id)
 
     with monkeypatch.context() as patch, pytest.raises(InputError, match="state of step 6 .* the state before is kept"):
-        patch.setattr(ast_train.dcp, "save", full)
+        patch.setattr(dcp, "save", full)
         train(tmp_path / "out")
     assert [path.name for path in (tmp_path / "out" / "ast.training").iterdir()] == ["step-0000003"]
     assert train(tmp_path / "out")["runs"]["ast"]["step"] == 12

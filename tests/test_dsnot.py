@@ -46,6 +46,21 @@ def test_stats_follow_their_definition():
     torch.testing.assert_close(stats.gram.double(), torch.einsum("nti,ntj->ij", x, x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU"))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sums_of_products_are_those_of_float64(device, dtype):
+    """Would catch sums in 16 bits, and statistics that stay on another device than the inputs."""
+    x, z = torch.randn(2, 3, 500, 48, device=device).to(dtype)
+    stats = InputStats(48, gram=True)
+    for pair in zip(x, z):
+        stats.add(*pair)
+    x, z = x.flatten(0, 1).double(), z.flatten(0, 1).double()
+    for found, exact in ((stats.gram, x.T @ x), (stats.cross, z.T @ x)):
+        assert found.dtype == torch.float32 and found.device == x.device
+        assert (found - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
 # ----------------------------------------------------------------------------------------------------------- masks
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.01, 0.5, 0.7, 0.99])

@@ -1,0 +1,93 @@
+"""What a training that was stopped goes on from: weights, moments and mean by torch.distributed.checkpoint, which writes
+and reads them with as many processes as there are, and a run.json of everything else.
+
+`work` is the folder of the states, of which one is kept: step-0000100, named by the steps that are done.
+"""
+
+import json
+import logging
+import shutil
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from data.command import InputError
+from data.processes import say
+
+
+def save_state(work, model, optimizer, mean, state):
+    """Write what a stopped run needs to go on. It takes the place of the state before when it is complete. Raises
+    InputError where it can't be written, such as on a full disk; the state before is kept."""
+    final, partial = work / f"step-{state['step']:07d}", work / f"step-{state['step']:07d}.partial"
+    first = dist.get_rank() == 0
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)
+    dist.barrier()
+    weights, moments = get_state_dict(model, optimizer)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        dcp.save({"model": weights, "optimizer": moments, "mean": mean}, checkpoint_id=partial)
+        if first:
+            (partial / "run.json").write_text(json.dumps(state))
+            partial.rename(final)
+            for old in work.glob("step-*"):
+                if old != final:
+                    shutil.rmtree(old)
+    except (OSError, RuntimeError, CheckpointException) as e:
+        if isinstance(e, torch.OutOfMemoryError):
+            raise
+        shutil.rmtree(partial, ignore_errors=True)
+        kept = "; the state before is kept" if any(work.glob("step-*")) else ""
+        raise InputError(f"can't write the state of step {state['step']} to {work}: is the disk full? Make room and "
+                         f"give the same command again{kept}") from None
+    dist.barrier()
+
+
+def check_room(work, model, mean):
+    """Raise InputError if the disk has no room for two states: the one before goes when the next is complete."""
+    numbers = sum(W.numel() for W in model.parameters())
+    need = 2 * 4 * numbers * (4 if mean else 3)  # W, M, V and the mean in float32
+    need -= sum(path.stat().st_size for path in work.rglob("*.distcp"))
+    free = shutil.disk_usage(next(folder for folder in work.absolute().parents if folder.exists())).free
+    if need > free:
+        raise InputError(f"{work} will need {need / 1e9:,.1f} GB more for the states to go on from, and its disk has "
+                         f"{free / 1e9:,.1f} GB free: make room or choose another --out")
+
+
+def load_state(work, model, optimizer, mean, options):
+    """The last state in `work`, loaded into model, optimizer and mean; where there is none, that of step 0.
+    Raises InputError if it belongs to a run with other options."""
+    found = sorted(path for path in work.glob("step-*") if path.suffix != ".partial")
+    first = dict(step=0, options=options, flips=[0, 0], history=[], validation=[])
+    if not found:
+        return first
+    damaged = InputError(f"{found[-1]} is damaged: delete it or choose another --out")
+    try:
+        state = json.loads((found[-1] / "run.json").read_text())
+        before = dict({name: state[name] for name in first}["options"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise damaged from None
+    for name, value in options.items():
+        if (old := before.get(name)) != value:
+            option = f"--{name.replace('_', '-')}"
+            if name in ("model", "texts"):
+                told = f"of {'another model' if name == 'model' else 'other texts'}"
+            elif old in (None, "None"):
+                told = f"without {option}"
+            else:
+                told = f"with {option} {old}" + f", not {value}" * (value != "None")
+            raise InputError(f"{work} holds a run {told}: give the options it had, choose another --out, or delete it")
+    weights, moments = get_state_dict(model, optimizer)
+    logging.disable(logging.WARNING)  # PyTorch logs a traceback of what is a sentence here
+    try:
+        dcp.load({"model": weights, "optimizer": moments, "mean": mean}, checkpoint_id=found[-1])
+    except (CheckpointException, OSError):
+        raise damaged from None
+    finally:
+        logging.disable(logging.NOTSET)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    say(f"going on at step {state['step']}")
+    return state
