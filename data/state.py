@@ -1,4 +1,4 @@
-"""What a training that was stopped goes on from: weights, moments and mean by torch.distributed.checkpoint, which writes
+"""What a stopped training goes on from: weights, moments and mean by torch.distributed.checkpoint, which writes
 and reads them with as many processes as there are, and a run.json of everything else.
 
 `work` is the folder of the states, of which one is kept: step-0000100, named by the steps that are done.
