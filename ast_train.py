@@ -364,8 +364,8 @@ def first_weights(args, calibration):
     method = dict(score="wanda", refine="swap", refit=True, propagate=True)
     run = one_shot_run(args, model, method)
     if noted(folder / "run.json") not in (None, run):  # trained models may have begun with it
-        raise InputError(f"{folder} holds a start of other options or texts: give those that it had, choose another "
-                         f"--out, or delete it")
+        raise InputError(f"{folder} holds a start of other options or files (moved or copied ones count as others): "
+                         f"give those that it had, choose another --out, or delete {folder} to have it made again")
     prune(model, calibration, folder, run, batch=args.micro_batch, **method, **amount(args))  # all processes together
     return folder
 
@@ -654,8 +654,9 @@ def check(args):
     if args.start_from == "swap" and args.methods == ["dense"]:
         raise InputError("--start-from swap is for sparse models, and --methods dense names none")
     for names, right, rule in [
-            ("steps batch micro_batch seqlen save_every slorb_k temperature clip lr", lambda v: 0 < v < math.inf,
+            ("steps batch micro_batch save_every slorb_k temperature clip lr", lambda v: 0 < v < math.inf,
              "must be above 0 and finite"),
+            ("seqlen", lambda v: v > 1, "must be at least 2"),
             ("mask_every decay decay_steps warmup", lambda v: 0 <= v < math.inf, "can't be negative or infinite"),
             ("kl_weight lr_end average", lambda v: 0 <= v <= 1, "must lie between 0 and 1"),
             ("sparsity", lambda v: v is None or 0 < v < 1, "must lie between 0 and 1"),
@@ -692,40 +693,48 @@ def train_alone(method, args, begin):
         return train(method, args, begin, *texts(args, load_tokenizer(args.model)))
 
 
+def train_all(args, held):
+    """Train the models, side by side or one after the other, with --out locked in the ExitStack `held`. Returns what
+    `results` needs, the ids of the test text, calibration windows and the folder of the first weights, and a record of
+    each method."""
+    check(args)
+    amount(args)
+    folder = model_folder(args.model)
+    config, tokenizer = Config.read(folder), load_tokenizer(folder)
+    for method in args.methods:
+        CheckpointWriter(Path(args.out) / method, config.raw, folder)  # refuses a folder that it can't fill
+    mixture, held_out, calibration = texts(args, tokenizer)
+    test_ids = (evaluation_ids(args.eval_data, "test", tokenizer, args.seqlen) if args.eval_data in SOURCES
+                else tokens(args.eval_data, tokenizer, "test"))
+    if len(held_out) < args.micro_batch * dist.get_world_size():
+        raise InputError(f"the validation text of {args.eval_data} has {len(held_out)} windows, fewer than "
+                         f"--micro-batch {args.micro_batch} in each process: give a longer text or a smaller "
+                         f"--micro-batch")
+    say(f"{mixture.tokens:,} tokens of training text, {args.steps * args.batch * args.seqlen:,} will be read "
+        f"in windows of {args.seqlen} tokens{config.remark(args.seqlen)}")
+    if (folder / "pruning.json").is_file():
+        say(f"note: {args.model} has been pruned before; it is what is called dense here")
+    held.enter_context(alone_in(Path(args.out)) if dist.get_rank() == 0 else nullcontext())
+    begin, runs = first_weights(args, calibration), {}
+    threads = torch.get_num_threads() // len(args.methods)
+    # on a CPU side by side: two processes of one thread get more done than two threads that wait for each other
+    beside = args.device == "cpu" and dist.get_world_size() == 1 and len(args.methods) > 1 and threads > 0
+    one_by_one = ((method, train(method, args, begin, mixture, held_out, calibration)) for method in args.methods)
+    for method, state in side_by_side(train_alone, args.methods, threads, args, begin) if beside else one_by_one:
+        runs[method] = state
+        if dist.get_rank() == 0:
+            plot(Path(args.out) / "curve.png", runs)
+    return (test_ids, calibration, begin), runs
+
+
 def main():
     args, started = options(), time.perf_counter()
-    with ExitStack() as held, process_group(args, alone=True), memory_is_enough(args):
-        check(args)
-        amount(args)
-        folder = model_folder(args.model)
-        config, tokenizer = Config.read(folder), load_tokenizer(folder)
-        for method in args.methods:
-            CheckpointWriter(Path(args.out) / method, config.raw, folder)  # refuses a folder that it can't fill
-        mixture, held_out, calibration = texts(args, tokenizer)
-        test_ids = (evaluation_ids(args.eval_data, "test", tokenizer, args.seqlen) if args.eval_data in SOURCES
-                    else tokens(args.eval_data, tokenizer, "test"))
-        if len(held_out) < args.micro_batch * dist.get_world_size():
-            raise InputError(f"the validation text of {args.eval_data} has {len(held_out)} windows, fewer than "
-                             f"--micro-batch {args.micro_batch} in each process: give a longer text or a smaller "
-                             f"--micro-batch")
-        say(f"{mixture.tokens:,} tokens of training text, {args.steps * args.batch * args.seqlen:,} will be read "
-            f"in windows of {args.seqlen} tokens{config.remark(args.seqlen)}")
-        if (folder / "pruning.json").is_file():
-            say(f"note: {args.model} has been pruned before; it is what is called dense here")
-        held.enter_context(alone_in(Path(args.out)) if dist.get_rank() == 0 else nullcontext())
-        begin, runs = first_weights(args, calibration), {}
-        threads = torch.get_num_threads() // len(args.methods)
-        # on a CPU side by side: two processes of one thread get more done than two threads that wait for each other
-        beside = args.device == "cpu" and dist.get_world_size() == 1 and len(args.methods) > 1 and threads > 0
-        one_by_one = ((method, train(method, args, begin, mixture, held_out, calibration)) for method in args.methods)
-        for method, state in side_by_side(train_alone, args.methods, threads, args, begin) if beside else one_by_one:
-            runs[method] = state
-            if dist.get_rank() == 0:
-                plot(Path(args.out) / "curve.png", runs)
-        if dist.get_rank() > 0:
-            return
-    with memory_is_enough(args):
-        table = results(args, test_ids, calibration, begin)
+    with ExitStack() as held, memory_is_enough(args):
+        with process_group(args, alone=True):
+            found, runs = train_all(args, held)
+            if dist.get_rank() > 0:
+                return
+        table = results(args, *found)
     record(args, {"seconds": time.perf_counter() - started, "runs": runs, "table": table})
 
 

@@ -522,7 +522,8 @@ def prune(model, windows, out, run, *, batch=8, propagate=False, sparsity=None, 
         return finished["layers"]
     positions = torch.arange(windows.shape[1], device=device)
     where, windows = (rotary(model.config, positions), positions), windows[rank::world]
-    states = held_states(windows.numel(), count * len(prunable(model.model.layers[0])), propagate, allocate)
+    layers = count * len(prunable(model.model.layers[0]))
+    states = held_states(*windows.shape, layers, propagate, allocate)
     home = place_for(model.config, states, torch.device(device), model.place["dtype"])
     writer = CheckpointWriter(out, model.config.raw, source.folder, keep=run)
     with writer if rank == 0 else nullcontext():
@@ -563,11 +564,11 @@ def prune(model, windows, out, run, *, batch=8, propagate=False, sparsity=None, 
     return records
 
 
-def held_states(tokens, layers, propagate, allocate):
+def held_states(nsamples, seqlen, layers, propagate, allocate):
     """Of how many tokens a process of `prune` holds hidden states at a time: of its calibration text, twice if it
     propagates; before that, with "sensitivity", of the text and of a trial for each of the model's layers."""
-    trials = 2048 * layers if allocate == "sensitivity" else 0
-    return max(tokens * (1 + propagate), tokens + trials)
+    trials = max(2048, seqlen) * layers if allocate == "sensitivity" else 0
+    return nsamples * seqlen + max(nsamples * seqlen * propagate, trials)
 
 
 def allocation(model, where, hidden, sparsity, kind):
@@ -725,11 +726,6 @@ def check(args, config, text):
             raise InputError(f"--{name.replace('_', '-')} is for DSnoT, which --refine {args.refine} leaves out")
     args.calib, args.data = args.calib or text or "c4", args.data or text or "wikitext2"
     args.seqlen = args.seqlen or config.window_length()
-    need = args.nsamples * args.seqlen * config.hidden_size * 2 / 1e9  # the activations, at least
-    free = sum(map(free_memory, {torch.device("cpu"), torch.device(args.device)})) / 1e9
-    if need > free and not args.dry_run:
-        raise InputError(f"--nsamples {args.nsamples} of --seqlen {args.seqlen} make {need:,.0f} GB of activations, "
-                         f"and {free:,.0f} GB of memory are free: give fewer or shorter ones")
     usual = args.refit or "swap" in args.refine
     args.propagate = usual if args.propagate is None else args.propagate
     args.compare = text is not None and (args.refit or args.refine != "none") if args.compare is None else args.compare
@@ -738,6 +734,11 @@ def check(args, config, text):
             amount.replace(":", "of").rstrip("%"), *[args.allocate] * (args.allocate != "uniform"),
             *[f"seed{args.seed}"] * (args.seed != 0), *["no-" * usual + "propagate"] * (args.propagate != usual)]
     args.out = args.out or str(Path("out") / "-".join(name))
+    need, device = args.nsamples * args.seqlen * config.hidden_size * 2, torch.device(args.device)
+    free = free_memory(torch.device("cpu")) + (device.type == "cuda") * processes()[1] * free_memory(device)
+    if need > free and not args.dry_run and not (Path(args.out) / "pruning.json").is_file():
+        raise InputError(f"--nsamples {args.nsamples} of --seqlen {args.seqlen} make {need / 1e9:,.1f} GB of "
+                         f"activations, and {free / 1e9:,.1f} GB of memory are free: give fewer or shorter ones")
     return amount, method_of(vars(args))
 
 
@@ -752,7 +753,7 @@ def dry_run(args, config, amount, methods):
     block, tokens = Block(config).to(args.device, dtype), args.nsamples * args.seqlen
     layers, gram = prunable(block), any(needs_gram(**method) for method in methods)
     sizes = [layer.weight.numel() for layer in layers.values()]
-    states = held_states(tokens, len(layers) * blocks, args.propagate, args.allocate)
+    states = held_states(args.nsamples, args.seqlen, len(layers) * blocks, args.propagate, args.allocate)
     elsewhere = blocks - 1 - args.propagate  # blocks that are not in memory
     held = whole - elsewhere * sum(p.numel() for p in block.parameters())
     gigabytes = {

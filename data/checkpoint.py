@@ -217,10 +217,10 @@ def shard(i, blocks):
 
 @contextmanager
 def alone_in(folder):
-    """Inside, a folder, which is made if need be and removed again if it stays empty, belongs to this process alone,
-    until it ends in whatever way. Raises InputError where another process has it."""
+    """Inside, a folder belongs to this process alone, until it ends in whatever way. It is made if need be, and then
+    removed again if it stays empty. Raises InputError where another process has it."""
+    handle, made = None, not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    handle = None
     try:
         with suppress(ImportError):  # Windows has no fcntl, and some network drives have no locks
             import fcntl
@@ -236,8 +236,9 @@ def alone_in(folder):
     finally:
         if handle is not None:
             os.close(handle)
-        with suppress(OSError):
-            folder.rmdir()
+        if made:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 class CheckpointWriter:
@@ -254,8 +255,9 @@ class CheckpointWriter:
         self.marker, self.tokenizer_from = self.partial / "run.json", tokenizer_from
         self.before = self.folder.with_name(f".{self.folder.name}.before")  # a name that nobody else picks
         try:
-            if self.before.is_dir() and not self.folder.exists():  # killed between the two renames of __exit__
-                self.before.rename(self.folder)
+            if self.before.is_dir() and not self.folder.exists():  # a run was killed between the renames of `finish`
+                with suppress(FileNotFoundError):  # another process has just done it
+                    self.before.rename(self.folder)
             read = tokenizer_from and self.folder.exists() and self.folder.samefile(tokenizer_from)
             obstacle = f"{self.folder} is a file" if self.folder.is_file() else what_keeps_from_writing(self.folder)
             taken = self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / "run.json").is_file()

@@ -142,9 +142,10 @@ def run(main, goes_on=False):
         sys.exit(2)
     except BrokenPipeError:  # what reads the output, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("stopped: nothing reads the output any more", file=sys.stderr)
         sys.exit(1)
     except OSError as e:
-        if e.filename is None:
+        if e.filename is None or e.strerror is None:
             raise
         print(f"error: {e.filename}: {e.strerror}", file=sys.stderr)
         sys.exit(2)

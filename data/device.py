@@ -11,14 +11,14 @@ import torch
 
 def free_memory(device):
     """Bytes that are free on a device, of a GPU with what PyTorch holds and does not use; of a CPU what Linux calls
-    available, elsewhere half of what is built in."""
+    available, elsewhere all that is built in, or no end where even that is not known."""
     if device.type == "cuda":
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + idle
     try:
         return 1024 * int(re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())[1])
-    except OSError:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (OSError, TypeError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**62
 
 
 def fast_in_bf16(device):

@@ -8,7 +8,6 @@ import json
 import logging
 import shutil
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
@@ -36,10 +35,11 @@ def save_state(work, model, optimizer, mean, state):
             for old in work.glob("step-*"):
                 if old != final:
                     shutil.rmtree(old)
-    except (OSError, RuntimeError, CheckpointException) as e:
-        if isinstance(e, torch.OutOfMemoryError):
-            raise
+    except (OSError, CheckpointException) as e:
         shutil.rmtree(partial, ignore_errors=True)
+        for cause in [e] if isinstance(e, OSError) else [cause for cause, _ in e.failures.values()]:
+            if not isinstance(cause, OSError) and "inline_container" not in str(cause):  # PyTorch's own write error
+                raise cause from None  # Ctrl-C, memory
         kept = "; the state before is kept" if any(work.glob("step-*")) else ""
         raise InputError(f"can't write the state of step {state['step']} to {work}: is the disk full? Make room and "
                          f"give the same command again{kept}") from None
@@ -51,7 +51,7 @@ def check_room(work, model, mean):
     numbers = sum(W.numel() for W in model.parameters())
     need = 2 * 4 * numbers * (4 if mean else 3)  # W, M, V and the mean in float32
     need -= sum(path.stat().st_size for path in work.rglob("*.distcp"))
-    free = shutil.disk_usage(next(folder for folder in work.absolute().parents if folder.exists())).free
+    free = shutil.disk_usage(next(folder for folder in (work.absolute() / "state").parents if folder.exists())).free
     if need > free:
         raise InputError(f"{work} will need {need / 1e9:,.1f} GB more for the states to go on from, and its disk has "
                          f"{free / 1e9:,.1f} GB free: make room or choose another --out")

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import filesystem
 
 import ast_train
 from ast_train import decay_at, learning_rate
@@ -221,23 +221,26 @@ def test_a_run_killed_between_its_first_model_and_its_first_state_begins_anew(tm
 
 
 def test_a_full_disk_is_told_and_leaves_the_state_before(tmp_path, train, monkeypatch):
-    save, usage = dcp.save, type(shutil.disk_usage(tmp_path))
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 10**5, 10**5))
-    with pytest.raises(InputError, match="0.0 GB free: make room"):
+    usage = type(shutil.disk_usage(tmp_path))
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="0.0 GB free: make room"):
+        patch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 10**5, 10**5))
         train(tmp_path / "small")
     assert not (tmp_path / "small").exists()
-    monkeypatch.undo()
+    write = filesystem._write_item
 
-    def full(*args, checkpoint_id):
-        if checkpoint_id.name == "step-0000006.partial":
-            (checkpoint_id / "__0_0.distcp").write_bytes(b"half")
-            raise OSError(28, "No space left on device")
-        save(*args, checkpoint_id=checkpoint_id)
+    def ends_with(error):
+        def failing(*args, **options):
+            if any((tmp_path / "out" / "ast.training").glob("step-0000003")):
+                raise error
+            return write(*args, **options)
+        return failing
 
-    with monkeypatch.context() as patch, pytest.raises(InputError, match="state of step 6 .* the state before is kept"):
-        patch.setattr(dcp, "save", full)
-        train(tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out" / "ast.training").iterdir()] == ["step-0000003"]
+    for error, expected, words in ((OSError(28, "No space left on device"), InputError, "of step 6 .* before is kept"),
+                                   (KeyboardInterrupt(), KeyboardInterrupt, None)):
+        with monkeypatch.context() as patch, pytest.raises(expected, match=words):
+            patch.setattr(filesystem, "_write_item", ends_with(error))
+            train(tmp_path / "out")
+        assert [path.name for path in (tmp_path / "out" / "ast.training").iterdir()] == ["step-0000003"]
     assert train(tmp_path / "out")["runs"]["ast"]["step"] == 12
 
 
