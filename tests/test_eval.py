@@ -175,6 +175,17 @@ def test_table(tmp_path):
         assert (tmp_path / f"picture.{kind}").read_bytes().startswith(start)
 
 
+def test_only_unusual_propagation_is_said(tmp_path):
+    """Would catch plain methods that are renamed, and so left out of a table, when a file names every option."""
+    files = [result_file(tmp_path, "a", [("wanda", 12.0, [])], propagate=False),
+             result_file(tmp_path, "b", [("wanda", 13.0, [])], propagate=True),
+             result_file(tmp_path, "c", [("wanda + swap", 9.0, [])], propagate=True),
+             result_file(tmp_path, "d", [("wanda + swap", 10.0, [])], propagate=False)]
+    rows = merge([row for path in files for row in read_rows(path)])
+    assert {row["perplexity"]: row["method"] for row in rows} == {
+        12.0: "wanda", 13.0: "wanda (propagate)", 9.0: "wanda + swap", 10.0: "wanda + swap (no propagate)"}
+
+
 def test_results_of_training_and_pruned_folders(tmp_path):
     entry = {"options": dict(model="tiny", sparsity=None, pattern="2:4", eval_data="tiny", seqlen=256, seed=0),
              "results": {"table": {"dense": dict(perplexity=5.0), "AST": dict(perplexity=5.5)}}}
