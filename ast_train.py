@@ -683,7 +683,8 @@ def memory_is_enough(args):
 def texts(args, tokenizer):
     """What training reads: a mixture, validation windows, and Wanda's and SparseGPT's inputs [CALIBRATION, seqlen]."""
     mixture = Mixture(args.data, tokenizer, args.seqlen, args.batch)
-    held_out = windows(tokens(args.eval_data, tokenizer, "validation"), args.seqlen + 1)
+    held_out = windows(tokens(args.eval_data, tokenizer, "validation"), args.seqlen + 1,
+                       f"the validation text of {args.eval_data}")
     return mixture, held_out, mixture.batch(args.seed, 0, CALIBRATION, stream=0)[:, :-1]
 
 

@@ -59,7 +59,9 @@ def read_texts(source, shard=0):
     try:
         with open(source, encoding="utf-8") as lines:
             return ["" + json.loads(line)["text"] for line in lines]  # what is not a text raises TypeError
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except OSError as e:
+        raise InputError(f"{source} can't be read: {e.strerror}") from None
+    except (ValueError, KeyError, TypeError) as e:
         raise InputError(f"{source} is not a file of JSON lines with a \"text\" each: {type(e).__name__} {e}") from None
 
 
