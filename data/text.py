@@ -78,17 +78,22 @@ def load_text(source, split=None):
 def evaluation_ids(source, split, tokenizer, seqlen):
     """The ids of the text that perplexity is measured on: of C4 the first 256 windows, as the papers do, else all."""
     ids = tokenizer.encode(load_text(source, split))
-    windows(ids, seqlen, f"the evaluation text {source}")  # raises InputError where there is none
+    check_length(ids, seqlen, f"the evaluation text {source}")
     return ids[:256 * seqlen] if source == "c4" else ids
+
+
+def check_length(ids, seqlen, name):
+    """Raise InputError, which names the text, where its ids fill no window."""
+    if len(ids) < seqlen:
+        raise InputError(f"{name} has {len(ids)} tokens, fewer than one window of {seqlen}: "
+                         f"give a longer text or a smaller --seqlen")
 
 
 def windows(ids, seqlen: int, name: str = "the text") -> torch.Tensor:
     """Token ids -> non-overlapping windows [n, seqlen]; the tail that fills none is dropped. Raises InputError, which
     names the text, where there is no window."""
+    check_length(ids, seqlen, name)
     n = len(ids) // seqlen
-    if n == 0:
-        raise InputError(f"{name} has {len(ids)} tokens, fewer than one window of {seqlen}: "
-                         f"give a longer text or a smaller --seqlen")
     return torch.as_tensor(ids[:n * seqlen]).view(n, seqlen)
 
 
