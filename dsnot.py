@@ -60,7 +60,7 @@ from data.processes import add_up, process_group, processes, say, wait
 from data.text import SOURCES, evaluation_ids, usual_text
 from eval import perplexity
 from gpt import GPT, Block, Config, prunable, rotary
-from results.compare import method_of, percent
+from results.compare import method_of, percent, propagates
 
 
 # ------------------------------------------------------------------------------------------------ scores and masks
@@ -564,10 +564,18 @@ def prune(model, windows, out, run, *, batch=8, propagate=False, sparsity=None, 
     return records
 
 
+MOST = 0.99  # the largest share of a layer that an allocation prunes
+
+
+def probe_tokens(seqlen):
+    """How many tokens "sensitivity" looks at, at most: those of whole windows."""
+    return max(2048, seqlen)
+
+
 def held_states(nsamples, seqlen, layers, propagate, allocate):
     """Of how many tokens a process of `prune` holds hidden states at a time: of its calibration text, twice if it
     propagates; before that, with "sensitivity", of the text and of a trial for each of the model's layers."""
-    trials = max(2048, seqlen) * layers if allocate == "sensitivity" else 0
+    trials = probe_tokens(seqlen) * layers if allocate == "sensitivity" else 0
     return nsamples * seqlen + max(nsamples * seqlen * propagate, trials)
 
 
@@ -585,8 +593,9 @@ def allocation(model, where, hidden, sparsity, kind):
     if kind == "uniform":
         return dict.fromkeys(names, sparsity)
     hidden = list(hidden)
-    grid = torch.arange(max(0.0, sparsity - 0.1), min(0.99, sparsity + 0.1), 0.01, dtype=torch.double)
-    probe, trials, outliers, growth, sizes = hidden[0][:max(1, 2048 // hidden[0].shape[1])], [], [], [], []
+    grid = torch.arange(max(0.0, sparsity - 0.1), min(MOST, sparsity + 0.1), 0.01, dtype=torch.double)
+    seqlen, trials, outliers, growth, sizes = hidden[0].shape[1], [], [], [], []
+    probe = hidden[0][:probe_tokens(seqlen) // seqlen]
     for i in tqdm(range(model.config.num_hidden_layers), desc="allocating", unit="block", leave=False, disable=None):
         block = model.block(i)
         (step,), linears = steps(block, *where), prunable(block)
@@ -616,8 +625,8 @@ def allocation(model, where, hidden, sparsity, kind):
         shares = sparsity + 0.08 - 0.16 * (many - many.min()) / (many.max() - many.min()).clamp(min=1e-30)
     else:
         shares = cheapest(torch.stack(growth) * damage(model, probe, trials)[:, None], grid, sizes, sparsity)
-    for _ in range(100):  # a share stays between 0 and 0.99, so one step may not be enough
-        shares = (shares + sparsity - (shares * sizes).sum() / sizes.sum()).clamp(0, 0.99)
+    for _ in range(100):  # a share stays between 0 and MOST, so one step may not be enough
+        shares = (shares + sparsity - (shares * sizes).sum() / sizes.sum()).clamp(0, MOST)
     return dict(zip(names, shares.tolist()))
 
 
@@ -712,9 +721,9 @@ def check(args, config, text):
                 check_pattern(parse_pattern(args.pattern), layer.in_features)
         if args.allocate != "uniform":
             raise InputError(f"--allocate {args.allocate} can't change the pattern {args.pattern}: give a --sparsity")
-    if args.allocate != "uniform" and args.sparsity > 0.99:
-        raise InputError(f"--allocate {args.allocate} prunes no layer by more than 0.99, so --sparsity {args.sparsity} "
-                         f"can't be reached: lower it, or leave out --allocate")
+    if args.allocate != "uniform" and args.sparsity > MOST:
+        raise InputError(f"--allocate {args.allocate} prunes no layer by more than {MOST}, so that --sparsity "
+                         f"{args.sparsity} can't be reached: lower it, or leave out --allocate")
     if args.out is not None and Path(os.path.normpath(args.out)).name in ("", ".."):
         raise InputError(f"--out {args.out} has no name of its own: give a folder to make")
     if args.cycles is not None and args.refine == "none":
@@ -726,7 +735,7 @@ def check(args, config, text):
             raise InputError(f"--{name.replace('_', '-')} is for DSnoT, which --refine {args.refine} leaves out")
     args.calib, args.data = args.calib or text or "c4", args.data or text or "wikitext2"
     args.seqlen = args.seqlen or config.window_length()
-    usual = args.refit or "swap" in args.refine
+    usual = propagates(method_of(vars(args)))
     args.propagate = usual if args.propagate is None else args.propagate
     args.compare = text is not None and (args.refit or args.refine != "none") if args.compare is None else args.compare
     amount = args.pattern or percent(args.sparsity)
@@ -771,8 +780,8 @@ def dry_run(args, config, amount, methods):
     running, _ = timed(lambda: step(x), args.device)
     needed = sum(3 * running + 4 * watching if method["propagate"] else running + watching for method in methods)
     needed *= tokens / len(sample)
-    if args.allocate != "uniform":  # a pass through the dense model, and for "sensitivity" trials of 2048 tokens
-        trials = len(layers) * 2048 if args.allocate == "sensitivity" else 0
+    if args.allocate != "uniform":  # a pass through the dense model, and for "sensitivity" a trial of each layer
+        trials = len(layers) * probe_tokens(args.seqlen) if args.allocate == "sensitivity" else 0
         needed += len(methods) * ((running + watching) * tokens + running * trials) / len(sample)
     for method, name in itertools.product(methods, layers):
         W = layers[name].weight

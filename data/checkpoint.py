@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from data.command import InputError, what_keeps_from_writing, write_atomically
+from data.command import InputError, check_disk, what_keeps_from_writing, write_atomically
 
 TOKENIZER_FILES = ["tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json", "vocab.json", "merges.txt", "generation_config.json"]
@@ -222,7 +222,7 @@ def alone_in(folder):
     handle, made = None, not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with suppress(ImportError):  # Windows has no fcntl, and some network drives have no locks
+        with suppress(ImportError):  # Windows has no fcntl
             import fcntl
             handle = os.open(folder, os.O_RDONLY)
             try:
@@ -230,7 +230,7 @@ def alone_in(folder):
             except BlockingIOError:
                 raise InputError(f"another run is writing to {folder}: wait for it, or choose another output "
                                  f"folder") from None
-            except OSError:
+            except OSError:  # some network drives have no locks
                 pass
         yield
     finally:
@@ -292,10 +292,8 @@ class CheckpointWriter:
 
     def make_room(self, size):
         """Raise InputError if the disk can't hold a checkpoint of `size` bytes, of which some may be there already."""
-        missing = size - sum(path.stat().st_size for path in self.partial.glob("*.safetensors"))
-        if missing > (free := shutil.disk_usage(self.partial).free):
-            raise InputError(f"{self.folder} will need {missing / 1e9:,.1f} GB more and its disk has "
-                             f"{free / 1e9:,.1f} GB free: make room or choose another output folder")
+        held = sum(path.stat().st_size for path in self.partial.glob("*.safetensors"))
+        check_disk(self.partial, size - held, self.folder)
 
     def done(self, file):
         return (self.partial / file).is_file()

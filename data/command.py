@@ -6,6 +6,7 @@ import os
 import platform
 import random
 import re
+import shutil
 import sys
 from contextlib import suppress
 from importlib import metadata
@@ -75,11 +76,23 @@ def at_least(args, **lowest):
             raise InputError(f"--{name.replace('_', '-')} {value} must be at least {low}")
 
 
+def existing(path):
+    """The nearest path that exists, of a path and those above it."""
+    return next(above for above in (path, *path.absolute().parents) if above.exists())
+
+
+def check_disk(place, need, name):
+    """Raise InputError, which speaks of `name`, if the disk of a place has no room for `need` bytes more."""
+    if need > (free := shutil.disk_usage(existing(place)).free):
+        raise InputError(f"{name} will need {need / 1e9:,.1f} GB more and its disk has {free / 1e9:,.1f} GB free: "
+                         f"make room or choose another output folder")
+
+
 def what_keeps_from_writing(path):
     """Why a file or folder can't be made at a path, in words; None where it can."""
     try:
         Path(path).is_dir()  # complains of a name that is too long
-        above = next(folder for folder in Path(path).absolute().parents if folder.exists())
+        above = existing(Path(path).absolute().parent)
     except OSError as e:
         return e.strerror
     if not above.is_dir():

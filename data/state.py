@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from data.command import InputError
+from data.command import InputError, check_disk
 from data.processes import say
 
 
@@ -50,11 +50,8 @@ def check_room(work, model, mean):
     """Raise InputError if the disk has no room for two states: the one before goes when the next is complete."""
     numbers = sum(W.numel() for W in model.parameters())
     need = 2 * 4 * numbers * (4 if mean else 3)  # W, M, V and the mean in float32
-    need -= sum(path.stat().st_size for path in work.rglob("*.distcp"))
-    free = shutil.disk_usage(next(folder for folder in (work.absolute() / "state").parents if folder.exists())).free
-    if need > free:
-        raise InputError(f"{work} will need {need / 1e9:,.1f} GB more for the states to go on from, and its disk has "
-                         f"{free / 1e9:,.1f} GB free: make room or choose another --out")
+    held = sum(path.stat().st_size for path in work.rglob("*.distcp"))
+    check_disk(work, need - held, work)
 
 
 def load_state(work, model, optimizer, mean, options):

@@ -52,6 +52,11 @@ def method_of(run):
     return " + ".join(filter(None, steps))
 
 
+def propagates(method):
+    """Whether a method of that name prunes layer after layer if nobody asks for something else."""
+    return "swap" in method or "refit" in method
+
+
 def percent(share):
     """0.7 -> "70%", 0.995 -> "99.5%"."""
     return f"{100 * share:g}%"
@@ -112,7 +117,7 @@ def is_usual(name, row):
     """Whether an option of a row is as it is if nobody asks for it: that need not be said."""
     value = row["options"].get(name)
     if name == "propagate":
-        return value in (None, "swap" in row["method"] or "refit" in row["method"])
+        return value in (None, propagates(row["method"]))
     return value in (None, "uniform")
 
 
