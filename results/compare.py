@@ -189,6 +189,8 @@ def table_by_method(rows):
 
 # readable on white and on black
 COLOURS, GREY = "#4c8dd6 #e07b39 #3fa66a #b65fc8 #c9a227 #d1495b #2fa5a5 #e58fb1 #7d8c3a #8c6bd6".split(), "#808080"
+INKS = ["text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"]
+LOOK = dict.fromkeys(INKS, GREY) | {"font.size": 9, "grid.alpha": 0.3}
 
 
 def compare(args):
@@ -226,8 +228,7 @@ def plot(rows, path):
     panels += [(2.0, layer_panel, (r, mapped)) for r in mapped] if len(mapped) <= 6 else []
     if not panels:
         raise InputError("--plot: there is nothing to draw; compare results of pruned models")
-    inks = ["text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"]
-    with pyplot.rc_context(dict.fromkeys(inks, GREY) | {"font.size": 9, "grid.alpha": 0.3}):
+    with pyplot.rc_context(LOOK):
         heights = [height for height, _, _ in panels]
         figure = pyplot.figure(figsize=(8, sum(heights)), layout="constrained")
         parts = figure.subfigures(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from results.compare import markdown, merge, plot, read_rows, table_by_method
+from results.compare import COLOURS, LOOK, markdown, merge, plot, read_rows, table_by_method
 
 OPENING = {  # the methods of the first picture, as compare.py names them and as they are called there
     "dense": "dense", "magnitude": "magnitude", "wanda": "Wanda",
@@ -55,7 +55,8 @@ def pruned(*patterns):
 def opening():
     """The rows of the first picture: what each method makes of tiny."""
     rows = pruned("tiny/*") + [row for row in pruned("ast-seed*") if row["method"].startswith("AST")]
-    return [row | {"method": OPENING[row["method"]]} for row in rows
+    said = {"model": "the model that ships", "data": "its test text"}
+    return [row | said | {"method": OPENING[row["method"]]} for row in rows
             if row["method"] in OPENING and row["amount"] in ("0%", "50%", "70%", "2:4")]
 
 
@@ -185,24 +186,25 @@ def draw_ast(path):
     """Validation perplexity while training, and what each part of the method is worth."""
     import matplotlib
     matplotlib.use("Agg")
+    from cycler import cycler
     from matplotlib import pyplot
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.6))
-    for name in "seed0", "long":
-        found, options = results(f"ast-{name}"), results(f"ast-{name}", "options")
-        for method, run in found["runs"].items() if found else ():
-            steps, values = zip(*run["validation"])
-            left.plot([step * options["batch"] * options["seqlen"] / 1000 for step in steps], values, marker=".",
-                      label=method + ", longer" * (name == "long"))
-    left.set(xlabel="thousand training tokens", ylabel="validation perplexity", xscale="log")
-    left.set_xticks([200, 500, 1000, 2000], ["200", "500", "1,000", "2,000"])
-    left.minorticks_off()
-    left.legend()
-    closed = {said: 100 * share for said, (_, share) in ablation().items()}
-    right.barh(list(closed), list(closed.values()))
-    right.invert_yaxis()
-    right.set(xlabel="share of the perplexity gap closed, test text (%)")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with pyplot.rc_context(LOOK | {"axes.prop_cycle": cycler(color=COLOURS)}):
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
+        for name in "seed0", "long":
+            found, options = results(f"ast-{name}"), results(f"ast-{name}", "options")
+            for method, run in found["runs"].items() if found else ():
+                steps, values = zip(*run["validation"])
+                left.plot([step * options["batch"] * options["seqlen"] / 1000 for step in steps], values, marker=".",
+                          label=method + ", longer" * (name == "long"))
+        left.set(xlabel="thousand training tokens", ylabel="validation perplexity", xscale="log")
+        left.set_xticks([200, 500, 1000, 2000], ["200", "500", "1,000", "2,000"])
+        left.minorticks_off()
+        left.legend(frameon=False)
+        closed = {said: 100 * share for said, (_, share) in ablation().items()}
+        right.barh(list(closed), list(closed.values()))
+        right.invert_yaxis()
+        right.set(xlabel="share of the perplexity gap closed, test text (%)")
+        figure.savefig(path, dpi=160, transparent=True)
 
 
 def main():
