@@ -195,15 +195,15 @@ def draw_ast(path):
             for method, run in found["runs"].items() if found else ():
                 steps, values = zip(*run["validation"])
                 left.plot([step * options["batch"] * options["seqlen"] / 1000 for step in steps], values, marker=".",
-                          label=method + ", longer" * (name == "long"))
+                          label={"ast": "AST", "ast-slorb": "AST + SLoRB"}[method] + ", longer" * (name == "long"))
         left.set(xlabel="thousand training tokens", ylabel="validation perplexity", xscale="log")
         left.set_xticks([200, 500, 1000, 2000], ["200", "500", "1,000", "2,000"])
         left.minorticks_off()
-        left.legend(frameon=False)
+        left.legend(frameon=False, loc="lower left")
         closed = {said: 100 * share for said, (_, share) in ablation().items()}
         right.barh(list(closed), list(closed.values()))
         right.invert_yaxis()
-        right.set(xlabel="share of the perplexity gap closed, test text (%)")
+        right.set(xlabel="gap closed on the test text (%)")
         figure.savefig(path, dpi=160, transparent=True)
 
 
