@@ -237,18 +237,20 @@ def check(args):
         raise InputError("--limit and --tasks-dir tell how to run tasks: they need --tasks")
     if args.by_method and not args.compare:
         raise InputError("--by-method tells how to print a table: it needs --compare")
-    if args.compare and (args.data or args.tasks is not None or args.speed):
-        raise InputError("--compare prints what was measured before: leave out --data, --tasks and --speed")
+    if args.compare and (args.data or args.tasks is not None or args.speed or args.seqlen or args.sparse):
+        raise InputError("--compare prints what was measured before: leave out --data, --seqlen, --tasks, --speed and "
+                         "--sparse")
     if args.plot and not args.compare:
         raise InputError(f"--plot {args.plot} draws what is compared: it needs --compare")
-    if args.plot and Path(args.plot).suffix not in (".png", ".svg"):
+    if args.plot and Path(args.plot).suffix.lower() not in (".png", ".svg"):
         raise InputError(f"--plot {args.plot} must end in .png or .svg")
     if args.plot and (obstacle := what_keeps_from_writing(args.plot)):
         raise InputError(f"--plot {args.plot} can't be written: {obstacle}")
     if args.data and args.data not in SOURCES and args.split != "test":
         raise InputError(f"--split {args.split} is of a named text, but --data {args.data} is a file, read whole")
-    if args.seqlen and not args.data and (args.tasks is not None or args.speed):
-        raise InputError(f"--seqlen {args.seqlen} is for perplexity: it needs --data")
+    for name, given in ("seqlen", args.seqlen), ("split", args.split != "test"):
+        if given and not args.data and (args.tasks is not None or args.speed):
+            raise InputError(f"--{name} {getattr(args, name)} is for perplexity: it needs --data")
     for name in args.tasks or []:
         if name not in TASKS:
             raise InputError(f"--tasks {name}: there is no such task; there are {', '.join(TASKS)}")

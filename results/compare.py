@@ -15,7 +15,10 @@ from pathlib import Path
 from data.command import InputError, record, write_atomically
 
 IGNORED = {"json", "out", "model", "data", "calib", "split", "device", "sparsity", "pattern", "score", "refine",
-           "compare", "seed", "seqlen", "plot", "batch", "methods", "tasks", "limit", "speed"}  # never name a method
+           "compare", "seed", "seqlen", "plot", "batch", "methods", "tasks", "tasks_dir", "limit",
+           "speed"}  # never name a method
+
+SCORES = "magnitude", "wanda", "sparsegpt"  # the masks that dsnot.py begins with
 
 
 def read_rows(path):
@@ -105,7 +108,8 @@ def merge(rows):
             while not alike(row, same.setdefault(again, {}).setdefault(seed, row)):
                 again += 1
         for by_seed in same.values():
-            values = list(dict.fromkeys(row["perplexity"] for row in by_seed.values() if row["perplexity"]))
+            values = {f"{row['perplexity']:.6g}": row["perplexity"] for row in by_seed.values() if row["perplexity"]}
+            values = list(values.values())  # the dense model's, of several runs, is one
             merged.append(next(iter(by_seed.values())) | {
                 "perplexity": statistics.mean(values) if values else None, "runs": len(values),
                 "spread": statistics.stdev(values) if values[1:] else None})
@@ -139,10 +143,13 @@ def table(rows):
     timed = ["decode (tokens/s)", "weights (GB)"] if any("speed" in row for row in rows) else []
     head = ["model", "data (seqlen)", "method", "sparsity", "perplexity", "change", "seconds", *tasks, *timed]
     lines = []
-    before = {(r["model"], r["data"], r["seqlen"], r["amount"], r["method"]): r.get("perplexity") for r in rows}
+    known = {(r["model"], r["data"], r["seqlen"], r["amount"], r["method"]): r.get("perplexity") for r in rows}
     for row in rows:
-        ppl, (start, refined, _) = row.get("perplexity"), row["method"].partition(" + ")
-        old = before.get((row["model"], row["data"], row["seqlen"], row["amount"], start)) if refined else None
+        ppl, (steps, bracket, said) = row.get("perplexity"), row["method"].partition(" (")
+        start, refined, _ = steps.partition(" + ")
+        starts = [start + bracket + said] + [start] * ("allocate" not in said) if refined and start in SCORES else []
+        old = next(filter(None, (known.get((row["model"], row["data"], row["seqlen"], row["amount"], s))
+                                 for s in starts)), None)
         spread = f" ± {row['spread']:.2f} ({row['runs']} seeds)" if row["spread"] else ""
         lines.append([row["model"], f"{row['data']} ({row['seqlen']})" if row["data"] else "", row["method"],
                       row["amount"], f"{ppl:.2f}{spread}" if ppl else "",

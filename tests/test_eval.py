@@ -169,6 +169,12 @@ def test_table(tmp_path):
                      ["wanda", "70%", "80.00", "", "12"],
                      ["wanda + dsnot (cycles 10)", "70%", "70.00", "-12.5%", "12"],
                      ["wanda + dsnot (cycles 50)", "70%", "60.00", "-25.0%", "12"]]
+    more = [result_file(tmp_path, "e", [("wanda", 50.0, []), ("wanda + swap", 45.0, [])], allocate="owl"),
+            result_file(tmp_path, "f", [("wanda", 80.0, []), ("wanda + swap", 60.0, []), ("AST + SLoRB", 6.0, []),
+                                        ("AST", 7.0, [])], allocate="uniform")]
+    changes = [line.split("|")[6].strip() for line in table(merge([row for path in more for row in read_rows(path)]))
+               .split("\n")[2:]]
+    assert changes == ["", "", "", "", "-25.0%", "-10.0%"]  # AST, AST + SLoRB, Wanda and with owl, swaps and with owl
     rows[-1]["tasks"] = {"rte": dict(acc=0.5, acc_stderr=0.1)}
     for kind, start in ("png", b"\x89PNG"), ("svg", b"<?xml"):
         plot(rows, tmp_path / f"picture.{kind}")
@@ -226,7 +232,8 @@ def test_command(checkpoint, tmp_path):
     (["--compare", "results/tiny"], "give the files in it that --json wrote"),
     (["--plot", "a.png"], "needs --compare"), (["--seqlen", "1"], "--seqlen 1"),
     (["--limit", "3"], "they need --tasks"), (["--by-method"], "needs --compare"),
-    (["--compare", "x.json", "--speed"], "leave out --data"),
+    (["--compare", "x.json", "--speed"], "leave out --data"), (["--compare", "x.json", "--seqlen", "9"], "leave out"),
+    (["--speed", "--split", "validation"], "--split validation is for perplexity"),
 ])
 def test_bad_input_is_one_sentence(arguments, said, monkeypatch, capsys, tmp_path):
     """On stderr, with exit code 2 and nothing written."""
