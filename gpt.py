@@ -4,8 +4,8 @@ The model is the decoder of LLaMA (Touvron et al. 2023): x = embed(ids); for eve
     x = x + attention(norm(x));   x = x + mlp(norm(x))
 then logits = head(norm(x)). Norms are RMSNorm, positions are rotary embeddings in the split-half form (so that Hugging
 Face weights load unchanged), several query heads may share one key/value head, the MLP is SwiGLU. Where a relative
-(Mistral, Qwen, OPT, GPT-2) differs, a field of `Config` says so, which the table FAMILIES fills; what a config.json
-leaves out gets the Hub's default.
+(Mistral, Qwen, OPT, GPT-2) differs, a field of `Config` says so, which the table FAMILIES fills; what older config.json
+files leave out gets the Hub's default.
 
 Parameter names are those of Hugging Face's LLaMA whatever the family; every projection is an nn.Linear of its own. A
 checkpoint is a Hugging Face folder under the family's own names (data/checkpoint.py): what is saved here loads in
@@ -336,7 +336,7 @@ def graphed(step, *inputs):
                 step(*inputs)  # sparse_matmul.py times its tiles, cuBLAS takes its workspace
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=side):  # its usual stream is one of the GPU that was first
             result = step(*inputs)
 
     def replay(*new):
@@ -389,13 +389,14 @@ class GPT(nn.Module):
         x = self.model.norm(x)
         return self.lm_head(self.model.project_out(x) if "project_out" in self.model else x)
 
-    def forward(self, ids, positions=None, caches=None):
-        """ids [B, T] -> logits [B, T, vocab]. With caches (one per block) only the tokens at positions [T] are new."""
-        positions = torch.arange(ids.shape[1], device=ids.device) if positions is None else positions
-        return self.head(self.hidden(ids, positions, rotary(self.config, positions), caches))
+    def forward(self, ids):
+        """ids [B, T] -> logits [B, T, vocab]."""
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        return self.head(self.hidden(ids, positions, rotary(self.config, positions)))
 
     def hidden(self, ids, positions, rope, caches=None):
-        """`forward` up to the head: the last block's output [B, T, C]."""
+        """The last block's output [B, T, C] for ids [B, T] at positions [T]. With caches (one per block) only these
+        tokens are new."""
         x = self.embed(ids, positions)
         for i, block in enumerate(self.blocks()):
             x = block(x, positions, rope, caches[i] if caches else None)
@@ -476,7 +477,7 @@ class GPT(nn.Module):
             dtype = torch.float32 if on_cpu else model.source.stored("model.embed_tokens.weight")
         model.streams, model.sparse, model.place = stream, sparse, dict(device=device, dtype=dtype)
         if not stream:
-            need = model.source.size(dtype) // (2 if sparse else 1)  # 2:4: half the values
+            need = model.source.size(dtype) // (2 if sparse and not model.source.compressed else 1)  # 2:4: about half
             if need > (free := free_memory(torch.device(device))):
                 raise InputError(f"{name_or_dir} takes {need / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} GB are "
                                  f"free on {device}: take a smaller or a compressed model, or a larger machine")
@@ -589,6 +590,8 @@ def main():
     at_least(args, max_new_tokens=1, top_k=1)
     if not 0 <= args.temperature < math.inf:
         raise InputError(f"--temperature {args.temperature} must be a number from 0")
+    if args.prompt != args.prompt.encode(errors="replace").decode():
+        raise InputError(f"--prompt {ascii(args.prompt)} is no UTF-8 text")
     model = GPT.from_pretrained(args.model, device=args.device, sparse=args.sparse)
     tokenizer = load_tokenizer(model.source.folder)
     ids = tokenizer.encode(args.prompt)
