@@ -25,8 +25,8 @@ fifty swaps need only the fifty best candidates of each kind, so a row is sorted
 the starting mask really uses its Hessian, and corrects the weights for the refined mask.
 The threshold is in units of s, so its meaning depends on the sequence length, as in the paper.
 
-One block of the model is in memory at a time. A finished block on disk is the record of progress: start an interrupted
-run again and it goes on.
+One block of the model is in memory at a time, with propagation also its dense self. A finished block on disk is the
+record of progress: start an interrupted run again and it goes on.
 
     python dsnot.py                                             (the model that ships, 70 %)
     python dsnot.py --model llama2-7b --sparsity 0.7
@@ -53,7 +53,7 @@ from tqdm import tqdm
 from data import calibration_windows, load_tokenizer, windows
 from data.calibration import InputStats, input_stats, move, place_for, readers, steps
 from data.checkpoint import CheckpointWriter, noted, shard
-from data.command import InputError, at_least, parser, record, run, versions, write_atomically
+from data.command import InputError, at_least, check_disk, parser, record, run, versions, write_atomically
 from data.device import free_memory, timed
 from data.hub import model_folder
 from data.processes import add_up, process_group, processes, say, wait
@@ -296,8 +296,11 @@ def _candidates(price, keep, candidates, pattern):
     return member[:, :, m - n:], member[:, :, :m - n]
 
 
+CHUNK = 2**26  # numbers of the equations that refit solves at a time
+
+
 def refit_weights(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = None, damp: float = 1e-4,
-                  chunk: int = 2**26) -> Tensor:
+                  chunk: int = CHUNK) -> Tensor:
     """The weights that give the least squared error for a mask [out, in]: on each row's kept weights k they solve
     G_kk u = (G w)_k, or goal_k with `goal` [out, in] as in swap_refine. damp: added to G's diagonal, times its mean.
     Batched Cholesky over rows with at most `chunk` numbers of G_kk at a time."""
@@ -307,12 +310,8 @@ def refit_weights(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None 
         same = (keep.sum(1) == count).nonzero()[:, 0]
         for rows in same.split(max(1, chunk // max(1, count * count))) if count else ():
             k = keep[rows].nonzero()[:, 1].view(-1, count)
-            L, failed = torch.linalg.cholesky_ex(entries(G, k[:, :, None], k[:, None, :]))
-            if failed.any():
-                raise InputError("the calibration text is too short or too uniform to refit weights to: "
-                                 "give more --nsamples")
-            solved = torch.cholesky_solve(goal[rows[:, None], k][:, :, None], L)[:, :, 0]
-            new[rows[:, None], k] = solved
+            L = torch.linalg.cholesky(entries(G, k[:, :, None], k[:, None, :]))
+            new[rows[:, None], k] = torch.cholesky_solve(goal[rows[:, None], k][:, :, None], L)[:, :, 0]
     return new
 
 
@@ -465,43 +464,53 @@ def relative_error(W, pruned, gram):
     return max(0.0, lost / whole) if whole > 0 else 0.0
 
 
-def needs_gram(score, refine, refit=False, propagate=False, **_):
-    """Whether a method, given by these options of `prune`, needs the Gram matrices of the inputs."""
-    return propagate or refit or score == "sparsegpt" or "swap" in refine
+def needs_gram(score, refine, refit=False, **_):
+    """Whether a method, given by these options of `prune`, needs the Gram matrices of the inputs; such a one has a goal
+    to aim at where it propagates."""
+    return refit or score == "sparsegpt" or "swap" in refine
+
+
+def refine_of(name, refine, refine_layers="all", **_):
+    """How a block's layer of that name is refined, given these options of `prune`."""
+    return refine if refine_layers == "all" or "self_attn" in name else "none"
 
 
 def prune_block(block, where, hidden, dense, prefix, stored, *, score, refine, sparsity, refit=False, propagate=False,
                 refine_layers="all", **options):
-    """Prune the linear layers of one block in place and move `hidden`, a list of [sequences, tokens, C], through it;
-    with `propagate` also `dense`, what flows in the dense model. where: (rope, positions) for `steps`; sparsity:
+    """Prune the linear layers of one block in place and move `hidden`, a list of [sequences, tokens, C], through it,
+    and `dense`, what flows in the dense model (empty: not needed). where: (rope, positions) for `steps`; sparsity:
     {layer's name: share}; stored: a tensor's name -> its dtype on disk. Returns a record per layer.
 
     With propagate each layer is pruned on inputs that the pruned layers before it have made; without, all layers of a
     block on inputs that the block's dense weights have made. The last layer of either half of a block is the one whose
     output is added to the hidden state."""
-    gram = needs_gram(score, refine, refit, propagate)
+    gram = needs_gram(score, refine, refit)
     free = "weights" if refit or score == "sparsegpt" else "mask"
-    linears, records, original = prunable(block), [], copy.deepcopy(block) if propagate else None
+    linears, records, original = prunable(block), [], copy.deepcopy(block) if dense else None
     for half, step in enumerate(steps(block, *where, halves=propagate)):
-        teacher = (steps(original, *where, halves=True)[half], dense, prunable(original)) if propagate else None
+        teacher = (steps(original, *where, halves=True)[half], dense, prunable(original)) if dense else None
         groups = readers(step, hidden[0][:1], linears)
         for stage in [[group] for group in groups] if propagate else [groups]:
-            adds = propagate and stage == groups[-1:] and AIM[free][1] > 0
+            adds = bool(dense) and stage == groups[-1:] and AIM[free][1] > 0
             stats = input_stats(step, hidden, linears, stage, gram, teacher, adds)
             for name in (name for group in stage for name in group):
                 layer, weight = f"{prefix}.{name}", linears[name].weight
                 if not stats[name].square.isfinite().all():
                     raise InputError(f"the calibration activations that flow into {layer} are not finite")
-                how = refine if refine_layers == "all" or "self_attn" in name else "none"
-                W = prune_rows(weight, stats[name], layer_goal(weight, stats[name], free), score=score, refine=how,
-                               refit=refit, sparsity=sparsity[layer], **options)
+                try:
+                    W = prune_rows(weight, stats[name], layer_goal(weight, stats[name], free), score=score, refit=refit,
+                                   refine=refine_of(name, refine, refine_layers), sparsity=sparsity[layer], **options)
+                except torch.linalg.LinAlgError:
+                    raise InputError(f"the calibration activations that flow into {layer} are too few or too much "
+                                     f"alike to fit its weights to them: give more --nsamples, or another --calib "
+                                     f"text") from None
                 W = W.to(stored(f"{layer}.weight"))  # rounded as it will be read again
                 records.append({"layer": layer, "weights": W.numel(), "sparsity": (W == 0).double().mean().item()})
                 if gram:
                     records[-1]["error"] = relative_error(weight, W, stats[name].gram)
                 weight.copy_(W)
         move(step, hidden)
-        if propagate:
+        if dense:
             move(teacher[0], dense)
     return records
 
@@ -523,12 +532,13 @@ def prune(model, windows, out, run, *, batch=8, propagate=False, sparsity=None, 
     positions = torch.arange(windows.shape[1], device=device)
     where, windows = (rotary(model.config, positions), positions), windows[rank::world]
     layers = count * len(prunable(model.model.layers[0]))
-    states = held_states(*windows.shape, layers, propagate, allocate)
+    aims = propagate and needs_gram(**options)
+    states = held_states(*windows.shape, layers, aims, allocate)
     home = place_for(model.config, states, torch.device(device), model.place["dtype"])
     writer = CheckpointWriter(out, model.config.raw, source.folder, keep=run)
     with writer if rank == 0 else nullcontext():
         if rank == 0:
-            writer.make_room(source.size())
+            check_disk(writer.partial, writer.missing(source.size()), out)
         wait()  # the folder is there
 
         def embedded():
@@ -536,14 +546,13 @@ def prune(model, windows, out, run, *, batch=8, propagate=False, sparsity=None, 
 
         shares = allocation(model, where, embedded(), sparsity, allocate)
         hidden = list(embedded())  # the input of the next block
-        dense, records, log = list(hidden) if propagate else [], [], writer.partial / "pruning.json"
+        dense, records, log = list(hidden) if aims else [], [], writer.partial / "pruning.json"
         known = noted(log) or {"layers": [], "seconds": 0}
         for i in tqdm(range(count), desc="pruning", unit="block", leave=False, disable=rank or None):
             block = model.block(i)
             prefix, file = f"model.layers.{i}", shard(i, count)
             if writer.done(file):
-                if propagate:
-                    move(steps(block, *where)[0], dense)
+                move(steps(block, *where)[0], dense)
                 writer.load(file, block, prefix)
                 move(steps(block, *where)[0], hidden)
                 records += [record for record in known["layers"] if record["layer"].startswith(prefix + ".")]
@@ -572,11 +581,12 @@ def probe_tokens(seqlen):
     return max(2048, seqlen)
 
 
-def held_states(nsamples, seqlen, layers, propagate, allocate):
+def held_states(nsamples, seqlen, layers, aims, allocate):
     """Of how many tokens a process of `prune` holds hidden states at a time: of its calibration text, twice if it
-    propagates; before that, with "sensitivity", of the text and of a trial for each of the model's layers."""
+    aims at the dense model's; before that, with "sensitivity", of the text and of a trial for each of the model's
+    layers."""
     trials = probe_tokens(seqlen) * layers if allocate == "sensitivity" else 0
-    return nsamples * seqlen + max(nsamples * seqlen * propagate, trials)
+    return nsamples * seqlen + max(nsamples * seqlen * aims, trials)
 
 
 def allocation(model, where, hidden, sparsity, kind):
@@ -672,7 +682,7 @@ def options():
                    help="say what the run would take in memory, disk and time; fetches config.json alone")
     group = p.add_argument_group("what to prune")
     how_many = group.add_mutually_exclusive_group()
-    how_many.add_argument("--sparsity", type=float, default=0.7, help="the share of weights pruned in every row")
+    how_many.add_argument("--sparsity", type=float, default=0.7, help="the share of weights to prune")
     how_many.add_argument("--pattern", metavar="N:M", help="such as 2:4: N kept of every M consecutive weights")
     group.add_argument("--score", default="wanda", choices=["magnitude", "wanda", "sparsegpt"], help="the first mask")
     group.add_argument("--allocate", default="uniform", choices=["uniform", "owl", "sensitivity"],
@@ -686,8 +696,8 @@ def options():
                        help="prune layer after layer on what the pruned ones leave, and make up for it "
                             "(default: with swap or --refit)")
     group.add_argument("--cycles", type=int,
-                       help="swaps per row at most (default: of DSnoT's as many as 50 are to 4096 inputs, of exact "
-                            "ones until none helps)")
+                       help="swaps per row at most, of DSnoT and of each turn of exact ones (default: of DSnoT's as "
+                            "many as 50 are to 4096 inputs, of exact ones until none helps)")
     group.add_argument("--threshold", type=float,
                        help="DSnoT: a row's expected error that is small enough (default: 0.1)")
     group.add_argument("--sign-check", action=argparse.BooleanOptionalAction, default=None,
@@ -728,6 +738,9 @@ def check(args, config, text):
         raise InputError(f"--out {args.out} has no name of its own: give a folder to make")
     if args.cycles is not None and args.refine == "none":
         raise InputError(f"--cycles {args.cycles} is for swaps, which --refine none leaves out")
+    if args.refine_layers != "all" and args.refine == "none":
+        raise InputError(f"--refine-layers {args.refine_layers} is for refined layers, and --refine none leaves all as "
+                         f"they are")
     for name, usual in dict(threshold=0.1, sign_check=True).items():
         if getattr(args, name) is None:
             setattr(args, name, usual)
@@ -743,7 +756,7 @@ def check(args, config, text):
             amount.replace(":", "of").rstrip("%"), *[args.allocate] * (args.allocate != "uniform"),
             *[f"seed{args.seed}"] * (args.seed != 0), *["no-" * usual + "propagate"] * (args.propagate != usual)]
     args.out = args.out or str(Path("out") / "-".join(name))
-    need, device = args.nsamples * args.seqlen * config.hidden_size * 2, torch.device(args.device)
+    need, device = processes()[1] * state_bytes(args, config), torch.device(args.device)
     free = free_memory(torch.device("cpu")) + (device.type == "cuda") * processes()[1] * free_memory(device)
     if need > free and not args.dry_run and not (Path(args.out) / "pruning.json").is_file():
         raise InputError(f"--nsamples {args.nsamples} of --seqlen {args.seqlen} make {need / 1e9:,.1f} GB of "
@@ -751,62 +764,93 @@ def check(args, config, text):
     return amount, method_of(vars(args))
 
 
-@torch.inference_mode()
-def dry_run(args, config, amount, methods):
-    """Print what a run would take: from the configuration, and from a random block on which the steps of its methods
-    (the options of prune, each) are timed."""
+def stored_dtype(config):
+    """The dtype of a checkpoint's tensors, as far as config.json tells it."""
+    return getattr(torch, config.raw.get("dtype") or config.raw.get("torch_dtype") or "", torch.float32)
+
+
+def state_bytes(args, config):
+    """Bytes of the hidden states that each process of a run holds at a time, at most."""
+    with torch.device("meta"):
+        layers = config.num_hidden_layers * len(prunable(Block(config)))
+    nsamples, itemsize = -(-args.nsamples // processes()[1]), 4 if args.device == "cpu" else stored_dtype(config).itemsize
+    aims = args.propagate and needs_gram(args.score, args.refine, args.refit)
+    return held_states(nsamples, args.seqlen, layers, aims, args.allocate) * config.hidden_size * itemsize
+
+
+def needed_memory(args, config, methods, block):
+    """{what for: GB of memory} that each process of a run takes at most, beside what a program with PyTorch takes."""
+    weights, itemsize = [layer.weight for layer in prunable(block).values()], block.mlp.up_proj.weight.itemsize
     with torch.device("meta"):
         whole = sum(p.numel() for p in GPT(config).parameters())
-    stored = getattr(torch, config.raw.get("dtype") or config.raw.get("torch_dtype") or "", torch.float32)
-    dtype, blocks = torch.float32 if args.device == "cpu" else stored, config.num_hidden_layers
-    block, tokens = Block(config).to(args.device, dtype), args.nsamples * args.seqlen
-    layers, gram = prunable(block), any(needs_gram(**method) for method in methods)
-    sizes = [layer.weight.numel() for layer in layers.values()]
-    states = held_states(args.nsamples, args.seqlen, len(layers) * blocks, args.propagate, args.allocate)
-    elsewhere = blocks - 1 - args.propagate  # blocks that are not in memory
-    held = whole - elsewhere * sum(p.numel() for p in block.parameters())
-    gigabytes = {
-        "the calibration text's activations": states * config.hidden_size * dtype.itemsize / 1e9,
-        "weights": held * dtype.itemsize / 1e9,
-        "a layer's scores and a batch's activations":
-            (24 * max(sizes) + 32768 * config.intermediate_size * dtype.itemsize) / 1e9,
-        "Gram matrices": gram * 16 * max(layer.in_features for layer in layers.values()) ** 2 / 1e9}
+    elsewhere = config.num_hidden_layers - 1 - args.propagate  # blocks that are not in memory
+    n, m = methods[0]["pattern"] or (1 - args.sparsity, 1)
+    equations = max(W.numel() * W.shape[1] for W in weights) * (n / m) ** 2
+    gram, sensitivity = any(needs_gram(**method) for method in methods), args.allocate == "sensitivity"
+    needed = {
+        "the calibration text's activations": state_bytes(args, config),
+        "weights": (whole - elsewhere * sum(p.numel() for p in block.parameters())) * itemsize,
+        "a layer's scores": (48 if "swap" in args.refine else 24) * max(W.numel() for W in weights),
+        "a batch's activations": 32768 * config.intermediate_size * itemsize,
+        "Gram matrices": gram * 16 * max(W.shape[1] for W in weights) ** 2,
+        "refit's equations": args.refit * 20 * min(CHUNK, equations),
+        "the logits of trials": sensitivity * 16 * probe_tokens(args.seqlen) * config.vocab_size}
+    return {name: size / 1e9 for name, size in needed.items() if size}
 
-    sample = torch.arange(min(args.seqlen, 256), device=args.device)
+
+@torch.inference_mode()
+def needed_seconds(args, config, methods, block):
+    """How long pruning takes each process, from a random block on which its steps are timed."""
+    layers, world, sample = prunable(block), processes()[1], torch.arange(min(args.seqlen, 256), device=args.device)
     step, = steps(block, rotary(config, sample), sample)
-    x = torch.randn(1, len(sample), config.hidden_size, device=args.device, dtype=dtype)
+    x = torch.randn(1, len(sample), config.hidden_size, device=args.device, dtype=block.mlp.up_proj.weight.dtype)
     groups = readers(step, x, layers)  # this warms up, too
+    gram = any(needs_gram(**method) for method in methods)
     watching, stats = timed(lambda: input_stats(step, [x], layers, groups, gram), args.device)
     running, _ = timed(lambda: step(x), args.device)
-    needed = sum(3 * running + 4 * watching if method["propagate"] else running + watching for method in methods)
+    needed = sum(running + watching if not method["propagate"] else  # else each half runs once for each of its stages
+                 3 * running + 4 * watching if needs_gram(**method) else 2 * running + watching for method in methods)
+    tokens = -(-args.nsamples // world) * args.seqlen
     needed *= tokens / len(sample)
     if args.allocate != "uniform":  # a pass through the dense model, and for "sensitivity" a trial of each layer
         trials = len(layers) * probe_tokens(args.seqlen) if args.allocate == "sensitivity" else 0
         needed += len(methods) * ((running + watching) * tokens + running * trials) / len(sample)
     for method, name in itertools.product(methods, layers):
-        W = layers[name].weight
-        how = partial(prune_layer, stats=stats[name], **{k: method[k] for k in LAYER})
+        W, options = layers[name].weight, {k: method[k] for k in LAYER} | dict(refine=refine_of(name, **method))
+        how = partial(prune_layer, stats=stats[name], **options)
         part = args.device == "cpu" and args.score != "sparsegpt"  # elsewhere time is not in proportion to the rows
         rows = 64 if part else len(W)
         if args.device != "cpu":
             how(W[:64])  # warms up
         spent, _ = timed(lambda: how(W[:rows]), args.device)
-        needed += spent * len(W) / rows
+        share = 1 if args.score == "sparsegpt" and not args.pattern else world  # as in prune_rows
+        needed += spent * len(W) / rows / share
+    return needed * config.num_hidden_layers
 
-    print(f"{args.model}, {amount} pruned: {blocks} blocks with {sum(sizes):,} weights to prune in each, "
-          f"{whole:,} parameters")
-    for name, layer in layers.items():
-        print(f"    {name:<18} {layer.out_features:>6} x {layer.in_features}")
-    parts = ", ".join(f"{name} {size:.1f}" for name, size in gigabytes.items() if size)
-    print(f"memory    {sum(gigabytes.values()):.1f} GB on {args.device}: {parts}")
-    size = whole * stored.itemsize / 1e9
-    print(f"disk      {size:.1f} GB to read, {len(methods) * size:.1f} GB to write")
-    needed *= blocks
+
+def dry_run(args, config, amount, methods):
+    """Print what a run with these methods (the options of prune, each) would take: from the configuration, and from a
+    random block."""
+    with torch.device("meta"):
+        whole = sum(p.numel() for p in GPT(config).parameters())
+    stored, blocks, (rank, world) = stored_dtype(config), config.num_hidden_layers, processes()
+    block = Block(config).to(args.device, torch.float32 if args.device == "cpu" else stored)
+    gigabytes, needed = (f(args, config, methods, block) for f in (needed_memory, needed_seconds))
+    weights, size = {name: layer.weight for name, layer in prunable(block).items()}, whole * stored.itemsize / 1e9
+    say(f"{args.model}, {amount} pruned: {blocks} blocks with {sum(W.numel() for W in weights.values()):,} weights to "
+        f"prune in each, {whole:,} parameters")
+    for name, W in weights.items():
+        say(f"    {name:<18} {W.shape[0]:>6} x {W.shape[1]}")
+    each = f" in each of {world} processes" * (world > 1)
+    say(f"memory    {sum(gigabytes.values()):.1f} GB on {args.device}{each}: "
+        + ", ".join(f"{name} {size:.1f}" for name, size in gigabytes.items()))
+    say(f"disk      {size:.1f} GB to read, {len(methods) * size:.1f} GB to write")
     unit, seconds = next((u for u in (("days", 86400), ("hours", 3600), ("minutes", 60)) if needed > 2 * u[1]),
                          ("seconds", 1))
-    print(f"time      {needed / seconds:,.1f} {unit} on {args.device}, estimated from a part of one of the {blocks} "
-          f"blocks and as busy as the machine is now; reading, writing and evaluation come on top")
-    record(args, {"memory_gb": gigabytes, "read_gb": size, "written_gb": len(methods) * size, "seconds": needed})
+    say(f"time      {needed / seconds:,.1f} {unit} on {args.device}, estimated from a part of one of the {blocks} "
+        f"blocks and as busy as the machine is now; reading, writing and evaluation come on top")
+    if rank == 0:
+        record(args, {"memory_gb": gigabytes, "read_gb": size, "written_gb": len(methods) * size, "seconds": needed})
 
 
 def prune_and_measure(args, folder, config, amount, passes):
@@ -820,10 +864,14 @@ def prune_and_measure(args, folder, config, amount, passes):
     same = {option: getattr(args, option) for option in ("calib", "nsamples", "seqlen", "seed")}
     same |= dict(model=str(source.folder.resolve()), pattern=args.pattern,
                  files=versions([*source.paths, args.calib]))
+    room = 0
     for _, place, how in passes[1:]:
-        CheckpointWriter(place, config.raw, source.folder, keep=how | same)  # refuses a folder that it can't fill
-        if (before := noted(Path(place) / "run.json")) and before != how | same:
-            say(f"note: {place} holds a finished run with other options or texts, which will be replaced")
+        writer = CheckpointWriter(place, config.raw, source.folder, keep=how | same)  # refuses a folder it can't fill
+        if (before := noted(Path(place) / "run.json")) != how | same:
+            room += writer.missing(source.size())
+            if before:
+                say(f"note: {place} holds a finished run with other options or texts, which will be replaced")
+    check_disk(Path(args.out), room, args.out)
     shared = Path(args.data).resolve() == Path(args.calib).resolve()
     split = args.split if args.data in SOURCES or shared else None  # a file of its own is read whole
     ids = evaluation_ids(args.data, split, tokenizer, args.seqlen)

@@ -8,7 +8,6 @@ where an interrupted run stopped.
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import zipfile
@@ -20,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from data.command import InputError, check_disk, what_keeps_from_writing, write_atomically
+from data.command import InputError, what_keeps_from_writing, write_atomically
 
 TOKENIZER_FILES = ["tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json", "vocab.json", "merges.txt", "generation_config.json"]
@@ -95,15 +94,17 @@ def layout_of(raw):
 
 def read_tensors(path, names=None):
     """{name: tensor} of a safetensors or a PyTorch file, all or some; memory-mapped: only what is touched is read."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing; is the download complete?")
     try:
         if path.suffix == ".bin":  # files from before torch 1.6 are no zip archives and can't be mapped
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            if not all(torch.is_tensor(value) for value in tensors.values()):
+                raise ValueError("it holds more than tensors")
             return {k: tensors[k] for k in (tensors if names is None else names)}
         with safe_open(path, framework="pt") as f:
             return {k: f.get_tensor(k) for k in (f.keys() if names is None else names)}
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing; is the download complete?") from None
-    except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
+    except Exception as e:  # a damaged pickle can raise anything
         reason = str(e).split("\n")[0]
         raise InputError(f"{path} can't be read, it is truncated or damaged ({reason}); fetch it again") from None
 
@@ -290,10 +291,9 @@ class CheckpointWriter:
             self.held = held.pop_all()
         return self
 
-    def make_room(self, size):
-        """Raise InputError if the disk can't hold a checkpoint of `size` bytes, of which some may be there already."""
-        held = sum(path.stat().st_size for path in self.partial.glob("*.safetensors"))
-        check_disk(self.partial, size - held, self.folder)
+    def missing(self, size):
+        """The bytes that are still to be written of a checkpoint of `size` bytes."""
+        return size - sum(path.stat().st_size for path in self.partial.glob("*.safetensors"))
 
     def done(self, file):
         return (self.partial / file).is_file()

@@ -38,7 +38,7 @@ class SentencePiece:
             raise InputError(f"{path} is not a SentencePiece model: {e}") from None
         self.vocab_size, self.bos = self.model.vocab_size(), self.model.bos_id()
         self.first = [self.bos] if read_json(path.with_name("tokenizer_config.json")).get("add_bos_token", True) else []
-        self.last = []
+        self.last, self.end = [], [i for i in [self.model.eos_id()] if i >= 0]
 
     def encode(self, text):
         """text -> list of ids, BOS first."""
@@ -46,7 +46,8 @@ class SentencePiece:
 
     def decode(self, ids):
         """ids -> text; special tokens, and ids with which a model's vocabulary is padded, are left out."""
-        return self.model.decode([i for i in ids if i < self.vocab_size and not self.model.is_control(i)])
+        model = self.model
+        return model.decode([i for i in ids if i < self.vocab_size and not model.is_control(i) | model.is_unknown(i)])
 
 
 def byte_characters():
@@ -97,11 +98,11 @@ def isolate(pattern, text):
 class ByteBPE:
     """Byte-level BPE. vocab {token: id} and merges [(left, right)] in GPT-2's spelling, best merge first; splits:
     regular expressions; added {content: {"id", "special", ...}}: tokens recognised in the text before anything else;
-    first and last: ids put around every text; unknown: the id of a byte that the vocabulary lacks (None: such bytes
-    are dropped); whole: a piece that is a token is not merged, whatever the merges say."""
+    first and last: ids put around every text; end: [the id of EOS] or []; unknown: the id of a byte that the vocabulary
+    lacks (None: such bytes are dropped); whole: a piece that is a token is not merged, whatever the merges say."""
 
-    def __init__(self, vocab, merges, splits, added, first=(), last=(), unknown=None, nfc=False, prefix_space=False,
-                 whole=False):
+    def __init__(self, vocab, merges, splits, added, first=(), last=(), end=(), unknown=None, nfc=False,
+                 prefix_space=False, whole=False):
         import regex  # tiktoken's own dependency: Unicode classes such as \p{L}
         from tiktoken import Encoding
         # tiktoken numbers tokens by the order of merges, bytes first; the model's ids need not follow it (OPT's do not)
@@ -112,8 +113,8 @@ class ByteBPE:
         self.merge = Encoding("merges", pat_str="(?s:.+)", mergeable_ranks=ranks, special_tokens={})
         self.ids = [vocab.get(token, unknown) for token in tokens]
         self.splits = [regex.compile(pattern) for pattern in splits]
-        self.nfc, self.prefix_space, self.first, self.last = nfc, prefix_space, list(first), list(last)
-
+        self.nfc, self.prefix_space = nfc, prefix_space
+        self.first, self.last, self.end = list(first), list(last), list(end)
         self.added = {content: token["id"] for content, token in added.items()}
 
         def found(content):  # some are no part of a word, some take the whitespace around them along
@@ -174,8 +175,10 @@ def added_tokens(tokenizer, config, named, vocab):
 def template(post_processor):
     """The ids that a tokenizer.json puts before and after a text."""
     around = ([], [])
-    for step in post_processor.get("processors", [post_processor]):
-        if step.get("type") == "TemplateProcessing":
+    for step in post_processor.get("processors", [post_processor]) if post_processor else []:
+        if step["type"] not in ("TemplateProcessing", "ByteLevel"):
+            raise InputError(f"a tokenizer's post-processor {step['type']} is not supported")
+        if step["type"] == "TemplateProcessing":
             side = 0
             for part in step["single"]:
                 if "Sequence" in part:
@@ -190,18 +193,17 @@ def load_byte_bpe(folder):
     path, config = folder / "tokenizer.json", read_json(folder / "tokenizer_config.json")
     tokenizer, roles = read_json(path), read_json(folder / "special_tokens_map.json") | config
     add_bos = False  # tokenizer.json says it in its post-processor
-    if not tokenizer:
-        path = folder / "vocab.json"
-        if not config.get("tokenizer_class", "GPT2Tokenizer").startswith("GPT2"):
-            raise InputError(f"{folder}: tokenizer.json is missing, and vocab.json does not describe a "
-                             f"{config['tokenizer_class']}")
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-        merges = [line for line in lines if line and not line.startswith("#version")]
-        tokenizer = {"model": {"vocab": read_json(path), "merges": merges},
-                     "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": config.get("add_prefix_space", False)}}
-        roles = dict.fromkeys(["bos_token", "eos_token", "unk_token"], "<|endoftext|>") | roles
-        add_bos = config.get("add_bos_token", False)
     try:
+        if not tokenizer:
+            path, kind = folder / "vocab.json", config.get("tokenizer_class") or "GPT2Tokenizer"
+            if not kind.startswith("GPT2"):
+                raise InputError(f"{folder}: tokenizer.json is missing, and vocab.json does not describe a {kind}")
+            lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+            merges = [line for line in lines if line and not line.startswith("#version")]
+            tokenizer = {"model": {"vocab": read_json(path), "merges": merges}, "pre_tokenizer": {
+                "type": "ByteLevel", "add_prefix_space": config.get("add_prefix_space", False)}}
+            roles = dict.fromkeys(["bos_token", "eos_token", "unk_token"], "<|endoftext|>") | roles
+            add_bos = config.get("add_bos_token", False)
         model, normalizer = tokenizer["model"], tokenizer.get("normalizer") or {"normalizers": []}
         steps = normalizer.get("normalizers", [normalizer])
         if model.get("type", "BPE") != "BPE" or '"ByteLevel"' not in json.dumps(tokenizer["pre_tokenizer"]):
@@ -211,16 +213,18 @@ def load_byte_bpe(folder):
         named = {role: token["content"] if isinstance(token, dict) else token for role, token in roles.items()
                  if role in ("bos_token", "eos_token", "unk_token", "pad_token") and token}
         added = added_tokens(tokenizer, config, named, model["vocab"])
-        first, last = template(tokenizer.get("post_processor") or {})
+        first, last = template(tokenizer.get("post_processor"))
         if add_bos:
             first = [added[named["bos_token"]]["id"]]
+        end = [added[named["eos_token"]]["id"]] if named.get("eos_token") in added else []
         splits, prefix_space = splits_of(tokenizer["pre_tokenizer"], path)
         merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-        return ByteBPE(model["vocab"], merges, splits, added, first, last, nfc=bool(steps), prefix_space=prefix_space,
-                       unknown=model["vocab"].get(model.get("unk_token")), whole=model.get("ignore_merges", False))
+        return ByteBPE(model["vocab"], merges, splits, added, first, last, end, nfc=bool(steps),
+                       prefix_space=prefix_space, unknown=model["vocab"].get(model.get("unk_token")),
+                       whole=model.get("ignore_merges", False))
     except InputError:
         raise
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
+    except Exception as e:  # whatever a damaged one leads to, a bad regular expression, too
         raise InputError(f"{path} is not a tokenizer: {type(e).__name__} {e}") from None
 
 

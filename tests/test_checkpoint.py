@@ -3,8 +3,10 @@ which words."""
 
 import json
 import os
+import random
 import subprocess
 import sys
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -240,8 +242,19 @@ def test_damaged_pytorch_files(folder, monkeypatch, capsys):
     whole = (folder / "pytorch_model.bin").read_bytes()
     (folder / "pytorch_model.bin").write_bytes(whole[:len(whole) // 2])
     assert "truncated" in refused(monkeypatch, capsys, folder)
-    torch.save({"a": subprocess.Popen}, folder / "pytorch_model.bin")
-    assert "pytorch_model.bin" in refused(monkeypatch, capsys, folder)
+    for legacy in False, True:
+        torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
+        whole, rng = (folder / "pytorch_model.bin").read_bytes(), random.Random(0)
+        for _ in range(30):
+            damaged = bytearray(whole)
+            for _ in range(8):  # near the end of a zip and the begin of a legacy file, where the names are
+                damaged[rng.randrange(1500) if legacy else -1 - rng.randrange(1500)] ^= 1 << rng.randrange(8)
+            (folder / "pytorch_model.bin").write_bytes(damaged)
+            with suppress(InputError):  # some damage is none, or falls on a number
+                GPT.from_pretrained(folder)
+    for content in {"a": subprocess.Popen}, {"a": 3}, [3]:
+        torch.save(content, folder / "pytorch_model.bin")
+        assert "pytorch_model.bin" in refused(monkeypatch, capsys, folder)
     (folder / "pytorch_model.bin.index.json").write_text('{"weight_map": 3}')
     assert "index" in refused(monkeypatch, capsys, folder)
 

@@ -256,10 +256,12 @@ def test_hidden_states_are_not_kept(monkeypatch, model, tmp_path, propagate):
 
 
 def test_disk_too_small(monkeypatch, capsys, model, tmp_path):
-    """Would catch a run that finds out after hours that its result does not fit."""
-    usage = type(shutil.disk_usage(tmp_path))
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 5000, 5000))
-    expect_refusal(monkeypatch, capsys, model, tmp_path / "out", [], "0.0 GB free")
+    """Would catch a run that finds out after hours that its result, or the second of two, does not fit."""
+    usage, one = type(shutil.disk_usage(tmp_path)), (model / "m/model.safetensors").stat().st_size
+    for free, options in (5000, []), (one * 3 // 2, ["--compare"]):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - free, free))
+        monkeypatch.setattr(dsnot, "perplexity", None)  # nothing is measured before
+        expect_refusal(monkeypatch, capsys, model, tmp_path / "out", options, "0.0 GB free")
 
 
 BAD = {
@@ -276,6 +278,7 @@ BAD = {
     "a long name": (["--out", "a" * 300], "File name too long"),
     "a text with a long name": (["--calib", "a" * 300], "File name too long"),
     "no cycles in it": (["--refine", "none", "--cycles", "9"], "--cycles 9 is for swaps"),
+    "nothing refined": (["--refine", "none", "--refine-layers", "attn"], "--refine-layers attn is for refined layers"),
     "no signs to check": (["--refine", "swap", "--no-sign-check"], "--sign-check is for DSnoT, which --refine swap"),
     "unknown model": (["--model", "llama9"], "llama9"),
     "no such folder": (["--model", "./nothing/here"], "nothing/here"),

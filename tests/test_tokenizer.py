@@ -189,7 +189,7 @@ def test_llama2_partial_text(llama2):
     ids = llama2.encode("  a  b ꙮ 🙂 ")
     assert llama2.decode(ids) == "  a  b ꙮ 🙂 "
     assert llama2.decode(ids[:-2]).endswith("\ufffd")
-    assert llama2.decode([1] + ids + [2, 32000, 40000]) == "  a  b ꙮ 🙂 "
+    assert llama2.decode([1] + ids + [0, 2, 32000, 40000]) == "  a  b ꙮ 🙂 "
     assert llama2.encode("")[0] == 1 and llama2.decode([]) == ""
 
 
@@ -213,8 +213,12 @@ def test_llama2_against_transformers(llama2, tmp_path):
     (lambda t: json.dumps({k: v for k, v in json.loads(t).items() if k != "model"}), "model"),
     (lambda t: json.dumps({**json.loads(t), "model": {**json.loads(t)["model"], "merges": ["a b", "a"]}}),
      "not a token"),
+    (lambda t: json.dumps({**json.loads(t), "post_processor": {"type": "RobertaProcessing"}}), "RobertaProcessing"),
+    (lambda t: json.dumps({**json.loads(t), "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": "(a"}, "behavior": "Isolated"}, {"type": "ByteLevel"}]}}), r"missing \)"),
     (None, "no tokenizer"),
-], ids=["cut", "another kind", "normalizer", "pre-tokenizer", "no model", "half a merge", "absent"])
+], ids=["cut", "another kind", "normalizer", "pre-tokenizer", "no model", "half a merge", "post-processor",
+        "half a pattern", "absent"])
 def test_refused(damage, words, tmp_path):
     """A tokenizer that would run and give other ids than its model was trained with."""
     train("gpt2", tmp_path, vocab_size=300)
