@@ -20,16 +20,19 @@ did to it; with --start-from swap W begins as dsnot.py's exact swaps and refit l
 Where we differ from the authors' code, and why. Their GPT-2 code negates an integer mask with `~` (1 becomes -2, 0
 becomes -1), so its decay makes weights grow: our mask is a bool. It divides the decay, too, by 1 - b1^t, which is 1
 after a few dozen steps: ours follows the formula. It keeps the mask as an attribute of a Parameter, which checkpoints
-lose: ours is a buffer. It trains all of X, a dense matrix. As there, weights without a mask take plain Adam steps; V is
-the mean of u^2, not of g^2, so where g is mostly noise the steps of masked weights are up to 4.4 times as long.
+lose: ours is a buffer. It trains all of X, a dense matrix. It makes V from an M that is not divided by 1 - b1^t, which
+lengthens the first steps up to 10 times, and shrinks all matrices by a weight decay of 0.1. As there, weights without a
+mask take plain Adam steps; V is the mean of u^2, not of g^2, so where g is mostly noise the steps of masked weights are
+up to 4.4 times as long.
 
 Precision, and bytes for LLaMA2-7B (6.74 G parameters) on one GPU; activations come on top (--checkpoint-activations),
-and 27.0 GB with --average.
+6.5 GB with SLoRB, 27.0 GB with --average.
     student W            float32    27.0 GB     small steps would be lost in bf16
     its gradient         float32    27.0 GB     also holds u, so the update needs no memory of its own
     M and V              float32    53.9 GB
     mask                 bool        6.5 GB     whole on every GPU
-    teacher              bf16       13.5 GB     arithmetic is bf16; norms, logits in the loss and sums are float32
+    teacher              bf16       13.5 GB     arithmetic is bf16, on several GPUs hidden states, too; norms, logits
+                                                in the loss and sums are float32
                                    127.9 GB     on N GPUs: 121.4 / N + 6.5 GB each; at the start each holds all of W
 
     python ast_train.py                                                  (the model that ships, 2:4)
@@ -74,7 +77,7 @@ from dsnot import keep_mask, magnitude_score, parse_pattern, prune, wanda_score
 from eval import perplexity
 from gpt import GPT, Config, prunable
 
-RECIPES = {  # ours for the model that ships, the authors' for the others (`c4` is one file: give more as a .bin)
+RECIPES = {  # ours for the model that ships, the paper's for the others (`c4` is one file: give more as a .bin)
     "tiny": dict(
         model="tiny", methods=["ast", "ast-slorb"], data=["tiny"], eval_data="tiny", steps=250, batch=8, micro_batch=8,
         seqlen=256, start_from="dense", lr=3e-4, lr_end=1.0, average=0.6, warmup=20, decay=3e-3, decay_steps=100,
@@ -397,10 +400,10 @@ def set_up(model, args, checkpoint_activations=False):
         precision = MixedPrecisionPolicy(getattr(torch, args.dtype), torch.float32, cast_forward_inputs=False)
         fsdp = dict(mesh=mesh if shard < dist.get_world_size() else mesh["parts"], mp_policy=precision)
     for block in model.model.layers:
+        if args.compile:  # before `checkpoint`, which hides what it calls; one block's code serves all of them
+            block.forward = torch.compile(block.forward)
         if checkpoint_activations:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-        if args.compile:
-            block.compile()  # one block's code serves all of them
         if spread:
             fully_shard(block, **fsdp)
     return fully_shard(model, **fsdp) if spread else model
@@ -430,15 +433,14 @@ def save_model(folder, model, source):
 
 @torch.no_grad()
 def validation_perplexity(model, ids, args):
-    """Perplexity on windows [n, seqlen + 1]; last ones that don't fill a micro-batch in every process are left out."""
-    together = args.micro_batch * dist.get_world_size()
-    parts = ids[:len(ids) // together * together][dist.get_rank()::dist.get_world_size()].split(args.micro_batch)
-    loss = torch.zeros((), device=args.device)
-    for part in parts:
+    """Perplexity on windows [n, seqlen + 1]; last ones of which not every process gets one are left out."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    ids, loss = ids[:len(ids) // world * world][rank::world], torch.zeros((), device=args.device)
+    for part in ids.split(args.micro_batch):
         part = part.to(args.device)
         with arithmetic(args):
             logits = model(part[:, :-1])
-        loss += training_loss(logits, None, part[:, 1:], 0, 1) / len(parts)
+        loss += training_loss(logits, None, part[:, 1:], 0, 1) * (len(part) / len(ids))
     return math.exp(min(mean_over_processes(loss), 700.0))  # a ruined model overflows nothing
 
 
@@ -462,6 +464,7 @@ def train(method, args, begin, mixture, held_out, calibration):
     is the folder `args.out / method`."""
     work = Path(args.out) / f"{method}.training"
     source = GPT.open(model_folder(args.model)).source
+    torch.compiler.reset()  # a function is compiled for a few kinds of blocks; those of all methods are too many
     gc.collect()  # compiled blocks of the method before refer to each other, and stay on the GPU until this
     student, which = new_student(args, method, begin, source, calibration)
     options = {name: str(value) for name, value in vars(args).items() if name not in NEUTRAL}
@@ -476,7 +479,7 @@ def train(method, args, begin, mixture, held_out, calibration):
     average_from = args.steps - round(args.average * args.steps)
     state = load_state(work, student, optimizer, mean, options)
     if state["step"] < args.steps:
-        check_room(work, student, mean)
+        check_room(work, student, mean, source.size())
     rank, world = dist.get_rank(), dist.get_world_size()
     started, first = time.perf_counter(), state["step"]
     if args.device.startswith("cuda"):
@@ -707,10 +710,9 @@ def train_all(args, held):
     mixture, held_out, calibration = texts(args, tokenizer)
     test_ids = (evaluation_ids(args.eval_data, "test", tokenizer, args.seqlen) if args.eval_data in SOURCES
                 else tokens(args.eval_data, tokenizer, "test"))
-    if len(held_out) < args.micro_batch * dist.get_world_size():
-        raise InputError(f"the validation text of {args.eval_data} has {len(held_out)} windows, fewer than "
-                         f"--micro-batch {args.micro_batch} in each process: give a longer text or a smaller "
-                         f"--micro-batch")
+    if len(held_out) < dist.get_world_size():
+        raise InputError(f"the validation text of {args.eval_data} has {len(held_out)} windows, fewer than there are "
+                         f"processes: give a longer text or a smaller --seqlen")
     say(f"{mixture.tokens:,} tokens of training text, {args.steps * args.batch * args.seqlen:,} will be read "
         f"in windows of {args.seqlen} tokens{config.remark(args.seqlen)}")
     if (folder / "pruning.json").is_file():

@@ -46,10 +46,11 @@ def save_state(work, model, optimizer, mean, state):
     dist.barrier()
 
 
-def check_room(work, model, mean):
-    """Raise InputError if the disk has no room for two states: the one before goes when the next is complete."""
-    numbers = sum(W.numel() for W in model.parameters())
-    need = 2 * 4 * numbers * (4 if mean else 3)  # W, M, V and the mean in float32
+def check_room(work, model, mean, size):
+    """Raise InputError if the disk has no room for two states and two models of `size` bytes beside them: those before
+    go when the next are complete."""
+    numbers, masks = (sum(x.numel() for x in group) for group in (model.parameters(), model.buffers()))
+    need = 2 * (4 * numbers * (4 if mean else 3) + masks + size)  # W, M, V and the mean in float32
     held = sum(path.stat().st_size for path in work.rglob("*.distcp"))
     check_disk(work, need - held, work)
 

@@ -6,7 +6,8 @@ A text that is too long to tokenize at every start is tokenized once into a `.bi
     python -m data.stream --model llama2-7b --data arxiv.jsonl --out arxiv.bin
 
 The file is a header of 32 bytes (a mark, then as 64-bit numbers the size of the vocabulary, the bytes of a token and
-the number of tokens) and then the ids. Every document begins with the BOS token where the model's tokenizer puts one.
+the number of tokens) and then the ids. Every document begins with the BOS token where the model's tokenizer puts one;
+where it puts nothing around a text, every document ends with the EOS token.
 """
 
 import functools
@@ -48,7 +49,8 @@ def encode(texts, tokenizer, label):
               disable=None) as bar:
         for piece, first, last in pieces(texts):
             ids = tokenizer.encode(piece)
-            yield np.array(ids[0 if first else before:len(ids) - (0 if last else after)], dtype)
+            ids = ids[0 if first else before:len(ids) - (0 if last else after)]
+            yield np.array(ids + tokenizer.end * (last and not before + after), dtype)
             bar.update(len(piece))
 
 
