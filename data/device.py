@@ -22,8 +22,10 @@ def free_memory(device):
 
 
 def fast_in_bf16(device):
-    """Whether a device multiplies faster in bf16 than in float32: a GPU, a CPU with AMX."""
-    return device != "cpu" or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    """Whether a device multiplies faster in bf16 than in float32: a GPU since Ampere, a CPU with AMX."""
+    if device != "cpu":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
 def timed(work, device):

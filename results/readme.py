@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from results.compare import COLOURS, LOOK, markdown, merge, plot, read_rows, table_by_method
 
+MODELS = "tiny", "stories260K", "deep"
 OPENING = {  # the methods of the first picture, as compare.py names them and as they are called there
     "dense": "dense", "magnitude": "magnitude", "wanda": "Wanda",
     "wanda + dsnot (refine layers all, sign check)": "Wanda + DSnoT", "sparsegpt": "SparseGPT",
@@ -52,6 +53,11 @@ def pruned(*patterns):
                   for row in read_rows(path)])
 
 
+def studies():
+    """The rows of every model that results/study.sh has pruned."""
+    return pruned(*(f"{name}/*" for name in MODELS))
+
+
 def opening():
     """The rows of the first picture: what each method makes of tiny."""
     rows = pruned("tiny/*") + [row for row in pruned("ast-seed*") if row["method"].startswith("AST")]
@@ -62,9 +68,9 @@ def opening():
 
 def choices():
     """Which method when: perplexity by what a reader wants."""
-    rows = pruned("tiny/*", "stories260K/*") + pruned("ast-seed*")
+    rows = studies() + pruned("ast-seed*")
     found = {(row["model"], row["method"], row["amount"]): f"{row['perplexity']:.2f}" for row in rows}
-    cells = [(model, amount) for model in ("tiny", "stories260K") for amount in ("50%", "70%", "2:4")]
+    cells = [(model, amount) for model in MODELS for amount in ("70%", "2:4")]
     lines = [[want, f"`{command}`", *(found.get((model, method, amount), "") for model, amount in cells)]
              for want, command, method in CHOICES]
     dense = ["the dense model", "", *(found[model, "dense", "0%"] for model, _ in cells)]
@@ -89,7 +95,7 @@ def cost_of_swaps():
 
 def goal():
     """Perplexity by what the layers of a propagated run aim at, see dsnot.AIM."""
-    found = {name: results(f"goal-{name}") for name in ("tiny", "stories260K")}
+    found = {name: rows for name in MODELS if (rows := results(f"goal-{name}"))}
     cells = [(name, amount) for name, rows in found.items() for amount in dict.fromkeys(row["amount"] for row in rows)]
     said = {(0.0, 0.0): "what dense weights make of its inputs", (0.5, 0.0): "half-way",
             (1.0, 0.0): "the dense model's output", (0.5, 0.5): "half-way, and half of what the hidden state lacks",
@@ -176,7 +182,7 @@ def ablated():
 def tables():
     """{name of its marker in README: text}."""
     return {
-        "choices": choices(), "tables": table_by_method(pruned("tiny/*", "stories260K/*")),
+        "choices": choices(), "tables": table_by_method(studies()),
         "settings": table_by_method(pruned("settings/*")),
         "goal": goal(), "cost": cost(), "cost of swaps": cost_of_swaps(), "retrained": retrained(),
         "ablation": ablated(), "compressed": compressed(), "streamed": streamed(), "texts": texts()}
@@ -218,7 +224,7 @@ def main():
         text = marked.sub(lambda found: f"{found[1]}\n{table}{found[2]}", text)
     readme.write_text(text)
     plot(opening(), ROOT / "assets/overview.png")
-    plot(pruned("tiny/*", "stories260K/*"), ROOT / "assets/dsnot.png")
+    plot(studies(), ROOT / "assets/dsnot.png")
     plot(pruned("tiny/0.7-wanda-swap-refit*"), ROOT / "assets/layers.png")
     draw_ast(ROOT / "assets/ast.png")
     print("README.md and its pictures hold what results/ holds")

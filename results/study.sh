@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # README's tables of pruned models. A run whose file is there is not made again: delete results/NAME to measure all anew.
 #     bash results/study.sh tiny                       (the model that ships; about an hour on two CPU cores)
+#     bash results/study.sh deep                       (a model of 32 layers, which is trained first: an hour more)
 #     bash results/study.sh settings                   (DSnoT's own settings, on the validation text of tiny)
 #     bash results/study.sh NAME FOLDER TEXT_FILE      (a model and a text of yours; its results go to results/NAME)
 # JOBS=6 OMP_NUM_THREADS=2 makes six runs at a time, for a machine with room for them.
@@ -8,14 +9,17 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 name=${1:-}
-usage() { sed -n '2,7s/^# //p' results/study.sh >&2; exit 2; }
+usage() { sed -n '2,8s/^# //p' results/study.sh >&2; exit 2; }
 case $name:$# in
     tiny:1|settings:1) model=() ;;
-    tiny:*|settings:*|*/*) usage ;;
+    deep:1) model=(--model out/deep --calib tiny --data tiny --seqlen 256) ;;
+    tiny:*|settings:*|deep:*|*/*) usage ;;
     *:3) model=(--model "$2" --calib "$3" --data "$3" --seqlen 256) ;;
     *) usage ;;
 esac
 mkdir -p "results/$name"
+[ "$name" != deep ] || [ -d out/deep ] || python -m data.train_tiny --compile --hidden-size 128 --layers 32 --steps 1000 \
+    --batch 24 --save-every 50 --out out/deep --json results/train_deep.json
 
 measured=()
 trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
@@ -61,6 +65,7 @@ if [ "$name" = settings ]; then
 fi
 amounts="0.5 0.6 0.7 2:4"
 [ "$name" != tiny ] || amounts+=" 4:8"  # which needs rows that 8 divides
+[ "$name" != deep ] || amounts="0.5 0.7 2:4"
 [ "$name" != small ] || amounts+=" 0.8"  # results/gpu.sh's model
 for amount in $amounts; do
     case $amount in *:*) option=--pattern ;; *) option=--sparsity ;; esac
