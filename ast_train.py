@@ -479,7 +479,7 @@ def train(method, args, begin, mixture, held_out, calibration):
     average_from = args.steps - round(args.average * args.steps)
     state = load_state(work, student, optimizer, mean, options)
     if state["step"] < args.steps:
-        check_room(work, student, mean, source.size())
+        check_room(work, student, mean, Path(args.out) / method, source.size())
     rank, world = dist.get_rank(), dist.get_world_size()
     started, first = time.perf_counter(), state["step"]
     if args.device.startswith("cuda"):

@@ -445,11 +445,16 @@ def prune_layer(W, stats, *, score, refine, goal=None, sparsity=None, pattern=No
     return settle(keep=swap_refine(W, keep, stats.gram, goal=goal, **swap))
 
 
+def rows_apart(score, pattern=None, **_):
+    """Whether a method, given by these options of `prune`, can take some rows without the others: all but unstructured
+    SparseGPT, whose threshold spans them."""
+    return score != "sparsegpt" or pattern is not None
+
+
 def prune_rows(W, stats, goal, **options):
-    """prune_layer, each process taking its share of the rows. Unstructured SparseGPT, whose threshold spans all rows,
-    is done whole by each."""
+    """prune_layer, each process taking its share of the rows where they are apart."""
     rank, world = processes()
-    if world == 1 or (options["score"] == "sparsegpt" and not options.get("pattern")):
+    if world == 1 or not rows_apart(**options):
         return prune_layer(W, stats, goal=goal, **options)
     rows = torch.arange(len(W), device=W.device).tensor_split(world)[rank]
     new = torch.zeros_like(W, dtype=torch.float32)
@@ -465,9 +470,13 @@ def relative_error(W, pruned, gram):
 
 
 def needs_gram(score, refine, refit=False, **_):
-    """Whether a method, given by these options of `prune`, needs the Gram matrices of the inputs; such a one has a goal
-    to aim at where it propagates."""
+    """Whether a method, given by these options of `prune`, needs the Gram matrices of the inputs."""
     return refit or score == "sparsegpt" or "swap" in refine
+
+
+def has_goal(propagate=False, **method):
+    """Whether its layers aim at what they are in the dense model, which then flows beside the pruned one."""
+    return propagate and needs_gram(**method)
 
 
 def refine_of(name, refine, refine_layers="all", **_):
@@ -532,7 +541,7 @@ def prune(model, windows, out, run, *, batch=8, propagate=False, sparsity=None, 
     positions = torch.arange(windows.shape[1], device=device)
     where, windows = (rotary(model.config, positions), positions), windows[rank::world]
     layers = count * len(prunable(model.model.layers[0]))
-    aims = propagate and needs_gram(**options)
+    aims = has_goal(propagate, **options)
     states = held_states(*windows.shape, layers, aims, allocate)
     home = place_for(model.config, states, torch.device(device), model.place["dtype"])
     writer = CheckpointWriter(out, model.config.raw, source.folder, keep=run)
@@ -769,21 +778,25 @@ def stored_dtype(config):
     return getattr(torch, config.raw.get("dtype") or config.raw.get("torch_dtype") or "", torch.float32)
 
 
+def held_dtype(args, config):
+    """The dtype in which a run holds the model."""
+    return torch.float32 if args.device == "cpu" else stored_dtype(config)
+
+
 def state_bytes(args, config):
     """Bytes of the hidden states that each process of a run holds at a time, at most."""
     with torch.device("meta"):
         layers = config.num_hidden_layers * len(prunable(Block(config)))
-    nsamples, itemsize = -(-args.nsamples // processes()[1]), 4 if args.device == "cpu" else stored_dtype(config).itemsize
-    aims = args.propagate and needs_gram(args.score, args.refine, args.refit)
-    return held_states(nsamples, args.seqlen, layers, aims, args.allocate) * config.hidden_size * itemsize
+    nsamples = -(-args.nsamples // processes()[1])
+    states = held_states(nsamples, args.seqlen, layers, has_goal(**vars(args)), args.allocate)
+    return states * config.hidden_size * held_dtype(args, config).itemsize
 
 
-def needed_memory(args, config, methods, block):
-    """{what for: GB of memory} that each process of a run takes at most, beside what a program with PyTorch takes."""
-    weights, itemsize = [layer.weight for layer in prunable(block).values()], block.mlp.up_proj.weight.itemsize
-    with torch.device("meta"):
-        whole = sum(p.numel() for p in GPT(config).parameters())
-    elsewhere = config.num_hidden_layers - 1 - args.propagate  # blocks that are not in memory
+def needed_memory(args, config, methods, block, whole):
+    """{what for: GB of memory} that each process of a run takes at most, beside what a program with PyTorch takes.
+    whole: the number of the model's parameters."""
+    weights, itemsize = [layer.weight for layer in prunable(block).values()], held_dtype(args, config).itemsize
+    elsewhere = config.num_hidden_layers - 1 - has_goal(**vars(args))  # blocks that are not in memory
     n, m = methods[0]["pattern"] or (1 - args.sparsity, 1)
     equations = max(W.numel() * W.shape[1] for W in weights) * (n / m) ** 2
     gram, sensitivity = any(needs_gram(**method) for method in methods), args.allocate == "sensitivity"
@@ -803,13 +816,13 @@ def needed_seconds(args, config, methods, block):
     """How long pruning takes each process, from a random block on which its steps are timed."""
     layers, world, sample = prunable(block), processes()[1], torch.arange(min(args.seqlen, 256), device=args.device)
     step, = steps(block, rotary(config, sample), sample)
-    x = torch.randn(1, len(sample), config.hidden_size, device=args.device, dtype=block.mlp.up_proj.weight.dtype)
+    x = torch.randn(1, len(sample), config.hidden_size, device=args.device, dtype=held_dtype(args, config))
     groups = readers(step, x, layers)  # this warms up, too
     gram = any(needs_gram(**method) for method in methods)
     watching, stats = timed(lambda: input_stats(step, [x], layers, groups, gram), args.device)
     running, _ = timed(lambda: step(x), args.device)
-    needed = sum(running + watching if not method["propagate"] else  # else each half runs once for each of its stages
-                 3 * running + 4 * watching if needs_gram(**method) else 2 * running + watching for method in methods)
+    needed = sum(3 * running + 4 * watching if has_goal(**method) else  # each half runs once for each of its stages
+                 (1 + method["propagate"]) * running + watching for method in methods)
     tokens = -(-args.nsamples // world) * args.seqlen
     needed *= tokens / len(sample)
     if args.allocate != "uniform":  # a pass through the dense model, and for "sensitivity" a trial of each layer
@@ -823,8 +836,7 @@ def needed_seconds(args, config, methods, block):
         if args.device != "cpu":
             how(W[:64])  # warms up
         spent, _ = timed(lambda: how(W[:rows]), args.device)
-        share = 1 if args.score == "sparsegpt" and not args.pattern else world  # as in prune_rows
-        needed += spent * len(W) / rows / share
+        needed += spent * len(W) / rows / (world if rows_apart(**options) else 1)
     return needed * config.num_hidden_layers
 
 
@@ -834,8 +846,9 @@ def dry_run(args, config, amount, methods):
     with torch.device("meta"):
         whole = sum(p.numel() for p in GPT(config).parameters())
     stored, blocks, (rank, world) = stored_dtype(config), config.num_hidden_layers, processes()
-    block = Block(config).to(args.device, torch.float32 if args.device == "cpu" else stored)
-    gigabytes, needed = (f(args, config, methods, block) for f in (needed_memory, needed_seconds))
+    block = Block(config).to(args.device, held_dtype(args, config))
+    gigabytes = needed_memory(args, config, methods, block, whole)
+    needed = needed_seconds(args, config, methods, block)
     weights, size = {name: layer.weight for name, layer in prunable(block).items()}, whole * stored.itemsize / 1e9
     say(f"{args.model}, {amount} pruned: {blocks} blocks with {sum(W.numel() for W in weights.values()):,} weights to "
         f"prune in each, {whole:,} parameters")

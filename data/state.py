@@ -46,12 +46,12 @@ def save_state(work, model, optimizer, mean, state):
     dist.barrier()
 
 
-def check_room(work, model, mean, size):
-    """Raise InputError if the disk has no room for two states and two models of `size` bytes beside them: those before
-    go when the next are complete."""
+def check_room(work, model, mean, folder, size):
+    """Raise InputError if the disk has no room for two states and, for `folder`, two models of `size` bytes: those
+    before go when the next are complete. What is there of them already is not asked for again."""
     numbers, masks = (sum(x.numel() for x in group) for group in (model.parameters(), model.buffers()))
     need = 2 * (4 * numbers * (4 if mean else 3) + masks + size)  # W, M, V and the mean in float32
-    held = sum(path.stat().st_size for path in work.rglob("*.distcp"))
+    held = sum(path.stat().st_size for path in [*work.rglob("*.distcp"), *folder.glob("*.safetensors")])
     check_disk(work, need - held, work)
 
 

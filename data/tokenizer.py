@@ -176,8 +176,6 @@ def template(post_processor):
     """The ids that a tokenizer.json puts before and after a text."""
     around = ([], [])
     for step in post_processor.get("processors", [post_processor]) if post_processor else []:
-        if step["type"] not in ("TemplateProcessing", "ByteLevel"):
-            raise InputError(f"a tokenizer's post-processor {step['type']} is not supported")
         if step["type"] == "TemplateProcessing":
             side = 0
             for part in step["single"]:
@@ -185,6 +183,8 @@ def template(post_processor):
                     side = 1
                 else:
                     around[side].extend(step["special_tokens"][part["SpecialToken"]["id"]]["ids"])
+        elif step["type"] != "ByteLevel":
+            raise InputError(f"a tokenizer's post-processor {step['type']} is not supported")
     return around
 
 

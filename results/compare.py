@@ -78,12 +78,14 @@ def complete(row):
                                          "sparsity": 1 - int(n) / int(m) if m else float(n) / 100}
 
 
+def key(row, method=None):
+    """What a row is about, or its like of another method."""
+    return row["model"], row["data"], row["seqlen"], row["amount"], method or row["method"]
+
+
 def merge(rows):
     """Rows as they are shown: those that differ in nothing but the seed are averaged (`spread`: their standard
     deviation); where other options differ, the method is named with them; none is shown twice if two files hold it."""
-    def key(row):
-        return tuple(row[k] for k in ("model", "data", "seqlen", "amount", "method"))
-
     def alike(row, other):
         a, b = row["perplexity"], other["perplexity"]
         return (a == b or bool(a and b) and math.isclose(a, b, rel_tol=1e-5)) and row.get("tasks") == other.get("tasks")
@@ -137,19 +139,26 @@ def markdown(head, lines, texts=1):
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *lines])
 
 
+def before(row, known):
+    """The perplexity of a row's mask before its refinement, from known {key: perplexity}; None where there is none. Its
+    options are the row's; where these say nothing of its layers' sparsity, a mask of which none are said will do."""
+    steps, bracket, said = row["method"].partition(" (")
+    start, refined, _ = steps.partition(" + ")
+    if not refined or start not in SCORES:
+        return None
+    plain = None if "allocate" in said else known.get(key(row, start))
+    return known.get(key(row, start + bracket + said)) or plain
+
+
 def table(rows):
     """The rows as a markdown table. Change: of the perplexity, relative to the same mask before its refinement."""
     tasks = list(dict.fromkeys(task for row in rows for task in row.get("tasks") or {}))
     timed = ["decode (tokens/s)", "weights (GB)"] if any("speed" in row for row in rows) else []
     head = ["model", "data (seqlen)", "method", "sparsity", "perplexity", "change", "seconds", *tasks, *timed]
     lines = []
-    known = {(r["model"], r["data"], r["seqlen"], r["amount"], r["method"]): r.get("perplexity") for r in rows}
+    known = {key(row): row.get("perplexity") for row in rows}
     for row in rows:
-        ppl, (steps, bracket, said) = row.get("perplexity"), row["method"].partition(" (")
-        start, refined, _ = steps.partition(" + ")
-        starts = [start + bracket + said] + [start] * ("allocate" not in said) if refined and start in SCORES else []
-        old = next(filter(None, (known.get((row["model"], row["data"], row["seqlen"], row["amount"], s))
-                                 for s in starts)), None)
+        ppl, old = row.get("perplexity"), before(row, known)
         spread = f" ± {row['spread']:.2f} ({row['runs']} seeds)" if row["spread"] else ""
         lines.append([row["model"], f"{row['data']} ({row['seqlen']})" if row["data"] else "", row["method"],
                       row["amount"], f"{ppl:.2f}{spread}" if ppl else "",

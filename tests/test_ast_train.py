@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import typing
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ from data import load_tokenizer
 from data import stream
 from data.checkpoint import alone_in
 from data.command import InputError
+from data.state import check_room
 from data.train_tiny import train_tokenizer
 from dsnot import prunable
 from gpt import GPT, Config
@@ -245,6 +246,19 @@ def test_a_full_disk_is_told_and_leaves_the_state_before(tmp_path, train, monkey
             train(tmp_path / "out")
         assert [path.name for path in (tmp_path / "out" / "ast.training").iterdir()] == ["step-0000003"]
     assert train(tmp_path / "out")["runs"]["ast"]["step"] == 12
+
+
+def test_room_is_not_asked_for_twice(tmp_path, monkeypatch):
+    """Would catch a run that fits when it begins and is refused when it goes on."""
+    model, numbers, usage = nn.Linear(30, 10), 310, type(shutil.disk_usage(tmp_path))
+    state, size = 3 * 4 * numbers, 4 * numbers
+    for name, content in ("m.training/step-1/0.distcp", state), ("m/model.safetensors", size):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(bytes(content))
+    for free in state + size, state + size - 1:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - free, free))
+        with nullcontext() if free == state + size else pytest.raises(InputError, match="make room"):
+            check_room(tmp_path / "m.training", model, {}, tmp_path / "m", size)
 
 
 def test_one_run_at_a_time_writes_a_folder(tmp_path, train):
