@@ -18,8 +18,6 @@ case $name:$# in
     *) usage ;;
 esac
 mkdir -p "results/$name"
-[ "$name" != deep ] || [ -d out/deep ] || python -m data.train_tiny --compile --hidden-size 128 --layers 32 --steps 1000 \
-    --batch 24 --save-every 50 --out out/deep --json results/train_deep.json
 
 measured=()
 trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
@@ -27,6 +25,8 @@ run() {
     local row=${amount/:/of}-$1
     local json=results/$name/$row.json
     if [ -f "$json" ]; then echo "$json is there"; return; fi
+    [ "$name" != deep ] || [ -d out/deep ] || python -m data.train_tiny --compile --hidden-size 128 --layers 32 \
+        --steps 1000 --batch 24 --save-every 50 --out out/deep --json results/train_deep.json
     while [ "$(jobs -rp | wc -l)" -ge "${JOBS:-1}" ]; do sleep 0.2; done
     tidy
     python dsnot.py ${model[@]+"${model[@]}"} $option $amount --out "out/study-$name/$row" --json "$json" "${@:2}" &
