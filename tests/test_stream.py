@@ -1,0 +1,69 @@
+"""Texts as streams of token ids, kept in .bin files and drawn from by weight, as training reads them."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data import load_tokenizer, stream
+from data.command import InputError
+
+
+def test_a_bin_file_returns_the_tokens(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(stream, "PIECE", 5000)
+    monkeypatch.setattr(sys, "argv", ["stream", "--model", str(checkpoint), "--data", argparse.__file__,
+                                      "--out", str(tmp_path / "text.bin")])
+    stream.main()
+    tokenizer = load_tokenizer(checkpoint)
+    ids = stream.open_bin(tmp_path / "text.bin", tokenizer)
+    assert isinstance(ids, np.memmap) and f"{len(ids):,} tokens" in capsys.readouterr().out
+    assert ids[0] == tokenizer.bos and (ids == tokenizer.bos).sum() == 1
+    assert Path(argparse.__file__).read_text().startswith(tokenizer.decode(ids.tolist())[:4000])  # one piece
+    parts = [stream.tokens(str(tmp_path / "text.bin"), tokenizer, split) for split in ("train", "validation", "test")]
+    assert np.array_equal(np.concatenate(parts), ids)  # the splits share nothing and lose nothing
+
+    tokenizer.vocab_size = 301
+    with pytest.raises(InputError, match="vocabulary of 300 tokens, the model has 301"):
+        stream.open_bin(tmp_path / "text.bin", tokenizer)
+    (tmp_path / "text.bin").write_bytes((tmp_path / "text.bin").read_bytes()[:-1])
+    with pytest.raises(InputError, match="damaged"):
+        stream.open_bin(tmp_path / "text.bin", tokenizer)
+
+
+def test_what_a_tokenizer_puts_around_a_text_stands_around_the_whole(monkeypatch):
+    """Would catch marks of begin and end inside a text that is tokenized piece by piece, ids lost with them, and texts
+    that run into each other where the tokenizer marks none."""
+    class Bytes:
+        first, last, end, vocab_size = [1], [2], [3], 300
+
+        def encode(self, text):
+            return self.first + list(text.encode()) + self.last
+    monkeypatch.setattr(stream, "PIECE", 10)
+    texts = ["one line\n" * 5, "another"]
+    for Bytes.first, Bytes.last, between in ([1], [2], []), ([1], [], []), ([], [], [3]):
+        found = np.concatenate(list(stream.encode(texts, Bytes(), "bytes"))).tolist()
+        assert found == [id for text in texts for id in Bytes().encode(text) + between]
+
+
+def test_a_mixture_draws_by_weight_and_by_step_alone(checkpoint, tmp_path):
+    """Would catch a resumed run that reads other windows, and text that is read often while other text is never
+    read."""
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": "a" * 50}) for _ in range(500)))
+    (tmp_path / "b.txt").write_text("b\n" * 20000)
+    tokenizer = load_tokenizer(checkpoint)
+    mixture = stream.Mixture([f"{tmp_path / 'a.jsonl'}:3", str(tmp_path / "b.txt")], tokenizer, 16, 4)
+    ids = mixture.batch(0, 5, 400)
+    share = sum("a" in tokenizer.decode(row.tolist()) for row in ids) / 400
+    assert ids.shape == (400, 17) and 0.68 < share < 0.82
+    assert torch.equal(ids, mixture.batch(0, 5, 400))
+    assert not torch.equal(ids, mixture.batch(0, 6, 400)) and not torch.equal(ids, mixture.batch(1, 5, 400))
+    alone = stream.Mixture([str(tmp_path / "b.txt")], tokenizer, 16, 4)
+    alone.streams = [np.arange(10016)]  # a window's first token tells where it begins
+    begin = torch.cat([alone.batch(3, step, 4)[:, 0] for step in range(100)]).sort()[0]
+    assert begin.diff().max() < 2 * 10000 / 400 and begin[0] < 50 and begin[-1] > 9950
+    with pytest.raises(InputError, match="weight 'x' is not a number"):
+        stream.Mixture([f"{tmp_path / 'b.txt'}:x"], tokenizer, 16, 4)
