@@ -22,4 +22,8 @@ ablate code --data tiny:3 tiny-code:7
 longer="--steps 1000 --warmup 50 --decay-steps 250 --save-every 250 --data tiny tiny-code --no-one-shot"
 run long --methods ast-slorb $longer
 run control-long --methods dense $longer
+if [ -d out/deep ]; then  # of `bash results/study.sh deep`
+    run deep --model out/deep
+    run deep-swap --model out/deep --methods ast --no-one-shot --start-from swap
+fi
 [ -f results/bench_ast.json ] || python tests/bench_ast.py --json results/bench_ast.json

@@ -68,7 +68,7 @@ def opening():
 
 def choices():
     """Which method when: perplexity by what a reader wants."""
-    rows = studies() + pruned("ast-seed*")
+    rows = studies() + pruned("ast-seed*", "ast-deep")
     found = {(row["model"], row["method"], row["amount"]): f"{row['perplexity']:.2f}" for row in rows}
     cells = [(model, amount) for model in MODELS for amount in ("70%", "2:4")]
     lines = [[want, f"`{command}`", *(found.get((model, method, amount), "") for model, amount in cells)]
