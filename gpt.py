@@ -38,7 +38,9 @@ from data.command import InputError, at_least, parser, record, run, start
 from data.device import free_memory
 from data.hub import model_folder
 
-ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh")}
+TANH = partial(F.gelu, approximate="tanh")
+ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_python": F.gelu, "gelu_new": TANH,
+               "gelu_pytorch_tanh": TANH}
 ROPE_KINDS = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
                                                                "original_max_position_embeddings")}
 
@@ -90,10 +92,14 @@ class Config:
         if raw.get("model_type") not in FAMILIES:
             raise InputError(f"config.json: model_type {raw.get('model_type')!r} is not supported "
                              f"({', '.join(FAMILIES)} are)")
-        said = {"hidden_act": "silu", **raw, **FAMILIES[raw["model_type"]](raw)}  # in LLaMA's words
+        ours = FAMILIES[raw["model_type"]](raw)
+        said = {"hidden_act": "silu", **raw, "use_sliding_window": False, **ours}  # in LLaMA's words
         heads, layers, bias = said["num_attention_heads"], said["num_hidden_layers"], said.get("attention_bias", False)
         check_whole("num_hidden_layers", layers, 5)  # before lists of so many are made
-        rope = said.get("rope_parameters") or said.get("rope_scaling") or {}
+        rope = dict(said.get("rope_scaling") or said.get("rope_parameters") or {})
+        rope["original_max_position_embeddings"] = (
+            said.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+            or said.get("max_position_embeddings"))
         reach = said.get("sliding_window") if said.get("use_sliding_window") else None
         first = min(said.get("first_sliding_layer", layers), layers)
         kinds = said.get("layer_types") or ["full_attention"] * first + ["sliding_attention"] * (layers - first)
@@ -105,12 +111,11 @@ class Config:
             rms_norm_eps=said.get("rms_norm_eps", 1e-6),  # the Hub's own default where a file leaves it out
             rope_theta=rope.get("rope_theta") or said.get("rope_theta") or 10000.0, rope_scaling=rope,
             tie_word_embeddings=said.get("tie_word_embeddings", False), raw=raw,
-            qkv_bias=said.get("qkv_bias", bias), o_bias=bias, mlp_bias=said.get("mlp_bias", False),
+            qkv_bias=ours.get("qkv_bias", bias), o_bias=bias, mlp_bias=said.get("mlp_bias", False),
             windows=tuple(reach if kind == "sliding_attention" else None for kind in kinds),
-            activation=said["hidden_act"],
-            **{name: said[name] for name in said if name in (
-                "qk_norm", "gated", "layer_norm", "post_norm", "positions", "position_offset", "embed_size",
-                "slorb_k")})
+            activation=said["hidden_act"], slorb_k=raw.get("slorb_k", 0),
+            **{name: ours[name] for name in ours if name in (
+                "qk_norm", "gated", "layer_norm", "post_norm", "positions", "position_offset", "embed_size")})
         for kind in kinds:
             if kind not in ("full_attention", "sliding_attention"):
                 raise InputError(f"config.json: layer_types {kind!r} is not supported "
@@ -162,6 +167,8 @@ class Config:
             if type(value) not in (int, float) or not 0 < value < math.inf:
                 raise InputError(f"config.json: {name} is missing or not positive in the rotary scaling "
                                  f"{self.rope_scaling}")
+        if self.rope_kind == "llama3" and self.rope_scaling["low_freq_factor"] >= self.rope_scaling["high_freq_factor"]:
+            raise InputError(f"config.json: low_freq_factor is not below high_freq_factor in {self.rope_scaling}")
         for name, usual in UNUSUAL.items():
             if (asked := (self.rope_scaling | self.raw).get(name)) not in (None, usual):
                 raise InputError(f"config.json: {name} {asked!r} is not supported")
@@ -369,12 +376,16 @@ class GPT(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def embed(self, ids, positions=None):
-        """ids [B, T] -> x [B, T, C]; learned positions [T] (None: from 0) are added where the model has them."""
-        # a GPU's failed assert is none to read; tokens that come one at a time are the model's own
-        if ids.shape[1] > 1 and ids.max() >= self.config.vocab_size:
+    def check_tokens(self, ids):
+        """Raise InputError where a token is beyond the vocabulary: a GPU's failed assert is none to read."""
+        if ids.max() >= self.config.vocab_size:
             raise InputError(f"token {ids.max()} is beyond the model's {self.config.vocab_size}: "
                              f"the tokenizer is not its own")
+
+    def embed(self, ids, positions=None):
+        """ids [B, T] -> x [B, T, C]; learned positions [T] (None: from 0) are added where the model has them."""
+        if ids.shape[1] > 1:  # tokens that come one at a time are the model's own
+            self.check_tokens(ids)
         x = self.model.embed_tokens(ids)
         if "project_in" in self.model:
             x = self.model.project_in(x)
@@ -424,6 +435,7 @@ class GPT(nn.Module):
         B, T = ids.shape
         assert T > 0 and temperature >= 0 and (top_k is None or top_k > 0), (T, temperature, top_k)
         self.check_length(T + max_new_tokens - 1)  # the last token is not read
+        self.check_tokens(ids)
         caches = self.new_caches(B, T + max_new_tokens)
         everywhere = torch.arange(T + max_new_tokens, device=ids.device)
         angles = rotary(self.config, everywhere)
@@ -485,6 +497,7 @@ class GPT(nn.Module):
             if name != "layers":
                 model.source.load(part, f"model.{name}", **model.place)
         if model.config.tie_word_embeddings:
+            model.source.check_tied_head()
             model.tie()
         else:
             model.source.load(model.lm_head, "lm_head", **model.place)
@@ -546,32 +559,35 @@ class GPT(nn.Module):
 
 def qwen(raw):
     return dict(first_sliding_layer=raw.get("max_window_layers", 28), sliding_window=raw.get("sliding_window", 4096),
-                num_key_value_heads=raw.get("num_key_value_heads", 32))
+                use_sliding_window=raw.get("use_sliding_window", False),
+                num_key_value_heads=raw.get("num_key_value_heads", 32), mlp_bias=False)
 
 
 FAMILIES = {  # by model_type: what a config.json says, in LLaMA's words and in the fields of Config
-    "llama": lambda raw: {},
+    "llama": lambda raw: dict(layer_types=None),
     "mistral": lambda raw: dict(
         use_sliding_window=True, sliding_window=raw.get("sliding_window", 4096), first_sliding_layer=0,
-        layer_types=None, num_key_value_heads=raw.get("num_key_value_heads", 8)),
-    "qwen2": lambda raw: dict(qkv_bias=True, **qwen(raw)),
+        num_key_value_heads=raw.get("num_key_value_heads", 8), attention_bias=False, mlp_bias=False),
+    "qwen2": lambda raw: dict(qkv_bias=True, attention_bias=False, **qwen(raw)),
     "qwen3": lambda raw: dict(qk_norm=True, head_dim=raw.get("head_dim", 128), **qwen(raw)),
     "opt": lambda raw: dict(
-        intermediate_size=raw["ffn_dim"], hidden_act=raw["activation_function"], gated=False, rms_norm_eps=1e-5,
-        attention_bias=raw.get("enable_bias", True), mlp_bias=raw.get("enable_bias", True), layer_norm=True,
-        post_norm=not raw["do_layer_norm_before"], positions=raw["max_position_embeddings"], position_offset=2,
-        embed_size=raw["word_embed_proj_dim"], tie_word_embeddings=raw.get("tie_word_embeddings", True)),
+        intermediate_size=raw["ffn_dim"], hidden_act=raw.get("activation_function", "relu"), gated=False,
+        rms_norm_eps=1e-5, attention_bias=raw.get("enable_bias", True), mlp_bias=raw.get("enable_bias", True),
+        layer_norm=True, post_norm=not raw.get("do_layer_norm_before", True), layer_types=None,
+        positions=raw["max_position_embeddings"], position_offset=2, embed_size=raw.get("word_embed_proj_dim"),
+        num_key_value_heads=None, head_dim=None, tie_word_embeddings=raw.get("tie_word_embeddings", True)),
     "gpt2": lambda raw: dict(
         hidden_size=raw["n_embd"], intermediate_size=raw.get("n_inner") or 4 * raw["n_embd"], gated=False,
-        num_hidden_layers=raw["n_layer"], num_attention_heads=raw["n_head"], hidden_act=raw["activation_function"],
-        rms_norm_eps=raw["layer_norm_epsilon"], attention_bias=True, mlp_bias=True, layer_norm=True,
-        positions=raw["n_positions"], tie_word_embeddings=raw.get("tie_word_embeddings", True)),
+        num_hidden_layers=raw["n_layer"], num_attention_heads=raw["n_head"], layer_types=None,
+        hidden_act=raw.get("activation_function", "gelu_new"), rms_norm_eps=raw.get("layer_norm_epsilon", 1e-5),
+        attention_bias=True, mlp_bias=True, layer_norm=True, positions=raw["n_positions"], num_key_value_heads=None,
+        head_dim=None, tie_word_embeddings=raw.get("tie_word_embeddings", True)),
 }
 
 # what a config.json may also ask for, and the only value that is computed here
 UNUSUAL = {"quantization_config": None, "partial_rotary_factor": 1.0, "layer_norm_elementwise_affine": True,
            "_remove_final_layer_norm": False, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-           "add_cross_attention": False}
+           "add_cross_attention": False, "is_causal": True, "per_layer_config": None}
 
 
 # ---------------------------------------------------------------------------------------------------- the command

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from data.command import InputError, what_keeps_from_writing, write_atomically
 
 TOKENIZER_FILES = ["tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-                   "added_tokens.json", "vocab.json", "merges.txt", "generation_config.json"]
+                   "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"]
 PROJECTION = re.compile(r"\.(self_attn|mlp)\.\w+\.(weight|bias|slorb_S|slorb_X|values|meta|scale)$")
 BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$")  # constants that old files carry along
 
@@ -116,7 +116,12 @@ def weight_files(folder):
     if path.suffix != ".json":
         return [path]
     try:
-        return [folder / name for name in sorted(set(json.loads(path.read_text())["weight_map"].values()))]
+        named = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        other = path.with_suffix("").with_suffix("")  # model.safetensors, pytorch_model.bin
+        if other.is_file() and other.name not in named:
+            raise InputError(f"{folder} holds one model in {other.name} and another in the files that {path.name} "
+                             f"names: delete the one that is not meant")
+        return [folder / name for name in named]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as e:
         raise InputError(f"{path} is not an index of weights: {type(e).__name__} {e}") from None
 
@@ -134,8 +139,11 @@ class Checkpoint:
         self._found = {}  # {bare name: (path, name in the file, tensor)}
         for path in weight_files(self.folder):
             for name, value in read_tensors(path).items():
-                if not BUFFERS.search(name):
-                    self._found[bare(name)] = (path, name, value)
+                if BUFFERS.search(name):
+                    continue
+                if (twin := self._found.get(bare(name))):
+                    raise InputError(f"{path}: {name} and {twin[1]} are the same tensor of the model: delete one")
+                self._found[bare(name)] = (path, name, value)
         self.compressed = any(name.endswith(".values") for name in self._found)  # 2:4 layers of sparse_matmul.py
 
     def stored(self, name):
@@ -154,7 +162,7 @@ class Checkpoint:
             if there.shape != value.shape:
                 raise InputError(f"{self.folder}: {name} has shape {tuple(there.shape)}, "
                                  f"config.json implies {tuple(value.shape)}")
-            if there.is_floating_point() != value.is_floating_point():
+            if there.is_floating_point() != value.is_floating_point() or "float8" in str(there.dtype):
                 raise InputError(f"{self.folder}: {name} holds {there.dtype} values; "
                                  f"quantized models of other programs can't be read")
         for key in self._found.keys() - wanted.keys() - {"lm_head.weight"}:  # a tied head may be stored all the same
@@ -165,6 +173,13 @@ class Checkpoint:
         self.paths = sorted(set(self.files.values()))
         self.shapes = {name: tuple(value.shape) for name, value in parameters.items()}
         self._names = {name: theirs for name, (_, theirs, _) in here.items()}
+
+    def check_tied_head(self):
+        """Raise InputError if a head is stored that is not the embedding, to which config.json ties it."""
+        path, name, _ = self._found.get("lm_head.weight", (None, None, None))
+        if path and not torch.equal(read_tensors(path, [name])[name], self.tensor("model.embed_tokens.weight")):
+            raise InputError(f"{path}: {name} is not the embedding, to which config.json ties it: say "
+                             f"\"tie_word_embeddings\": false there")
 
     def check_dense(self):
         """Raise InputError if layers are compressed: such a model can be run, but not pruned or trained."""

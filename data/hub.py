@@ -26,7 +26,7 @@ for preset, target, sizes in [  # {}: each of the sizes
     PRESETS |= {preset.format(size): target.format(size) for size in sizes.split()}
 
 SMALL = ["config.json", "generation_config.json", "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json",
-         "added_tokens.json"]
+         "added_tokens.json", "chat_template.jinja"]
 SAFETENSORS = ["model*.safetensors", "model.safetensors.index.json"]  # not consolidated.*, the same weights once more
 PYTORCH = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 

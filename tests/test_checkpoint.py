@@ -34,7 +34,7 @@ BIN = {  # what the files on the Hub look like: {case: (family, changes, names c
     "gpt2": ("gpt2", {}, lambda k: k.removeprefix("transformer."),
              {f"h.{i}.attn.{x}": 1 for i in range(3) for x in ("bias", "masked_bias")}),
     "opt without model.": ("opt", {}, lambda k: k.removeprefix("model."), {}),
-    "opt, tied head in the file": ("opt", CASES["opt"]["350m"], lambda k: k, {"lm_head.weight": 96}),
+    "opt, tied head in the file": ("opt", CASES["opt"]["350m"], lambda k: k, {"lm_head.weight": None}),
 }
 
 
@@ -49,7 +49,7 @@ def test_pytorch_files(case, files, tmp_path):
     other.config.save_pretrained(tmp_path)
     tied = "lm_head.weight" if other.config.tie_word_embeddings else None
     state = {rename(k): v for k, v in other.state_dict().items() if k != tied}
-    state |= {k: torch.ones(n) for k, n in constants.items()}
+    state |= {k: torch.ones(n) if n else other.get_input_embeddings().weight.clone() for k, n in constants.items()}
     names = list(state)
     if files == "two":
         shards = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
@@ -79,6 +79,53 @@ def test_older_config(rope, folder):
     assert gap(model(ids_for()), other(ids_for()).logits) < 1e-4
     model.bfloat16().save_pretrained(folder.with_name("b"))
     assert json.loads((folder.with_name("b") / "config.json").read_text()) == raw | {"torch_dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("family, changes, more", [
+    ("llama", {}, dict(rope_scaling={"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0})),
+    ("llama", dict(rope_parameters=LLAMA3), dict(original_max_position_embeddings=32)),
+    ("llama", {}, dict(rope_scaling={k: v for k, v in LLAMA3.items() if "original" not in k})),
+    ("llama", {}, dict(use_sliding_window=True, sliding_window=3, layer_types=["sliding_attention"] * 3)),
+    ("llama", {}, dict(qkv_bias=True, qk_norm=True)),
+    ("mistral", dict(sliding_window=3), dict(layer_types=["full_attention", "sliding_attention", "full_attention"])),
+    ("mistral", {}, dict(attention_bias=True, mlp_bias=True)),
+    ("qwen2", {}, dict(attention_bias=True, mlp_bias=True)),
+    ("opt", {}, dict(num_key_value_heads=2, head_dim=8, activation_function=None, do_layer_norm_before=None)),
+    ("gpt2", {}, dict(num_key_value_heads=2, head_dim=8, activation_function=None, layer_norm_epsilon=None)),
+    ("llama", {}, dict(hidden_act="swish")), ("gpt2", {}, dict(activation_function="gelu_pytorch_tanh")),
+])
+@torch.no_grad()
+def test_what_a_config_says_beside_the_usual(family, changes, more, tmp_path):
+    """Would catch logits that silently differ by what a config.json says twice, in another family's words, or leaves
+    out (None)."""
+    theirs(family, changes).save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text()) | more
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if k not in more or v is not None}))
+    other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert gap(GPT.from_pretrained(tmp_path)(ids_for()), other(ids_for()).logits) < 1e-4
+
+
+def test_a_folder_that_holds_two_models_is_refused(folder):
+    """Would catch one of them taken in silence: a head beside the embedding that ties it, a tensor under two names, the
+    shards of one model beside the file of another. And values that need a scale from elsewhere."""
+    state, file = load_file(folder / "model.safetensors"), folder / "model.safetensors"
+
+    def refused(words, **more):
+        save_file(state | more, file, metadata={"format": "pt"})
+        with pytest.raises(InputError, match=words):
+            GPT.from_pretrained(folder)
+
+    refused("norm.weight are the same tensor of the model: delete one", **{"norm.weight": torch.ones(48)})
+    refused("float8_e4m3fn values", **{"model.norm.weight": state["model.norm.weight"].to(torch.float8_e4m3fn)})
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"tie_word_embeddings": True}))
+    refused("lm_head.weight is not the embedding, to which config.json ties it")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    save_file(state, file, metadata={"format": "pt"})
+    GPT.from_pretrained(folder)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(state, "model-00001-of-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused("holds one model in model.safetensors and another in the files")
 
 
 def test_folders_of_others_beside_a_checkpoint_are_left_alone(tmp_path):

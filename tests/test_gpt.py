@@ -137,6 +137,8 @@ def test_ids_of_another_tokenizer_get_a_sentence(tmp_path):
     model = GPT.from_pretrained(tmp_path)
     with pytest.raises(InputError, match="token 300 is beyond the model's 300"):
         model(torch.tensor([[1, 300]]))
+    with pytest.raises(InputError, match="token 301 is beyond the model's 300"):
+        model.generate(torch.tensor([[301]]), 1)
 
 
 @pytest.mark.parametrize("family, changes", ONE_EACH + [
