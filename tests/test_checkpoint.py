@@ -265,6 +265,9 @@ def test_tensors_are_accounted_for(edit, words, folder, monkeypatch, capsys):
     ("config.json", lambda b: b.replace(b'"silu"', b'"swoosh"'), "swoosh"),
     ("config.json", lambda b: b.replace(b'"rope_type": "default"', b'"rope_type": "yarn"'), "yarn"),
     ("config.json", lambda b: b.replace(b'"rope_type": "default"', b'"rope_type": "llama3"'), "factor"),
+    ("config.json", lambda b: b.replace(b'"silu"', b'"silu", "is_causal": false'), "is_causal False is not supported"),
+    ("config.json", lambda b: b.replace(b'"rope_type": "default"', json.dumps(
+        LLAMA3 | {"low_freq_factor": 5})[1:-1].encode()), "low_freq_factor is not below high_freq_factor"),
     ("config.json", lambda b: b.replace(b'"num_key_value_heads": 4', b'"num_key_value_heads": 3'), "evenly"),
     ("config.json", lambda b: b.replace(b'"num_attention_heads": 4', b'"num_attention_heads": 0'), "config.json"),
     ("config.json", lambda b: b.replace(b'"num_hidden_layers": 3', b'"num_hidden_layers": 1' + b"0" * 12), "10^5"),
