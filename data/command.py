@@ -47,8 +47,11 @@ def parser(description):
     return p
 
 
-def start(args):
-    """Seed every generator and check the options that all commands have."""
+def start(args, together=False):
+    """Seed every generator and check the options that all commands have. together: the processes of torchrun share the
+    work, which they would else all do."""
+    if not together and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("this command runs in one process: leave out torchrun, which is for dsnot.py and ast_train.py")
     if not -2**63 <= args.seed < 2**63:
         raise InputError(f"--seed {args.seed} does not fit into 64 bits")
     random.seed(args.seed)

@@ -22,7 +22,7 @@ def process_group(args, alone=False):
     torchrun, cuda = "RANK" in os.environ, args.device.startswith("cuda")
     if torchrun and cuda:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    start(args)
+    start(args, together=True)
     if torchrun or alone:
         of_one = {} if torchrun else dict(store=dist.HashStore(), rank=0, world_size=1)
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **of_one)

@@ -209,3 +209,11 @@ def test_story(monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert shown.startswith(STORY)
     assert "tokens/s" in shown
+
+
+def test_torchrun_is_refused(monkeypatch, capsys):
+    """Would catch every process printing the same text."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "--max-new-tokens", "1")
+    assert "runs in one process" in capsys.readouterr().err
