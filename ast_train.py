@@ -441,7 +441,7 @@ def validation_perplexity(model, ids, args):
         with arithmetic(args):
             logits = model(part[:, :-1])
         loss += training_loss(logits, None, part[:, 1:], 0, 1) * (len(part) / len(ids))
-    return math.exp(min(mean_over_processes(loss), 700.0))  # a ruined model overflows nothing
+    return math.exp(min(700.0, mean_over_processes(loss)))  # a ruined model: no overflow, no NaN
 
 
 def backward(student, teacher, ids, args):

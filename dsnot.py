@@ -22,7 +22,8 @@ Where this differs from the authors' code: every linear layer is refined unless 
 (their default silently skips the MLP); the sign check is an option (theirs is on with a pattern, off without one,
 whatever its flag says); a row without candidates stops instead of running off its lists, so layers of any size work;
 fifty swaps need only the fifty best candidates of each kind, so a row is sorted only where candidates tie; SparseGPT as
-the starting mask really uses its Hessian, and corrects the weights for the refined mask.
+the starting mask really uses its Hessian, and corrects the weights for the refined mask; on its n:m masks, too, weights
+are pruned by the lowest Wanda score (theirs: w^2 over the diagonal of the inverse Hessian).
 The threshold is in units of s, so its meaning depends on the sequence length, as in the paper.
 
 One block of the model is in memory at a time, with propagation also its dense self. A finished block on disk is the
@@ -42,7 +43,7 @@ import math
 import os
 import time
 from contextlib import nullcontext
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -213,8 +214,9 @@ def swap_refine(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = 
         w, mask = W[rows], keep[rows]
         g = torch.where(mask, 0, w) @ G if goal is None else goal[rows] - torch.where(mask, w, 0) @ G
         slope, square = torch.where(mask, 2 * w, -2 * w), w.square() * G.diagonal()
-        left = torch.full_like(rows, w.shape[1] if max_swaps is None else max_swaps)
-        least = 1e-6 * square.amax(1)  # a smaller gain is rounding
+        left, most = torch.full_like(rows, w.shape[1] if max_swaps is None else max_swaps), square.amax(1)
+        # a smaller gain is rounding, of the largest weights, but not of the few whose inputs are gigantic
+        least = 1e-6 * (1e4 * square.median(1)[0]).clamp(1e-3 * most, most)
         square = torch.where(torch.stack([mask, ~mask]), square, torch.inf)  # inf: not to be pruned, not to be grown
         while len(rows):
             price = torch.addcmul(square, slope, g)  # [2, rows, in]: of pruning or growing one weight and no other
@@ -271,26 +273,15 @@ def entries(G, i, j):
     return G.flatten().index_select(0, at.view(-1)).view(at.shape)
 
 
-def lowest(x, k):
-    """The columns of the k smallest entries of each row of x [rows, width], in order. To sort fewer entries, a row is
-    cut into width / 16 sets of 16 columns: the k smallest lie in the k sets with the smallest minima."""
-    rows, width = x.shape
-    if width % 16 or width < 64 * k:
-        return x.topk(k, dim=1, largest=False)[1]
-    first = x.view(rows, 16, -1).amin(1).topk(k, dim=1, largest=False)[1]
-    among = (first[:, :, None] + torch.arange(0, width, width // 16, device=x.device)).flatten(1)
-    return among.gather(1, x.gather(1, among).topk(k, dim=1, largest=False)[1])
-
-
 def _candidates(price, keep, candidates, pattern):
     """The weights of each row that may be pruned and grown for each other [rows, groups, a] and [rows, groups, b]:
     those with the lowest price, as one group, or the most promising groups of a pattern."""
     rows, width = keep.shape
     if pattern is None:  # a side that has fewer is filled up with others, which _swap_round leaves alone
-        return [lowest(side, min(candidates, width))[:, None] for side in price]
+        return [side.topk(min(candidates, width), dim=1, largest=False)[1][:, None] for side in price]
     n, m = pattern
-    promise = reduce(torch.minimum, price.unflatten(2, (-1, m)).unbind(3)).sum(0)  # a group's best of each side
-    group = lowest(promise, min(max(1, candidates // n), width // m))  # [rows, groups]
+    promise = price.unflatten(2, (-1, m)).amin(3).sum(0)  # a group's best of each side
+    group = promise.topk(min(max(1, candidates // n), width // m), dim=1, largest=False)[1]  # [rows, groups]
     group = group[:, :, None].expand(-1, -1, m)
     member = group * m + keep.view(rows, -1, m).gather(1, group).long().argsort(-1)  # the pruned ones first
     return member[:, :, m - n:], member[:, :, :m - n]
@@ -299,18 +290,22 @@ def _candidates(price, keep, candidates, pattern):
 CHUNK = 2**26  # numbers of the equations that refit solves at a time
 
 
-def refit_weights(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = None, damp: float = 1e-4,
-                  chunk: int = CHUNK) -> Tensor:
+def refit_weights(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = None, damp: float = 1e-4) -> Tensor:
     """The weights that give the least squared error for a mask [out, in]: on each row's kept weights k they solve
-    G_kk u = (G w)_k, or goal_k with `goal` [out, in] as in swap_refine. damp: added to G's diagonal, times its mean.
-    Batched Cholesky over rows with at most `chunk` numbers of G_kk at a time."""
+    G_kk u = (G w)_k, or goal_k with `goal` [out, in] as in swap_refine. damp: added to G's diagonal, times its mean; in
+    rows for which that is too little in float32, a hundred times as much. Batched Cholesky over rows."""
     W, G = W.float(), damped(gram.float(), damp)
     goal, new = W @ G if goal is None else goal.float(), torch.zeros_like(W)
     for count in keep.sum(1).unique().tolist():  # rows that keep equally many are solved together
         same = (keep.sum(1) == count).nonzero()[:, 0]
-        for rows in same.split(max(1, chunk // max(1, count * count))) if count else ():
+        for rows in same.split(max(1, CHUNK // max(1, count * count))) if count else ():
             k = keep[rows].nonzero()[:, 1].view(-1, count)
-            L = torch.linalg.cholesky(entries(G, k[:, :, None], k[:, None, :]))
+            G_kk = entries(G, k[:, :, None], k[:, None, :])
+            L, failed = torch.linalg.cholesky_ex(G_kk)
+            if failed.any():
+                again = failed > 0
+                more = 100 * damp * gram.diagonal().float().mean() * torch.eye(count, device=W.device)
+                L[again] = torch.linalg.cholesky(G_kk[again] + more)
             new[rows[:, None], k] = torch.cholesky_solve(goal[rows[:, None], k][:, :, None], L)[:, :, 0]
     return new
 
@@ -599,20 +594,21 @@ def held_states(nsamples, seqlen, layers, aims, allocate):
 
 
 def allocation(model, where, hidden, sparsity, kind):
-    """{layer's name: the share of it to prune}, over all weights `sparsity`, from one pass of `hidden`, batches
-    [sequences, tokens, C], through the dense model. where: (rope, positions) for `steps`; kind:
+    """{layer's name: the share of it to prune}, over all weights `sparsity` (but for what keep_mask rounds down in each
+    layer), from one pass of `hidden`, batches [sequences, tokens, C], through the dense model. where: (rope, positions)
+    for `steps`; kind:
     "owl"          a block's share falls linearly from sparsity + 0.08, of the block with the fewest outliers, to
                    sparsity - 0.08; then all are moved to the right mean. An outlier is a Wanda score above 5 times the
                    block's mean (Yin et al. 2024, arXiv 2310.05175)
     "sensitivity"  each layer alone is pruned by Wanda; its damage is the KL divergence of the model's output on up to
-                   2048 tokens of the first batch (one window, if that is longer). For other shares it is scaled by
-                   the layer's squared error, known from the Wanda scores. Of the shares within 0.1 of `sparsity` those
-                   with the least total damage are taken."""
+                   2048 tokens of each process's first batch (one window, if that is longer). For other shares it is
+                   scaled by the layer's squared error, known from the Wanda scores. Of the shares within 0.1 of
+                   `sparsity` those with the least total damage are taken."""
     names = [f"model.layers.{i}.{name}" for i, block in enumerate(model.model.layers) for name in prunable(block)]
     if kind == "uniform":
         return dict.fromkeys(names, sparsity)
     hidden = list(hidden)
-    grid = torch.arange(max(0.0, sparsity - 0.1), min(MOST, sparsity + 0.1), 0.01, dtype=torch.double)
+    grid = torch.arange(max(0.0, sparsity - 0.1), min(MOST + 0.005, sparsity + 0.1), 0.01, dtype=torch.double)
     seqlen, trials, outliers, growth, sizes = hidden[0].shape[1], [], [], [], []
     probe = hidden[0][:probe_tokens(seqlen) // seqlen]
     for i in tqdm(range(model.config.num_hidden_layers), desc="allocating", unit="block", leave=False, disable=None):
@@ -877,6 +873,8 @@ def prune_and_measure(args, folder, config, amount, passes):
     same = {option: getattr(args, option) for option in ("calib", "nsamples", "seqlen", "seed")}
     same |= dict(model=str(source.folder.resolve()), pattern=args.pattern,
                  files=versions([*source.paths, args.calib]))
+    if args.allocate == "sensitivity" and processes()[1] > 1:
+        same["processes"] = processes()[1]  # each looks at tokens of its own, so others would find other shares
     room = 0
     for _, place, how in passes[1:]:
         writer = CheckpointWriter(place, config.raw, source.folder, keep=how | same)  # refuses a folder it can't fill
@@ -887,6 +885,8 @@ def prune_and_measure(args, folder, config, amount, passes):
     check_disk(Path(args.out), room, args.out)
     shared = Path(args.data).resolve() == Path(args.calib).resolve()
     split = args.split if args.data in SOURCES or shared else None  # a file of its own is read whole
+    if split is None and args.split != "test":
+        raise InputError(f"--split {args.split} is of a named text, but --data {args.data} is a file, read whole")
     ids = evaluation_ids(args.data, split, tokenizer, args.seqlen)
     data = f"the last tenth of {args.data}" if shared and args.data not in SOURCES else args.data
     calibration = calibration_windows(args.calib, tokenizer, args.nsamples, args.seqlen, args.seed)
@@ -923,6 +923,8 @@ def main():
         method = {name: getattr(args, name) for name in METHOD}
         method |= dict(pattern=args.pattern and parse_pattern(args.pattern))
         plain = method | dict(refine="none", refit=False, propagate=False)
+        if args.compare and plain == method:
+            raise InputError("--compare prunes once more without refinement, and there is none: leave it out")
         if args.dry_run:
             return dry_run(args, config, amount, [method] + [plain] * args.compare)
         out = Path(os.path.normpath(args.out))  # "missing/.." is where it will be written

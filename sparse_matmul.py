@@ -6,8 +6,8 @@ i0 < i1 in four bits:
     group        0.0   1.5   0.0  -2.0          values  1.5 -2.0            two numbers instead of four
     place          0     1     2     3          nibble  i0 | i1 << 2 = 1 | 3 << 2 = 0b1101
 
-A group with fewer than two non-zeros is filled up with zeros, each at a place of its own (a pruned -0.0 comes back as
-0.0; everything else comes back bit for bit). For W [N, K] with K a multiple of 16, little-endian and without padding:
+A group with fewer than two non-zeros is filled up with zeros, each at a place of its own (a pruned -0.0 may come back
+as 0.0; everything else comes back bit for bit). For W [N, K], K a multiple of 16, little-endian and without padding:
 
     values  [N, K/2]   dtype of W   group g of a row has v0 at 2g and v1 at 2g + 1
             [N, K/2]   int8         the same order, 8-bit:  W = value * scale

@@ -4,6 +4,7 @@ The text is a list `hidden` of hidden states [sequences, tokens, C]. A step (a b
 each of them; while it runs, `watch` sees the input of every linear layer, which `InputStats` sum up.
 """
 
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -64,18 +65,15 @@ def add_product(total, a, b):
     return a.float().T @ b.float() if total is None else total.addmm_(a.float().T, b.float())
 
 
-class watch:
-    """Context: while it is open, `seen(name, x)` is called for the input x [sequences, tokens, in] of each layer."""
-
-    def __init__(self, linears, seen):
-        self.linears, self.seen = linears, seen
-
-    def __enter__(self):
-        self.hooks = [layer.register_forward_pre_hook(lambda _, inputs, name=name: self.seen(name, inputs[0]))
-                      for name, layer in self.linears.items()]
-
-    def __exit__(self, *_):
-        for hook in self.hooks:
+@contextmanager
+def watch(linears, seen):
+    """While it is open, `seen(name, x)` is called for the input x [sequences, tokens, in] of each layer."""
+    hooks = [layer.register_forward_pre_hook(lambda _, inputs, name=name: seen(name, inputs[0]))
+             for name, layer in linears.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
             hook.remove()
 
 

@@ -88,7 +88,8 @@ def merge(rows):
     deviation); where other options differ, the method is named with them; none is shown twice if two files hold it."""
     def alike(row, other):
         a, b = row["perplexity"], other["perplexity"]
-        return (a == b or bool(a and b) and math.isclose(a, b, rel_tol=1e-5)) and row.get("tasks") == other.get("tasks")
+        close = a == b or bool(a and b) and (math.isclose(a, b, rel_tol=1e-5) or math.isnan(a) and math.isnan(b))
+        return close and row.get("tasks") == other.get("tasks")
 
     methods, groups, merged = {}, {}, []
     for row in rows:

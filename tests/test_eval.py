@@ -174,6 +174,8 @@ def test_table(tmp_path):
                                         ("AST", 7.0, [])], allocate="uniform")]
     changes = [line.split("|")[6].strip() for line in table(merge([row for path in more for row in read_rows(path)]))
                .split("\n")[2:]]
+    ruined = read_rows(result_file(tmp_path, "g", [dense, ("wanda", float("nan"), [])]))
+    assert len(merge(ruined + ruined)) == 2  # NaN is no number, but the same one twice is one row
     assert changes == ["", "", "", "", "-25.0%", "-10.0%"]  # AST, AST + SLoRB, Wanda and with owl, swaps and with owl
     rows[-1]["tasks"] = {"rte": dict(acc=0.5, acc_stderr=0.1)}
     for kind, start in ("png", b"\x89PNG"), ("svg", b"<?xml"):
