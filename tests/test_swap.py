@@ -33,6 +33,16 @@ def swap_case(seed, amount, with_cross, **layer):
     return W, inputs, z, stats.gram, goal, keep_mask(wanda_score(W, stats), **amount)
 
 
+@pytest.mark.parametrize("width", [30, 1000, 1024, 2048])
+def test_lowest_is_topk(width):
+    """Would catch columns that the search in two steps overlooks, and rows that have fewer than k to offer."""
+    x = torch.randn(40, width, generator=torch.Generator().manual_seed(width))
+    x[:20, torch.randperm(width)[:width - 5]] = torch.inf
+    found = dsnot.lowest(x, 16)
+    assert torch.equal(x.gather(1, found), x.topk(16, dim=1, largest=False)[0])
+    assert all(len(set(row)) == 16 for row in found.tolist())
+
+
 @pytest.mark.parametrize("amount", AMOUNTS)
 @pytest.mark.parametrize("with_cross", [False, True])
 def test_swaps_end_where_no_swap_helps(amount, with_cross):
