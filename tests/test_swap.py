@@ -116,11 +116,11 @@ def test_swaps_of_uneven_rows():
 def test_refit_of_inputs_that_are_nearly_alike():
     """Would catch a run that ends where float32 finds no Cholesky factor for some rows: they are damped more."""
     W, _ = random_layer(6, rows=4, width=2048, tokens=8)
-    gram = torch.full((2048, 2048), 1e3)
+    gram = torch.full((2048, 2048), 1e3) - 5 * torch.eye(2048)  # not positive, as rounding may leave it
     keep = torch.ones_like(W, dtype=torch.bool)
     keep[0, 1:], keep[1, 1000:] = False, False
-    new = dsnot.refit_weights(W, keep, gram, damp=1e-5)
-    assert torch.linalg.cholesky_ex(dsnot.damped(gram, 1e-5))[1] > 0
+    new = dsnot.refit_weights(W, keep, gram, damp=1e-3)
+    assert torch.linalg.cholesky_ex(dsnot.damped(gram, 1e-3))[1] > 0
     assert new.isfinite().all() and torch.equal(new != 0, keep)
     assert dsnot.relative_error(W, new, gram) < 1e-3
 
