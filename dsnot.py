@@ -58,7 +58,7 @@ from data.command import InputError, at_least, check_disk, parser, record, run, 
 from data.device import free_memory, timed
 from data.hub import model_folder
 from data.processes import add_up, process_group, processes, say, wait
-from data.text import SOURCES, evaluation_ids, usual_text
+from data.text import SOURCES, evaluation_ids, split_of, usual_text
 from eval import perplexity
 from gpt import GPT, Block, Config, prunable, rotary
 from results.compare import method_of, percent, propagates
@@ -214,7 +214,8 @@ def swap_refine(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = 
         w, mask = W[rows], keep[rows]
         g = torch.where(mask, 0, w) @ G if goal is None else goal[rows] - torch.where(mask, w, 0) @ G
         slope, square = torch.where(mask, 2 * w, -2 * w), w.square() * G.diagonal()
-        left, most = torch.full_like(rows, w.shape[1] if max_swaps is None else max_swaps), square.amax(1)
+        left = torch.full_like(rows, w.shape[1] if max_swaps is None else max_swaps)
+        most = square.amax(1)
         # a smaller gain is rounding, of the largest weights, but not of the few whose inputs are gigantic
         least = 1e-6 * (1e4 * square.median(1)[0]).clamp(1e-3 * most, most)
         square = torch.where(torch.stack([mask, ~mask]), square, torch.inf)  # inf: not to be pruned, not to be grown
@@ -311,12 +312,10 @@ def refit_weights(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None 
         same = (keep.sum(1) == count).nonzero()[:, 0]
         for rows in same.split(max(1, CHUNK // max(1, count * count))) if count else ():
             k = keep[rows].nonzero()[:, 1].view(-1, count)
-            G_kk = entries(G, k[:, :, None], k[:, None, :])
-            L, failed = torch.linalg.cholesky_ex(G_kk)
-            if failed.any():
-                again = failed > 0
-                more = 100 * damp * gram.diagonal().float().mean() * torch.eye(count, device=W.device)
-                L[again] = torch.linalg.cholesky(G_kk[again] + more)
+            L, failed = torch.linalg.cholesky_ex(entries(G, k[:, :, None], k[:, None, :]))
+            if (again := failed > 0).any():
+                more, j = damped(gram.float(), 100 * damp), k[again]
+                L[again] = torch.linalg.cholesky(entries(more, j[:, :, None], j[:, None, :]))
             new[rows[:, None], k] = torch.cholesky_solve(goal[rows[:, None], k][:, :, None], L)[:, :, 0]
     return new
 
@@ -766,7 +765,10 @@ def check(args, config, text):
     args.seqlen = args.seqlen or config.window_length()
     usual = propagates(method_of(vars(args)))
     args.propagate = usual if args.propagate is None else args.propagate
-    args.compare = text is not None and (args.refit or args.refine != "none") if args.compare is None else args.compare
+    refined = args.refit or args.refine != "none"
+    if args.compare and not (refined or args.propagate):
+        raise InputError("--compare prunes once more without refinement, and there is none: leave it out")
+    args.compare = text is not None and refined if args.compare is None else args.compare
     amount = args.pattern or percent(args.sparsity)
     name = [Path(args.model).name, args.score, args.refine + "+refit" * args.refit,
             amount.replace(":", "of").rstrip("%"), *[args.allocate] * (args.allocate != "uniform"),
@@ -895,9 +897,7 @@ def prune_and_measure(args, folder, config, amount, passes):
                 say(f"note: {place} holds a finished run with other options or texts, which will be replaced")
     check_disk(Path(args.out), room, args.out)
     shared = Path(args.data).resolve() == Path(args.calib).resolve()
-    split = args.split if args.data in SOURCES or shared else None  # a file of its own is read whole
-    if split is None and args.split != "test":
-        raise InputError(f"--split {args.split} is of a named text, but --data {args.data} is a file, read whole")
+    split = args.split if shared else split_of(args.data, args.split)
     ids = evaluation_ids(args.data, split, tokenizer, args.seqlen)
     data = f"the last tenth of {args.data}" if shared and args.data not in SOURCES else args.data
     calibration = calibration_windows(args.calib, tokenizer, args.nsamples, args.seqlen, args.seed)
@@ -934,8 +934,6 @@ def main():
         method = {name: getattr(args, name) for name in METHOD}
         method |= dict(pattern=args.pattern and parse_pattern(args.pattern))
         plain = method | dict(refine="none", refit=False, propagate=False)
-        if args.compare and plain == method:
-            raise InputError("--compare prunes once more without refinement, and there is none: leave it out")
         if args.dry_run:
             return dry_run(args, config, amount, [method] + [plain] * args.compare)
         out = Path(os.path.normpath(args.out))  # "missing/.." is where it will be written

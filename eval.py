@@ -36,7 +36,7 @@ from data import load_tokenizer, windows
 from data.command import InputError, at_least, parser, record, run, start, what_keeps_from_writing
 from data.device import free_memory
 from data.tasks import SEVEN, TASKS, encode_pair, load_task
-from data.text import SOURCES, evaluation_ids, usual_text
+from data.text import SOURCES, evaluation_ids, split_of, usual_text
 from gpt import GPT, rotary
 from results.compare import compare, read_rows
 
@@ -246,8 +246,8 @@ def check(args):
         raise InputError(f"--plot {args.plot} must end in .png or .svg")
     if args.plot and (obstacle := what_keeps_from_writing(args.plot)):
         raise InputError(f"--plot {args.plot} can't be written: {obstacle}")
-    if args.data and args.data not in SOURCES and args.split != "test":
-        raise InputError(f"--split {args.split} is of a named text, but --data {args.data} is a file, read whole")
+    if args.data:
+        split_of(args.data, args.split)
     for name, given in ("seqlen", args.seqlen), ("split", args.split != "test"):
         if given and not args.data and (args.tasks is not None or args.speed):
             raise InputError(f"--{name} {getattr(args, name)} is for perplexity: it needs --data")
@@ -271,7 +271,7 @@ def main():
     row, results = describe(model, args.model) if args.json else {}, {}  # it reads every block once
     if args.data or (args.tasks is None and not args.speed):
         seqlen = args.seqlen or model.config.window_length()
-        ids = evaluation_ids(data, args.split if data in SOURCES else None, tokenizer, seqlen)  # a file is read whole
+        ids = evaluation_ids(data, split_of(data, args.split), tokenizer, seqlen)
         begin = time.perf_counter()
         row["perplexity"] = perplexity(model, ids, seqlen, args.batch, progress=True)
         tokens = len(ids) // seqlen * seqlen

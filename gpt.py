@@ -93,7 +93,8 @@ class Config:
             raise InputError(f"config.json: model_type {raw.get('model_type')!r} is not supported "
                              f"({', '.join(FAMILIES)} are)")
         ours = FAMILIES[raw["model_type"]](raw)
-        said = {"hidden_act": "silu", **raw, "use_sliding_window": False, **ours}  # in LLaMA's words
+        no_windows = dict(use_sliding_window=False, layer_types=None)
+        said = {"hidden_act": "silu", **raw, **no_windows, **ours}  # in LLaMA's words
         heads, layers, bias = said["num_attention_heads"], said["num_hidden_layers"], said.get("attention_bias", False)
         check_whole("num_hidden_layers", layers, 5)  # before lists of so many are made
         rope = dict(said.get("rope_scaling") or said.get("rope_parameters") or {})
@@ -559,26 +560,27 @@ class GPT(nn.Module):
 
 def qwen(raw):
     return dict(first_sliding_layer=raw.get("max_window_layers", 28), sliding_window=raw.get("sliding_window", 4096),
-                use_sliding_window=raw.get("use_sliding_window", False),
+                use_sliding_window=raw.get("use_sliding_window", False), layer_types=raw.get("layer_types"),
                 num_key_value_heads=raw.get("num_key_value_heads", 32), mlp_bias=False)
 
 
 FAMILIES = {  # by model_type: what a config.json says, in LLaMA's words and in the fields of Config
-    "llama": lambda raw: dict(layer_types=None),
+    "llama": lambda raw: {},
     "mistral": lambda raw: dict(
         use_sliding_window=True, sliding_window=raw.get("sliding_window", 4096), first_sliding_layer=0,
-        num_key_value_heads=raw.get("num_key_value_heads", 8), attention_bias=False, mlp_bias=False),
+        layer_types=raw.get("layer_types"), num_key_value_heads=raw.get("num_key_value_heads", 8),
+        attention_bias=False, mlp_bias=False),
     "qwen2": lambda raw: dict(qkv_bias=True, attention_bias=False, **qwen(raw)),
     "qwen3": lambda raw: dict(qk_norm=True, head_dim=raw.get("head_dim", 128), **qwen(raw)),
     "opt": lambda raw: dict(
         intermediate_size=raw["ffn_dim"], hidden_act=raw.get("activation_function", "relu"), gated=False,
         rms_norm_eps=1e-5, attention_bias=raw.get("enable_bias", True), mlp_bias=raw.get("enable_bias", True),
-        layer_norm=True, post_norm=not raw.get("do_layer_norm_before", True), layer_types=None,
+        layer_norm=True, post_norm=not raw.get("do_layer_norm_before", True),
         positions=raw["max_position_embeddings"], position_offset=2, embed_size=raw.get("word_embed_proj_dim"),
         num_key_value_heads=None, head_dim=None, tie_word_embeddings=raw.get("tie_word_embeddings", True)),
     "gpt2": lambda raw: dict(
         hidden_size=raw["n_embd"], intermediate_size=raw.get("n_inner") or 4 * raw["n_embd"], gated=False,
-        num_hidden_layers=raw["n_layer"], num_attention_heads=raw["n_head"], layer_types=None,
+        num_hidden_layers=raw["n_layer"], num_attention_heads=raw["n_head"],
         hidden_act=raw.get("activation_function", "gelu_new"), rms_norm_eps=raw.get("layer_norm_epsilon", 1e-5),
         attention_bias=True, mlp_bias=True, layer_norm=True, positions=raw["n_positions"], num_key_value_heads=None,
         head_dim=None, tie_word_embeddings=raw.get("tie_word_embeddings", True)),

@@ -75,6 +75,16 @@ def load_text(source, split=None):
     return text
 
 
+def split_of(source, split):
+    """The split of a source that perplexity is measured on: None of a file, which is read whole. Raises InputError
+    where one of a file is asked for ("test" is what nobody asked for)."""
+    if source in SOURCES:
+        return split
+    if split != "test":
+        raise InputError(f"--split {split} is of a named text, but --data {source} is a file, read whole")
+    return None
+
+
 def evaluation_ids(source, split, tokenizer, seqlen):
     """The ids of the text that perplexity is measured on: of C4 the first 256 windows, as the papers do, else all."""
     ids = tokenizer.encode(load_text(source, split))

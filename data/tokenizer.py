@@ -37,6 +37,12 @@ def small_files(folder):
     return said, {role: content(said[role]) for role in ROLES if said.get(role)}
 
 
+def added_tokens(folder, config):
+    """{id: what it looks like and its other properties} of the tokens that small files add to a model's own."""
+    added = {i: dict(content=token, normalized=True) for token, i in read_json(folder / "added_tokens.json").items()}
+    return added | {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
+
+
 class SentencePiece:
     """`tokenizer.model`. BOS comes first unless tokenizer_config.json says otherwise; "<s>" in a text is plain text,
     but tokens that the folder adds to the model's are recognised."""
@@ -53,9 +59,7 @@ class SentencePiece:
         if config.get("add_prefix_space") is False or roles.get("bos_token", begin) != begin:
             raise InputError(f"{path} begins a text otherwise than tokenizer_config.json asks (add_prefix_space, "
                              f"bos_token): add the model's tokenizer.json")
-        added = {content(token): int(i) for i, token in config.get("added_tokens_decoder", {}).items()}
-        added |= read_json(path.with_name("added_tokens.json"))
-        self.added = {token: i for token, i in added.items() if i >= own}
+        self.added = {token["content"]: i for i, token in added_tokens(path.parent, config).items() if i >= own}
         self.cut = re.compile("|".join(map(re.escape, sorted(self.added, key=len, reverse=True))) or "(?!)")
         self.vocab_size = max([own, *(i + 1 for i in self.added.values())])
         self.end = [eos] if eos >= 0 else []
@@ -101,9 +105,8 @@ class HubTokenizer:
 def add_tokens(model, folder, config, roles):
     """Let a `tokenizers` model recognise the tokens that a folder's small files add to its own."""
     from tokenizers import AddedToken
-    more = {i: AddedToken(token, normalized=True) for token, i in read_json(folder / "added_tokens.json").items()}
-    more |= {int(i): AddedToken(**token) for i, token in config.get("added_tokens_decoder", {}).items()}
-    for i, token in sorted(more.items()):
+    for i, token in sorted(added_tokens(folder, config).items()):
+        token = AddedToken(**token)
         (model.add_special_tokens if token.special else model.add_tokens)([token])
         if model.token_to_id(token.content) != i:
             raise InputError(f"{folder}: the added token {token.content!r} is to be {i}, but the vocabulary makes it "
