@@ -65,7 +65,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data import load_tokenizer, windows
 from data.calibration import InputStats, watch
-from data.checkpoint import CheckpointWriter, alone_in, noted
+from data.checkpoint import CheckpointWriter, alone_in, noted, pruned_here
 from data.command import InputError, Parser, parser, record, run, versions, write_atomically
 from data.device import fast_in_bf16
 from data.hub import model_folder
@@ -375,7 +375,7 @@ def first_weights(args, calibration):
 
 def one_shot_run(args, model, method):
     """What tells a model that `prune` makes here from others."""
-    run = {name: str(getattr(args, name)) for name in ("model", "data", "seqlen", "seed")}
+    run = {"command": "ast_train.py"} | {name: str(getattr(args, name)) for name in ("model", "data", "seqlen", "seed")}
     run |= dict(pattern=None if args.sparsity else args.pattern, sparsity=args.sparsity) | method
     return run | {"files": versions([*model.source.paths, *text_files(args)])}
 
@@ -409,8 +409,9 @@ def set_up(model, args, checkpoint_activations=False):
     return fully_shard(model, **fsdp) if spread else model
 
 
-def save_model(folder, model, source):
+def save_model(folder, model, source, made):
     """Write the student as a Hugging Face folder in the dtypes of its dense checkpoint `source`; pruned weights are 0.
+    made: a dict that names the run.
 
     SLoRB's S and X stand beside each weight. `transformers` does not know them; there, add them to the weights, with k
     the "slorb_k" of config.json:      weight += slorb_S.repeat_interleave(k, 1) * slorb_X
@@ -425,7 +426,8 @@ def save_model(folder, model, source):
             if dist.get_rank() == 0:
                 tensors[name] = value.to("cpu", source.stored(like))
     if dist.get_rank() == 0:
-        with CheckpointWriter(folder, model.config.raw | ({"slorb_k": k} if k else {}), source.folder) as out:
+        raw = model.config.raw | ({"slorb_k": k} if k else {})
+        with CheckpointWriter(folder, raw, source.folder, keep=made, goes_on=False) as out:
             out.write("model.safetensors", tensors)
 
 
@@ -477,9 +479,15 @@ def train(method, args, begin, mixture, held_out, calibration):
     optimizer = AnnealedAdamW(student, args.lr)
     mean = {name: W.detach().clone() for name, W in student.named_parameters()} if args.average else {}
     average_from = args.steps - round(args.average * args.steps)
-    state = load_state(work, student, optimizer, mean, options)
+    state = load_state(work, student, optimizer, mean, options, args.steps)
+    made, saved = {"command": "ast_train.py", "method": method} | options, Path(args.out) / method
+    if (there := noted(saved / "run.json")) != made and state["step"]:
+        raise InputError(f"{saved} is not the model that the training in {work} has saved: bring that back, or delete "
+                         f"{work} to train anew")
+    if there not in (None, made):
+        say(f"note: {saved} holds a model of another training, which will be replaced")
     if state["step"] < args.steps:
-        check_room(work, student, mean, Path(args.out) / method, source.size())
+        check_room(work, student, mean, saved, source.size())
     rank, world = dist.get_rank(), dist.get_world_size()
     started, first = time.perf_counter(), state["step"]
     if args.device.startswith("cuda"):
@@ -526,8 +534,8 @@ def train(method, args, begin, mixture, held_out, calibration):
                 if args.device.startswith("cuda"):
                     state["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
                 if best:
-                    save_model(Path(args.out) / method, student, source)
-            save_state(work, student, optimizer, mean, state)
+                    save_model(saved, student, source, made)
+            save_state(work, student, optimizer, mean, state, finished=done == args.steps)
     return state
 
 
@@ -651,7 +659,7 @@ def check(args):
         raise InputError(f"--methods {' '.join(args.methods)} names one twice")
     if (out / "config.json").is_file():
         raise InputError(f"--out {args.out} is a model: give a folder to hold the models that are trained")
-    ours = ["*.training", *(f"{name}*/run.json" for name in ["start", *args.methods])]  # a state, a model's mark
+    ours = ["curve.png", "*.training", *(f"{name}*/run.json" for name in ["start", *args.methods])]
     if out.is_dir() and any(out.iterdir()) and not any(found for pattern in ours for found in out.glob(pattern)):
         raise InputError(f"--out {args.out} exists and holds no training of this program: choose another output folder")
     if args.start_from == "swap" and args.methods == ["dense"]:
@@ -706,7 +714,7 @@ def train_all(args, held):
     folder = model_folder(args.model)
     config, tokenizer = Config.read(folder), load_tokenizer(folder)
     for method in args.methods:
-        CheckpointWriter(Path(args.out) / method, config.raw, folder)  # refuses a folder that it can't fill
+        CheckpointWriter(Path(args.out) / method, config.raw, folder, keep={"command": "ast_train.py"}, goes_on=False)
     mixture, held_out, calibration = texts(args, tokenizer)
     test_ids = (evaluation_ids(args.eval_data, "test", tokenizer, args.seqlen) if args.eval_data in SOURCES
                 else tokens(args.eval_data, tokenizer, "test"))
@@ -715,7 +723,7 @@ def train_all(args, held):
                          f"processes: give a longer text or a smaller --seqlen")
     say(f"{mixture.tokens:,} tokens of training text, {args.steps * args.batch * args.seqlen:,} will be read "
         f"in windows of {args.seqlen} tokens{config.remark(args.seqlen)}")
-    if (folder / "pruning.json").is_file():
+    if pruned_here(folder):
         say(f"note: {args.model} has been pruned before; it is what is called dense here")
     held.enter_context(alone_in(Path(args.out)) if dist.get_rank() == 0 else nullcontext())
     begin, runs = first_weights(args, calibration), {}

@@ -53,7 +53,7 @@ from tqdm import tqdm
 
 from data import calibration_windows, load_tokenizer, windows
 from data.calibration import InputStats, input_stats, move, place_for, readers, steps
-from data.checkpoint import CheckpointWriter, noted, shard
+from data.checkpoint import CheckpointWriter, noted, pruned_here, shard
 from data.command import InputError, at_least, check_disk, parser, record, run, versions, write_atomically
 from data.device import free_memory, timed
 from data.hub import model_folder
@@ -550,6 +550,7 @@ def prune(model, windows, out, run, *, batch=8, propagate=False, sparsity=None, 
     states = held_states(*windows.shape, layers, aims, allocate)
     home = place_for(model.config, states, torch.device(device), model.place["dtype"])
     writer = CheckpointWriter(out, model.config.raw, source.folder, keep=run)
+    wait()  # everybody has looked at the folder, which the first one now fills
     with writer if rank == 0 else nullcontext():
         if rank == 0:
             check_disk(writer.partial, writer.missing(source.size()), out)
@@ -885,16 +886,16 @@ def prune_and_measure(args, folder, config, amount, passes):
     source.check_dense()
     same = {option: getattr(args, option) for option in ("calib", "nsamples", "seqlen", "seed")}
     same |= dict(model=str(source.folder.resolve()), pattern=args.pattern,
-                 files=versions([*source.paths, args.calib]))
+                 files=versions([*source.paths, args.calib]), command="dsnot.py")
     if args.allocate == "sensitivity" and processes()[1] > 1:
         same["processes"] = processes()[1]  # each looks at tokens of its own, so others would find other shares
-    room = 0
+    room, notes = 0, []
     for _, place, how in passes[1:]:
         writer = CheckpointWriter(place, config.raw, source.folder, keep=how | same)  # refuses a folder it can't fill
-        if (before := noted(Path(place) / "run.json")) != how | same:
+        if noted(Path(place) / "run.json") != how | same:
             room += writer.missing(source.size())
-            if before:
-                say(f"note: {place} holds a finished run with other options or texts, which will be replaced")
+        if writer.replaces:
+            notes.append(f"{place} holds a finished run with other options or texts, which will be replaced")
     check_disk(Path(args.out), room, args.out)
     shared = Path(args.data).resolve() == Path(args.calib).resolve()
     split = args.split if shared else split_of(args.data, args.split)
@@ -904,11 +905,13 @@ def prune_and_measure(args, folder, config, amount, passes):
     say(f"{args.model}: {amount} pruned, calibration {args.nsamples} x {args.seqlen} tokens of {args.calib}, "
         f"perplexity on {data} ({len(windows(ids, args.seqlen))} windows of {args.seqlen} tokens"
         f"{config.remark(args.seqlen)})")
-    if (source.folder / "pruning.json").is_file():
-        say(f"note: {args.model} has been pruned before; it is what is called dense here")
+    if pruned_here(source.folder):
+        notes.append(f"{args.model} has been pruned before; it is what is called dense here")
     if (args.refit or args.score == "sparsegpt") and calibration.numel() < config.intermediate_size:
-        say(f"note: weights are fitted to {calibration.numel()} tokens of calibration text, fewer than the "
-            f"{config.intermediate_size} inputs of a layer: give more --nsamples, or other texts suffer")
+        notes.append(f"weights are fitted to {calibration.numel()} tokens of calibration text, fewer than the "
+                     f"{config.intermediate_size} inputs of a layer: give more --nsamples, or other texts suffer")
+    for note in notes:
+        say(f"note: {note}")
 
     say(f"\n{'method':<24}{'sparsity':>10} {'perplexity':>13} {'seconds':>9}")
     rows = []

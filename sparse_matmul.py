@@ -47,7 +47,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data.checkpoint import CheckpointWriter, shard
-from data.command import InputError, parser, record, run, start
+from data.command import InputError, parser, record, run, start, versions
 from data.hub import model_folder
 from gpt import GPT, Block, prunable, slorb
 
@@ -355,7 +355,11 @@ def save_compressed(model: str, folder, bits: int | None = None) -> dict:
     source, count = on_disk.source, on_disk.config.num_hidden_layers
     if source.compressed:
         raise InputError(f"{model} is compressed already")
-    with CheckpointWriter(folder, source.raw, source.folder) as out:
+    made = dict(command="sparse_matmul.py", model=str(source.folder.resolve()), bits=bits, files=versions(source.paths))
+    out = CheckpointWriter(folder, source.raw, source.folder, keep=made, goes_on=False)
+    if out.replaces:
+        print(f"note: {folder} holds a compressed model, which will be replaced")
+    with out:
         for i in range(count):
             with torch.device("meta"):
                 block = Block(on_disk.config, i)

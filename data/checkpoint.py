@@ -226,6 +226,11 @@ def noted(path):
     return found if isinstance(found, dict) else None
 
 
+def pruned_here(folder):
+    """Whether the model in a folder was pruned by dsnot.py or trained with masks by ast_train.py."""
+    return (folder / "pruning.json").is_file() or "ast" in (noted(folder / "run.json") or {}).get("method", "")
+
+
 def shard(i, blocks):
     """The file of block i of so many; shard(blocks, blocks) is that of everything else."""
     return f"model-{i + 1:05d}-of-{blocks + 1:05d}.safetensors"
@@ -261,11 +266,14 @@ class CheckpointWriter:
     """Writes a Hugging Face folder beside its final place; leaving the `with` block renames it, an error removes it.
 
     `keep` (a dict) identifies the run and is written as run.json. Where an interrupted run has left an unfinished
-    folder with the same one, its files are kept and `done` tells which they are. run.json stays in the finished folder:
-    a folder that lacks it was not made here and is never replaced."""
+    folder with the same one, its files are kept and `done` tells which they are (goes_on=False: they are thrown away).
+    run.json stays in the finished folder: one that lacks it was not made here and is never replaced, nor does a command
+    (keep["command"]) replace what another one has made. `replaces`: whether a finished run with another `keep` will
+    be."""
 
-    def __init__(self, folder, raw_config, tokenizer_from=None, keep=None):
+    def __init__(self, folder, raw_config, tokenizer_from=None, keep=None, goes_on=True):
         self.folder, self.raw, self.keep = Path(folder).resolve(), raw_config, keep
+        self.goes_on = goes_on and keep is not None
         self.layout = layout_of(raw_config)
         self.partial = self.folder.with_name((self.folder.name or "root") + ".partial")
         self.marker, self.tokenizer_from = self.partial / "run.json", tokenizer_from
@@ -276,7 +284,9 @@ class CheckpointWriter:
                     self.before.rename(self.folder)
             read = tokenizer_from and self.folder.exists() and self.folder.samefile(tokenizer_from)
             obstacle = f"{self.folder} is a file" if self.folder.is_file() else what_keeps_from_writing(self.folder)
-            taken = self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / "run.json").is_file()
+            there = self.folder.is_dir() and any(self.folder.iterdir())
+            mark = noted(self.folder / "run.json") if there else None
+            taken = there and not (self.folder / "run.json").is_file()
         except OSError as e:  # a name that is too long, a folder that may not be read
             raise InputError(f"can't write {folder}: {e.strerror}") from None
         if read:
@@ -285,10 +295,16 @@ class CheckpointWriter:
             raise InputError(f"can't write {folder}: {obstacle}: choose another output folder")
         if taken:
             raise InputError(f"{folder} exists and is no model that was written here: choose another output folder")
+        self.replaces, maker = there and mark != keep, (mark or {}).get("command")
+        if there and keep is not None and maker != keep.get("command"):
+            raise InputError(f"{folder} holds a model that {maker or 'another command'} has made: choose another output "
+                             f"folder, or delete it")
         if not self.marker.is_file() and self.partial.is_dir() and any(self.partial.glob("[!.]*")):
             raise InputError(f"{self.partial} is no unfinished run of this program: move it away or choose another "
                              f"output folder")
-        if keep is not None and noted(self.marker) != keep and any(self.partial.glob("*.safetensors")):
+        left = noted(self.marker) or {}
+        scrap = not goes_on and keep is not None and left.get("command") == keep.get("command")  # of a killed one
+        if keep is not None and left != keep and not scrap and any(self.partial.glob("*.safetensors")):
             raise InputError(f"{self.partial} holds the finished blocks of another run: give the options that it had, "
                              f"choose another output folder, or delete it")
 
@@ -296,7 +312,7 @@ class CheckpointWriter:
         with ExitStack() as held:
             try:
                 held.enter_context(alone_in(self.partial))
-                same = self.keep is not None and noted(self.marker) == self.keep
+                same = self.goes_on and noted(self.marker) == self.keep
                 for path in self.partial.glob(".*.partial" if same else "*"):  # same: the last file of a killed run
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
             except OSError as e:
@@ -333,7 +349,7 @@ class CheckpointWriter:
         with self.held:
             if kind is None:
                 self.finish()
-            elif self.keep is None or not any(self.partial.glob("*.safetensors")):
+            elif not self.goes_on or not any(self.partial.glob("*.safetensors")):
                 shutil.rmtree(self.partial, ignore_errors=True)
 
     def finish(self):

@@ -17,18 +17,20 @@ from data.command import InputError, check_disk
 from data.processes import say
 
 
-def save_state(work, model, optimizer, mean, state):
-    """Write what a stopped run needs to go on. It takes the place of the state before when it is complete. Raises
-    InputError where it can't be written, such as on a full disk; the state before is kept."""
+def save_state(work, model, optimizer, mean, state, finished=False):
+    """Write what a stopped run needs to go on; of a finished one that is run.json alone. It takes the place of the
+    state before when it is complete. Raises InputError where it can't be written, such as on a full disk; the state
+    before is kept."""
     final, partial = work / f"step-{state['step']:07d}", work / f"step-{state['step']:07d}.partial"
     first = dist.get_rank() == 0
     if first:
         shutil.rmtree(partial, ignore_errors=True)
     dist.barrier()
-    weights, moments = get_state_dict(model, optimizer)
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        dcp.save({"model": weights, "optimizer": moments, "mean": mean}, checkpoint_id=partial)
+        if not finished:
+            weights, moments = get_state_dict(model, optimizer)
+            dcp.save({"model": weights, "optimizer": moments, "mean": mean}, checkpoint_id=partial)
         if first:
             (partial / "run.json").write_text(json.dumps(state))
             partial.rename(final)
@@ -55,9 +57,9 @@ def check_room(work, model, mean, folder, size):
     check_disk(work, need - held, work)
 
 
-def load_state(work, model, optimizer, mean, options):
-    """The last state in `work`, loaded into model, optimizer and mean; where there is none, that of step 0.
-    Raises InputError if it belongs to a run with other options."""
+def load_state(work, model, optimizer, mean, options, steps):
+    """The last state in `work`, loaded into model, optimizer and mean if fewer than `steps` are done; where there is
+    none, that of step 0. Raises InputError if it belongs to a run with other options."""
     found = sorted(path for path in work.glob("step-*") if path.suffix != ".partial")
     first = dict(step=0, options=options, flips=[0, 0], history=[], validation=[])
     if not found:
@@ -78,6 +80,8 @@ def load_state(work, model, optimizer, mean, options):
             else:
                 told = f"with {option} {old}" + f", not {value}" * (value != "None")
             raise InputError(f"{work} holds a run {told}: give the options it had, choose another --out, or delete it")
+    if state["step"] >= steps:
+        return state
     weights, moments = get_state_dict(model, optimizer)
     logging.disable(logging.WARNING)  # PyTorch logs a traceback of what is a sentence here
     try:

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import typing
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,8 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import filesystem
 
 import ast_train
+import dsnot
+import sparse_matmul
 from ast_train import decay_at, learning_rate
 from conftest import ROOT
 from data.checkpoint import alone_in
@@ -125,15 +127,24 @@ def test_swaps_make_the_first_weights(files, tmp_path, train):
     assert (tmp_path / "start" / "model.safetensors.index.json").is_file()
 
 
-def test_a_stopped_run_ends_with_the_same_weights(tmp_path, train, monkeypatch, files):
-    def killed(step, decay, warmup_steps):
-        if step == 7:  # after the state of step 6
-            raise KeyboardInterrupt
-        return decay_at(step, decay, warmup_steps)
+@pytest.fixture
+def stopped(monkeypatch):
+    """Inside stopped(step), training is interrupted at that step."""
+    @contextmanager
+    def context(at):
+        def killed(step, decay, warmup_steps):
+            if step == at:
+                raise KeyboardInterrupt
+            return decay_at(step, decay, warmup_steps)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(ast_train, "decay_at", killed)
+            yield
+    return context
 
+
+def test_a_stopped_run_ends_with_the_same_weights(tmp_path, train, stopped, files):
     straight = train(tmp_path / "straight", "--methods", "ast-slorb", "--slorb-k", 8)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(ast_train, "decay_at", killed)
+    with stopped(7):  # after the state of step 6
         train(tmp_path / "stopped", "--methods", "ast-slorb", "--slorb-k", 8)
     work = tmp_path / "stopped" / "ast-slorb.training"
     assert [path.name for path in work.iterdir()] == ["step-0000006"]
@@ -148,12 +159,44 @@ def test_a_stopped_run_ends_with_the_same_weights(tmp_path, train, monkeypatch, 
                                  ("--model", files / "other", "another model")]:
         with pytest.raises(InputError, match=message):
             train(tmp_path / "stopped", "--methods", "ast-slorb", "--slorb-k", 8, name, value)
-    assert [path.name for path in work.iterdir()] == ["step-0000012"]
+    assert [path.name for path in work.rglob("*")] == ["step-0000012", "run.json"]  # what a finished run needs
+
+
+def test_a_model_that_is_not_the_runs_own_is_not_measured(tmp_path, train, files, monkeypatch):
+    """Would catch another command's model reported as AST's, and one that replaces hours of training."""
+    first = train(tmp_path, "--steps", 3)
+    assert train(tmp_path, "--steps", 3)["table"] == first["table"]
+    for main, options in (dsnot.main, ["--calib", files / "text.txt", "--data", files / "text.txt", "--seqlen", 32]), (
+            sparse_matmul.main, []):
+        argv = ["command.py", "--model", files / "model", "--out", tmp_path / "ast", *options]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in argv])
+        with pytest.raises(InputError, match="holds a model that ast_train.py has made"):
+            main()
+    for mark, words in [("null", "ast holds a model that another command has made"),
+                        ('{"command": "ast_train.py"}', "ast is not the model that the training in .* has saved"),
+                        (None, "ast is not the model that the training in .* has saved")]:
+        (tmp_path / "ast" / "run.json").write_text(mark) if mark else shutil.rmtree(tmp_path / "ast")
+        with pytest.raises(InputError, match=words):
+            train(tmp_path, "--steps", 3)
+    shutil.rmtree(tmp_path / "ast.training")
+    assert train(tmp_path, "--steps", 3)["table"] == first["table"]
+
+
+def test_training_replaces_its_own_older_model_with_a_note(tmp_path, train, capsys):
+    train(tmp_path, "--steps", 3)
+    shutil.rmtree(tmp_path / "ast.training")
+    train(tmp_path, "--steps", 3)
+    assert "note" not in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "ast.training")
+    train(tmp_path, "--steps", 4)
+    assert "ast holds a model of another training, which will be replaced" in capsys.readouterr().out
+    train(tmp_path / "again", "--model", tmp_path / "ast", "--steps", 1)
+    assert "has been pruned before" in capsys.readouterr().out
 
 
 def test_a_run_killed_between_its_first_model_and_its_first_state_begins_anew(tmp_path, train, monkeypatch):
     """Would catch an output folder that is taken for somebody else's because it holds a model and no state yet."""
-    def killed(*_):
+    def killed(*_, **__):
         raise KeyboardInterrupt
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(ast_train, "save_state", killed)
@@ -222,6 +265,8 @@ DRIVER = """
 import os, sys
 sys.path[:0] = [{root!r}]
 import ast_train
+import dsnot
+import sparse_matmul
 from ast_train import decay_at
 def stop(step, *rest):
     if step == 12:
@@ -364,14 +409,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_state(tmp_path, t
 
 @pytest.mark.parametrize("file, content", [("run.json", None), ("run.json", b"null"), ("run.json", b'{"step": 3}'),
                                            ("__0_0.distcp", None), (".metadata", None)])
-def test_a_damaged_state_gets_a_sentence(tmp_path, train, caplog, file, content):
+def test_a_damaged_state_gets_a_sentence(tmp_path, train, stopped, caplog, file, content):
     """Would catch a traceback, raised or logged by PyTorch, from a file that is cut off (None) or holds something else.
     """
-    train(tmp_path, "--steps", 3)
+    with stopped(4):
+        train(tmp_path)
     state = tmp_path / "ast.training" / "step-0000003"
     (state / file).write_bytes((state / file).read_bytes()[:20] if content is None else content)
     with pytest.raises(InputError, match="step-0000003 is damaged: delete it"):
-        train(tmp_path, "--steps", 3)
+        train(tmp_path)
     assert not [record for record in caplog.records if record.name == "root"], "it would be printed"
 
 
