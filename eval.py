@@ -183,12 +183,13 @@ def speed(model, ids, new_tokens=64, repeats=3):
 
 @torch.inference_mode()
 def describe(model, name):
-    """What sets a model apart in a table {model, method, amount, layers}: what dsnot.py noted in its folder, else the
-    share of zeros in its linear layers, by which it is "dense" or "sparse"."""
+    """What sets a model apart in a table {model, method, amount, options, layers}: what dsnot.py noted in its folder,
+    else the share of zeros in its linear layers, by which it is "dense" or "sparse"."""
     noted = model.source.folder / "pruning.json"
     if noted.is_file():
         row = read_rows(model.source.folder)[0]
-        return {key: row[key] for key in ("model", "method", "amount", "layers")}
+        options = {name: value for name, value in row["options"].items() if name not in ("model", "files", "command")}
+        return {key: row[key] for key in ("model", "method", "amount")} | dict(options=options, layers=row["layers"])
     zeros = total = 0
     groups_fit = True  # 2:4
     for block in model.blocks():

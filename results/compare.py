@@ -14,9 +14,11 @@ from pathlib import Path
 
 from data.command import InputError, record, write_atomically
 
-IGNORED = {"json", "out", "model", "data", "calib", "split", "device", "sparsity", "pattern", "score", "refine",
-           "compare", "seed", "seqlen", "plot", "batch", "methods", "tasks", "tasks_dir", "limit",
-           "speed"}  # never name a method
+NAMELESS = {"json", "out", "model", "data", "calib", "split", "device", "sparsity", "pattern", "score", "refine",
+            "compare", "seed", "seqlen", "plot", "batch", "methods", "tasks", "tasks_dir", "limit", "speed", "files",
+            "command", "processes", "dry_run", "sparse", "by_method", "recipe", "save_every", "one_shot", "micro_batch",
+            "compile", "shard", "checkpoint_activations"}  # options that never tell one method from another ...
+TRAINED = {"data", "score"}  # ... but those of training do
 
 SCORES = "magnitude", "wanda", "sparsegpt"  # the masks that dsnot.py begins with
 
@@ -88,7 +90,8 @@ def merge(rows):
     deviation); where other options differ, the method is named with them; none is shown twice if two files hold it."""
     def alike(row, other):
         a, b = row["perplexity"], other["perplexity"]
-        close = a == b or bool(a and b) and (math.isclose(a, b, rel_tol=1e-5) or math.isnan(a) and math.isnan(b))
+        close = bool(a and b) and (math.isclose(a, b, rel_tol=1e-5) or math.isnan(a) and math.isnan(b))
+        close |= a is b is None and row["layers"] == other["layers"]
         return close and row.get("tasks") == other.get("tasks")
 
     methods, groups, merged = {}, {}, []
@@ -97,7 +100,8 @@ def merge(rows):
     for group in methods.values():  # of one method at several sparsities, named alike
         pairs = [(a["options"], b["options"]) for a in group for b in group if a["amount"] == b["amount"]
                  and a["options"].get("seed") == b["options"].get("seed") and not alike(a, b)]
-        differ = sorted({k for a, b in pairs for k in a.keys() & b.keys() - IGNORED
+        nameless = NAMELESS - TRAINED if any("eval_data" in row["options"] for row in group) else NAMELESS
+        differ = sorted({k for a, b in pairs for k in a.keys() & b.keys() - nameless
                          if (a[k] or None) != (b[k] or None)})  # what is not given is off
         for row in group:
             said = [said_of(k, row["options"][k]) for k in differ if not is_usual(k, row)]
@@ -131,6 +135,7 @@ def is_usual(name, row):
 def said_of(name, value):
     """An option in words: cycles 50, sign check, no sign check."""
     name = name.replace("_", " ")
+    value = " ".join(map(str, value)) if isinstance(value, list) else value
     return f"{'' if value else 'no '}{name}" if isinstance(value, bool) else f"{name} {value}"
 
 

@@ -207,6 +207,37 @@ def test_results_of_training_and_pruned_folders(tmp_path):
     assert (row["model"], row["method"], row["sparsity"]) == ("Llama-2-7b-hf", "wanda + dsnot + swap + refit", 0.6)
 
 
+def test_pruned_folders_that_differ_in_an_option_are_told_apart(checkpoint, tmp_path):
+    """Would catch a row that is dropped because neither folder has a perplexity, and options that eval.py forgets."""
+    folders, files = [tmp_path / allocate for allocate in ("uniform", "owl")], []
+    for folder, error in zip(folders, (0.1, 0.2)):
+        model = GPT.from_pretrained(checkpoint)
+        model.model.norm.weight.data *= 1 + error
+        model.save_pretrained(folder)
+        method = dict(score="wanda", refine="swap", refit=False, allocate=folder.name)
+        layers = [dict(layer="model.layers.0.mlp.up_proj", weights=4, sparsity=0.6, error=error)]
+        (folder / "pruning.json").write_text(json.dumps({"layers": layers, "run": method | dict(
+            model=str(checkpoint), sparsity=0.6, pattern=None, seed=0, files=[[folder.name, 1, 2]])}))
+        files.append(tmp_path / f"{folder.name}.json")
+        assert run_eval("--model", folder, "--data", "LICENSE", "--json", files[-1]).returncode == 0
+    for paths in folders, files, folders * 2, files * 2:
+        rows = merge([row for path in paths for row in read_rows(path)])
+        assert [row["method"] for row in rows] == ["wanda + swap", "wanda + swap (allocate owl)"]
+    assert str(checkpoint) not in json.dumps(json.loads(files[0].read_text())["results"])
+
+
+def test_what_tells_two_trainings_apart(tmp_path):
+    """Would catch the training text left out of a name, and how often a state was saved in it."""
+    rows = []
+    for seconds, (data, every) in enumerate([("tiny", 100), ("tiny-code", 50)]):
+        options = dict(model="tiny", sparsity=None, pattern="2:4", eval_data="tiny", seqlen=256, seed=0, data=[data],
+                       save_every=every)
+        table = {"AST": dict(perplexity=5.5 + seconds)}
+        (tmp_path / "ast.json").write_text(json.dumps({"options": options, "results": {"table": table}}))
+        rows += read_rows(tmp_path / "ast.json")
+    assert [row["method"] for row in merge(rows)] == ["AST (data tiny)", "AST (data tiny-code)"]
+
+
 # ----------------------------------------------------------------------------------------------------- the command
 
 def test_command(checkpoint, tmp_path):
