@@ -12,6 +12,8 @@ where it puts nothing around a text, every document ends with the EOS token.
 
 import functools
 import json
+import os
+import shutil
 import struct
 from pathlib import Path
 
@@ -19,7 +21,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.command import InputError, parser, record, run, start, write_atomically
+from data.checkpoint import alone_in, noted
+from data.command import InputError, parser, record, run, start, versions, what_keeps_from_writing, write_atomically
+from data.hub import model_folder
 from data.text import SOURCES, documents, load_text
 from data.tokenizer import load_tokenizer
 
@@ -40,10 +44,15 @@ def pieces(texts):
             begin = end
 
 
+def token_type(tokenizer):
+    """The smallest type that holds an id."""
+    return np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+
+
 def encode(texts, tokenizer, label):
     """Texts -> arrays of ids, one for each piece. What the tokenizer puts around a text stands around the whole of it;
     SentencePiece begins every piece with a space, though."""
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    dtype = token_type(tokenizer)
     before, after = len(tokenizer.first), len(tokenizer.last)
     with tqdm(total=sum(map(len, texts)), desc=f"tokens of {label}", unit=" characters", unit_scale=True, leave=False,
               disable=None) as bar:
@@ -54,36 +63,47 @@ def encode(texts, tokenizer, label):
             bar.update(len(piece))
 
 
-def read_texts(source, shard=0):
-    """The training texts of a source; those of a `.jsonl` file are the "text" of its lines. shard: which file of C4."""
-    if not source.endswith(".jsonl"):
-        return documents(source, "train" if source in SOURCES else None, shard)
-    try:
-        with open(source, encoding="utf-8") as lines:
-            return ["" + json.loads(line)["text"] for line in lines]  # what is not a text raises TypeError
-    except OSError as e:
-        raise InputError(f"{source} can't be read: {e.strerror}") from None
-    except (ValueError, KeyError, TypeError) as e:
-        raise InputError(f"{source} is not a file of JSON lines with a \"text\" each: {type(e).__name__} {e}") from None
+def training_texts(source, shard=0):
+    """The documents of a source that are for training; all of a file's. shard: which file of C4."""
+    return documents(source, "train" if source in SOURCES else None, shard)
 
 
-def write_bin(path, shards, tokenizer, label):
-    """Tokenize shards, each a list of texts, into a `.bin` file, whole or not at all; returns the number of tokens."""
-    count = 0
-
-    def write(beside):
-        nonlocal count
-        with open(beside, "wb") as f:
-            f.write(bytes(HEADER.size))
-            for texts in shards:
-                for ids in encode(texts, tokenizer, label):
-                    f.write(ids.tobytes())
-                    count += len(ids)
-            if not count:
-                raise InputError(f"{label} has no text")
-            f.seek(0)
-            f.write(HEADER.pack(MARK, tokenizer.vocab_size, 2 if tokenizer.vocab_size <= 1 << 16 else 4, count))
-    write_atomically(path, write)
+def write_bin(path, source, shards, tokenizer, made):
+    """Tokenize so many shards of a source into a `.bin` file, whole or not at all; returns the number of tokens. made:
+    a dict that names the run: where one of the same name was interrupted, it goes on after the shards it finished,
+    which lie in `path`.partial."""
+    work, width = Path(f"{path}.partial"), np.dtype(token_type(tokenizer)).itemsize
+    log, file = work / "run.json", work / "tokens"
+    with alone_in(work):
+        before = noted(log) or {"made": made, "shards": 0, "tokens": 0}
+        if before.get("made") != made or any(work.glob("[!.]*")) and not log.is_file():
+            raise InputError(f"{work} holds something else, or what a run with other options has finished: give those, "
+                             f"choose another --out, or delete it")
+        done, count = before["shards"], before["tokens"]
+        if done:
+            print(f"going on after {done} of {shards} shards")
+        try:
+            write_atomically(log, lambda beside: beside.write_text(json.dumps(before)))
+            with open(file, "r+b" if done else "wb") as f:
+                f.truncate(HEADER.size + width * count)
+                f.seek(0, os.SEEK_END)
+                for shard in range(done, shards):
+                    for ids in encode(training_texts(source, shard), tokenizer, source):
+                        f.write(ids.tobytes())
+                        count += len(ids)
+                    f.flush()
+                    done, now = shard + 1, json.dumps({"made": made, "shards": shard + 1, "tokens": count})
+                    write_atomically(log, lambda beside: beside.write_text(now))
+                if not count:
+                    raise InputError(f"{source} has no text")
+                f.seek(0)
+                f.write(HEADER.pack(MARK, tokenizer.vocab_size, width, count))
+            file.replace(path)
+        except OSError as e:
+            raise InputError(f"can't write {path}: {e.strerror or e}") from None
+        finally:
+            if not (done and count and file.exists()):  # nothing to go on from
+                shutil.rmtree(work, ignore_errors=True)
     return count
 
 
@@ -108,7 +128,7 @@ def open_bin(path, tokenizer):
 def file_tokens(source, tokenizer):
     if source.endswith(".bin"):
         return open_bin(source, tokenizer)
-    return np.concatenate([np.array([], np.uint16), *encode(read_texts(source), tokenizer, source)])
+    return np.concatenate([np.array([], np.uint16), *encode(training_texts(source), tokenizer, source)])
 
 
 def tokens(source, tokenizer, split):
@@ -116,7 +136,7 @@ def tokens(source, tokenizer, split):
     tokens are for training, the next 5 % for validation, the rest for test."""
     if source in SOURCES:
         if split == "train":
-            return np.concatenate(list(encode(read_texts(source), tokenizer, source)))
+            return np.concatenate(list(encode(training_texts(source), tokenizer, source)))
         return np.array(tokenizer.encode(load_text(source, split)))
     ids = file_tokens(source, tokenizer)
     first, last = (len(ids) * percent // 100 for percent in CUTS[split])
@@ -177,13 +197,16 @@ def main():
     start(args)
     if not args.out.endswith(".bin"):
         raise InputError(f"--out {args.out} must end in .bin")
+    if obstacle := "it is a folder" if Path(args.out).is_dir() else what_keeps_from_writing(args.out):
+        raise InputError(f"--out {args.out} can't be written: {obstacle}")
     if not 1 <= args.shards <= (1024 if args.data == "c4" else 1):
         raise InputError(f"--shards {args.shards}: C4 has 1024 of them, every other text 1")
-    shards = (read_texts(args.data, shard) for shard in range(args.shards))
-    count = write_bin(args.out, shards, load_tokenizer(args.model), args.data)
+    folder = model_folder(args.model, weights=False)
+    made = dict(model=str(folder.resolve()), data=args.data, shards=args.shards, files=versions([args.data]))
+    count = write_bin(args.out, args.data, args.shards, load_tokenizer(folder), made)
     print(f"{args.out}: {count:,} tokens, {Path(args.out).stat().st_size / 1e6:,.1f} MB")
     record(args, {"tokens": count})
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, goes_on=True)

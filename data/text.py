@@ -1,10 +1,12 @@
 """Text sources, and windows of token ids cut from them.
 
 A source is a name below or the path of a text file; a split is "train" (calibration, training), "validation" or "test".
-A text file has no splits of its own: None takes all of it, "train" its first nine tenths, the others the last tenth.
+A file has no splits of its own: None takes all of it, "train" its first nine tenths, the others the last tenth. A
+`.jsonl` file has a document in the "text" of each line, any other file is one running text.
 """
 
 import filecmp
+import json
 import random
 from pathlib import Path
 
@@ -31,6 +33,20 @@ def hub_rows(path, name, split, data_files=None, revision=None):
                          f"without a network, give the path of a text file instead") from None
 
 
+def json_lines(path):
+    """The "text" of every line of a file that is not blank. Raises InputError that names the line where there is none.
+    """
+    texts = []
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                texts += ["" + json.loads(line)["text"]] if line.strip() else []  # "" + what is no text: TypeError
+            except (ValueError, KeyError, TypeError) as e:
+                raise InputError(f"{path}, line {number}: no JSON object with a \"text\" "
+                                 f"({type(e).__name__}: {e})") from None
+    return texts
+
+
 def documents(source, split, shard=0):
     """The documents of a source as a list of texts; a running text is a single one. shard: which file of C4's 1024."""
     if source == "tiny":
@@ -50,12 +66,13 @@ def documents(source, split, shard=0):
     path = Path(source)
     if not path.is_file():
         raise InputError(f"no text source {source!r}: give a text file or one of {', '.join(SOURCES)}")
-    try:
-        text = path.read_bytes().decode()  # bytes: line ends stay as they are
+    try:  # bytes: line ends stay as they are
+        found = json_lines(path) if path.suffix == ".jsonl" else path.read_bytes().decode()
     except UnicodeDecodeError as e:
         raise InputError(f"{source} is not UTF-8 text ({e.reason} at byte {e.start}): give a text file") from None
-    cut = len(text) if split is None else len(text) * 9 // 10
-    return [text[:cut] if split in (None, "train") else text[cut:]]
+    cut = len(found) if split is None else len(found) * 9 // 10
+    found = found[:cut] if split in (None, "train") else found[cut:]
+    return found if path.suffix == ".jsonl" else [found]
 
 
 def usual_text(folder, otherwise):
@@ -69,7 +86,7 @@ def load_text(source, split=None):
     found = documents(source, split)
     if source == "c4":  # the papers test on the first 1,100 documents of what C4 calls validation; ours are the next
         found = [" ".join(found[1100:2200] if split == "validation" else found[:1100])]
-    text = found[0]
+    text = "\n\n".join(found)
     if not text.strip():
         raise InputError(f"the text of {source} is empty")
     return text
@@ -110,6 +127,8 @@ def windows(ids, seqlen: int, name: str = "the text") -> torch.Tensor:
 def calibration_windows(source: str, tokenizer, nsamples: int, seqlen: int, seed: int) -> torch.Tensor:
     """`nsamples` random windows [nsamples, seqlen] from the training split of a source, each within one document."""
     texts, rng, encoded, short = documents(source, "train"), random.Random(seed), {}, 0
+    if not texts:
+        raise InputError(f"{source} has too few documents to calibrate on: give more, or another text")
     samples, bar = [], tqdm(total=nsamples, desc="calibration text", unit="window", leave=False, disable=None)
     while len(samples) < nsamples:
         i = rng.randrange(len(texts))

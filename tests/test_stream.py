@@ -35,6 +35,63 @@ def test_a_bin_file_returns_the_tokens(checkpoint, tmp_path, monkeypatch, capsys
         stream.open_bin(tmp_path / "text.bin", tokenizer)
 
 
+def test_a_stopped_run_goes_on_after_its_finished_shards(checkpoint, tmp_path, monkeypatch, capsys):
+    """Would catch a day of tokenizing that is lost, tokens that stand twice or not at all, and leftovers."""
+    texts, asked = [["one two", "three"], ["four"], ["five six"]], []
+
+    def documents(source, split, shard):
+        asked.append(shard)
+        if asked == [0, 1]:
+            yield_first = iter(["fo"])  # a part of it is written when the process is stopped
+
+            class Stopped(list):
+                def __iter__(self):
+                    yield next(yield_first)
+                    raise KeyboardInterrupt
+            return Stopped([])
+        return texts[shard]
+
+    def write(name, shards=3):
+        monkeypatch.setattr(sys, "argv", ["stream", "--model", str(checkpoint), "--data", "c4", "--shards", str(shards),
+                                          "--out", str(tmp_path / name)])
+        stream.main()
+    monkeypatch.setattr(stream, "documents", lambda source, split, shard: texts[shard])
+    write("whole.bin")
+    monkeypatch.setattr(stream, "documents", documents)
+    with pytest.raises(KeyboardInterrupt):
+        write("cut.bin")
+    assert [path.name for path in tmp_path.iterdir() if "cut" in path.name] == ["cut.bin.partial"]
+    with pytest.raises(InputError, match="cut.bin.partial holds something else, or what a run with other options"):
+        write("cut.bin", shards=2)
+    write("cut.bin")
+    assert asked == [0, 1, 1, 2] and "going on after 1 of 3 shards" in capsys.readouterr().out
+    assert (tmp_path / "cut.bin").read_bytes() == (tmp_path / "whole.bin").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"whole.bin", "cut.bin"}
+
+
+@pytest.mark.parametrize("lines, words", [
+    ('{"text": "a"}\n\n{"txt": "b"}\n', "line 3: no JSON object with a \"text\" .KeyError"),
+    ('{"text": "a"}\n{"text": 5}', "line 2"), ("[1]", "line 1"), ("\n", "has no text"),
+    ('{"text": "a"}\n{"text": "\xff', "is not UTF-8|line 2")])
+def test_a_bad_line_is_named(checkpoint, tmp_path, monkeypatch, lines, words):
+    """And nothing is left behind."""
+    (tmp_path / "a.jsonl").write_bytes(lines.encode("latin-1"))
+    monkeypatch.setattr(sys, "argv", ["stream", "--model", str(checkpoint), "--data", str(tmp_path / "a.jsonl"),
+                                      "--out", str(tmp_path / "out" / "a.bin")])
+    with pytest.raises(InputError, match=words):
+        stream.main()
+    assert not (tmp_path / "out" / "a.bin.partial").exists() and not (tmp_path / "out" / "a.bin").exists()
+
+
+def test_a_folder_is_no_place_for_a_bin_file(checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "a.bin").mkdir()
+    monkeypatch.setattr(sys, "argv", ["stream", "--model", str(checkpoint), "--data", "LICENSE", "--out",
+                                      str(tmp_path / "a.bin")])
+    monkeypatch.setattr(stream, "write_bin", None)  # before any work
+    with pytest.raises(InputError, match="a.bin can't be written: it is a folder"):
+        stream.main()
+
+
 def test_what_a_tokenizer_puts_around_a_text_stands_around_the_whole(monkeypatch):
     """Would catch marks of begin and end inside a text that is tokenized piece by piece, ids lost with them, and texts
     that run into each other where the tokenizer marks none."""
