@@ -627,7 +627,7 @@ def options():
                    help="validation and test text; of a file the last tenth, half for each")
     g.add_argument("--seqlen", type=int, help="tokens a window")
     g = p.add_argument_group("training")
-    g.add_argument("--steps", type=int)
+    g.add_argument("--steps", type=int, help="updates of the weights, each of --batch windows")
     g.add_argument("--batch", type=int, help="windows a step, over all processes")
     g.add_argument("--micro-batch", type=int, help="windows that a process takes at a time, at most")
     g.add_argument("--lr", type=float, help="peak learning rate")

@@ -554,6 +554,8 @@ def prune(model, windows, out, run, *, batch=8, propagate=False, sparsity=None, 
     with writer if rank == 0 else nullcontext():
         if rank == 0:
             check_disk(writer.partial, writer.missing(source.size()), out)
+            if done := sum(writer.done(shard(i, count)) for i in range(count)):
+                say(f"going on after {done} of {count} blocks")
         wait()  # the folder is there
 
         def embedded():

@@ -12,7 +12,7 @@ checkpoint is a Hugging Face folder under the family's own names (data/checkpoin
 `transformers` and the other way round. Blocks can be read one at a time (`stream=True`), so a model may be larger than
 memory.
 
-    python gpt.py --prompt "Return the"
+    python gpt.py --prompt "Return the value of"
     python gpt.py --model llama2-7b --prompt "The capital of France is"
 
 Shapes: B batch, T tokens, S tokens in the cache, C = hidden_size, H query heads, K key/value heads, D head_dim.
@@ -597,8 +597,8 @@ UNUSUAL = {"quantization_config": None, "partial_rotary_factor": 1.0, "layer_nor
 def main():
     p = parser(__doc__)
     p.add_argument("--model", default="tiny", help="a preset, a Hub id or a folder")
-    p.add_argument("--prompt", default="Return the", help="the text to continue")
-    p.add_argument("--max-new-tokens", type=int, default=200)
+    p.add_argument("--prompt", default="Return the value of", help="the text to continue")
+    p.add_argument("--max-new-tokens", type=int, default=200, help="how many tokens to add")
     p.add_argument("--temperature", type=float, default=0.8, help="0: always the most likely token")
     p.add_argument("--top-k", type=int, default=50, help="sample among the k most likely tokens")
     p.add_argument("--sparse", action=argparse.BooleanOptionalAction, default=False,

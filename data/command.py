@@ -1,6 +1,7 @@
 """What every command shares: the options --seed --device --json, one way to fail, one way to record a result."""
 
 import argparse
+import errno
 import json
 import os
 import platform
@@ -38,7 +39,9 @@ class Parser(argparse.ArgumentParser):
 
 def parser(description):
     """An argument parser with the options that all commands have."""
-    p = Parser(description=description.strip().split("\n\n")[0], formatter_class=HelpFormatter)
+    module = getattr(sys.modules["__main__"], "__spec__", None)  # of python -m
+    p = Parser(prog=module and f"python -m {module.name}", description=description.strip().split("\n\n")[0],
+               formatter_class=HelpFormatter)
     group = p.add_argument_group("run")
     group.add_argument("--seed", type=int, default=0, help="seed of everything random")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
@@ -149,6 +152,7 @@ def run(main, goes_on=False):
     on from what is finished when it is given again."""
     try:
         main()
+        sys.stdout.flush()  # here a full disk still gets a sentence
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
@@ -161,6 +165,9 @@ def run(main, goes_on=False):
         print("stopped: nothing reads the output any more", file=sys.stderr)
         sys.exit(1)
     except OSError as e:
+        if e.errno == errno.ENOSPC and e.filename is None:  # where the output goes
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            e.filename = "the output"
         if e.filename is None or e.strerror is None:
             raise
         print(f"error: {e.filename}: {e.strerror}", file=sys.stderr)

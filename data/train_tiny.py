@@ -112,11 +112,11 @@ def draw(streams, seed, step, batch, seqlen):
 def options():
     p = parser(__doc__)
     p.add_argument("--out", default="out/tiny", help="the folder that is filled; data/tiny holds the model that ships")
-    p.add_argument("--hidden-size", type=int, default=256)
-    p.add_argument("--layers", type=int, default=6)
+    p.add_argument("--hidden-size", type=int, default=256, help="a multiple of 128")
+    p.add_argument("--layers", type=int, default=6, help="blocks of the model")
     p.add_argument("--packages", action="store_true",
                    help="also train on the source of the packages that are installed")
-    p.add_argument("--steps", type=int, default=2000)
+    p.add_argument("--steps", type=int, default=2000, help="updates of the weights, each of --batch windows")
     p.add_argument("--batch", type=int, default=32, help="windows a step")
     p.add_argument("--seqlen", type=int, default=256, help="tokens a window")
     p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")

@@ -3,18 +3,22 @@
 #     bash results/study.sh tiny                       (the model that ships; about an hour on two CPU cores)
 #     bash results/study.sh deep                       (a model of 32 layers, which is trained first: an hour more)
 #     bash results/study.sh settings                   (DSnoT's own settings, on the validation text of tiny)
-#     bash results/study.sh NAME FOLDER TEXT_FILE      (a model and a text of yours; its results go to results/NAME)
+#     bash results/study.sh NAME FOLDER TEXT           (a model and a text file of yours; results go to results/NAME;
+#                                                       windows of 256 tokens, or of SEQLEN=2048)
 # JOBS=6 OMP_NUM_THREADS=2 makes six runs at a time, for a machine with room for them.
 # `python eval.py --compare results/NAME/*.json --by-method --plot NAME.png` then prints the table and draws it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 name=${1:-}
-usage() { sed -n '2,8s/^# //p' results/study.sh >&2; exit 2; }
+usage() { sed -n '2,9s/^# //p' results/study.sh >&2; exit 2; }
 case $name:$# in
     tiny:1|settings:1) model=() ;;
     deep:1) model=(--model out/deep --calib tiny --data tiny --seqlen 256) ;;
     tiny:*|settings:*|deep:*|*/*) usage ;;
-    *:3) model=(--model "$2" --calib "$3" --data "$3" --seqlen 256) ;;
+    *:3)
+        [ -f "$2/config.json" ] || { echo "error: $2 is no folder of a model: it has no config.json" >&2; exit 2; }
+        case $3 in tiny|tiny-code|wikitext2|ptb|c4) ;; *) [ -f "$3" ] ;; esac || { echo "error: there is no text file $3" >&2; exit 2; }
+        model=(--model "$2" --calib "$3" --data "$3" --seqlen "${SEQLEN:-256}") ;;
     *) usage ;;
 esac
 mkdir -p "results/$name"

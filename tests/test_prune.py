@@ -95,7 +95,9 @@ def test_interrupted_run_goes_on(monkeypatch, capsys, model, tmp_path, after, me
     if stopped_late := log.is_file():
         log.write_text(json.dumps(json.loads(log.read_text()) | {"seconds": 1000}))
     monkeypatch.setattr(dsnot, "prune_layer", lambda *args, **options: (calls.append(1), real(*args, **options))[1])
+    capsys.readouterr()
     command(monkeypatch, model, tmp_path / "cut", *method)
+    assert ("going on after 1 of 2 blocks" in capsys.readouterr().out) == stopped_late
     assert len(calls) == 14 - (after - 1) // 7 * 7, "a finished block was pruned again"
     for file in sorted((tmp_path / "whole").glob("*.safetensors")):
         assert (tmp_path / "cut" / file.name).read_bytes() == file.read_bytes()
@@ -112,6 +114,14 @@ def test_an_interruption_says_whether_the_command_goes_on(capsys, goes_on):
     with pytest.raises(SystemExit) as stopped:
         run(main, goes_on)
     assert stopped.value.code == 130 and ("goes on" in capsys.readouterr().err) == goes_on
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a file that is always full")
+def test_a_full_disk_below_the_output_gets_a_sentence():
+    with open("/dev/full", "w") as full:
+        words = [sys.executable, "gpt.py", "--max-new-tokens", "1"]
+        done = subprocess.run(words, cwd=ROOT, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 2 and done.stderr == b"error: the output: No space left on device\n"
 
 
 def test_a_finished_folder_is_made_anew_when_the_model_has_changed(monkeypatch, model, tmp_path):
