@@ -24,9 +24,12 @@ OPENING = {  # the methods of the first picture, as compare.py names them and as
     "wanda + swap + refit": "Wanda + swaps + refit",
     "wanda + swap + refit (allocate sensitivity)": "Wanda + swaps + refit, by sensitivity",
     "AST": "AST", "AST + SLoRB": "AST + SLoRB"}
-CHOICES = [  # what a reader wants, the command that does it, and the method's name as compare.py gives it
+CHOICES = [  # what a reader wants, the command that does it, and its names in compare.py's tables
     ("the least time", "dsnot.py --refine none", "wanda"),
-    ("the paper's method", "dsnot.py", "wanda + dsnot (refine layers all, sign check)"),
+    ("DSnoT, our settings", "dsnot.py", "wanda + dsnot (refine layers all, sign check)"),
+    ("DSnoT as published", "dsnot.py --cycles 50 --refine-layers attn",  # at 70 % with --no-sign-check
+     "wanda + dsnot (cycles 50, refine layers attn, no sign check)",
+     "wanda + dsnot (cycles 50, refine layers attn, sign check)"),
     ("the best mask, weights as they are", "dsnot.py --refine swap", "wanda + swap"),
     ("the best weights for it, too", "dsnot.py --refine swap --refit", "wanda + swap + refit"),
     ("and layers that differ in sparsity", "dsnot.py --refine swap --refit --allocate sensitivity",
@@ -71,8 +74,8 @@ def choices():
     rows = studies() + pruned("ast-seed*", "ast-deep")
     found = {(row["model"], row["method"], row["amount"]): f"{row['perplexity']:.2f}" for row in rows}
     cells = [(model, amount) for model in MODELS for amount in ("70%", "2:4")]
-    lines = [[want, f"`{command}`", *(found.get((model, method, amount), "") for model, amount in cells)]
-             for want, command, method in CHOICES]
+    lines = [[want, f"`{command}`", *("".join(found.get((model, name, amount), "") for name in names)
+                                      for model, amount in cells)] for want, command, *names in CHOICES]
     dense = ["the dense model", "", *(found[model, "dense", "0%"] for model, _ in cells)]
     return markdown(["you want", "command", *map(" ".join, cells)], [dense, *lines], texts=2)
 
