@@ -461,26 +461,22 @@ def backward(student, teacher, ids, args):
     return loss
 
 
-def train(method, args, begin, mixture, held_out, calibration):
-    """Train one model, whose first weights are in the folder `begin`, and return its record; the best one by validation
-    is the folder `args.out / method`."""
-    work = Path(args.out) / f"{method}.training"
-    source = GPT.open(model_folder(args.model)).source
-    torch.compiler.reset()  # a function is compiled for a few kinds of blocks; those of all methods are too many
-    gc.collect()  # compiled blocks of the method before refer to each other, and stay on the GPU until this
-    student, which = new_student(args, method, begin, source, calibration)
+def update_masks(layers, device):
+    """Choose all masks again; returns the shares of their entries that changed (since the last time, since the first).
+    """
+    flips = torch.tensor([layer.update_mask() for layer in layers], dtype=torch.double).sum(0).to(device)
+    add_up(flips)
+    return (flips / sum(layer.mask.numel() for layer in layers)).tolist()
+
+
+def resume(method, args, which, student, optimizer, mean, source):
+    """Load what a stopped run has left; returns its state and a dict that names the run. Raises InputError where the
+    folders of this run hold something else, or their disk is too small."""
+    work, saved = Path(args.out) / f"{method}.training", Path(args.out) / method
     options = {name: str(value) for name, value in vars(args).items() if name not in NEUTRAL}
     options |= {"model": which, "texts": str(versions(text_files(args)))}
-    layers = [layer for layer in student.modules() if isinstance(layer, SparseLinear)]
-    masked = sum(layer.mask.numel() for layer in layers)
-    student, teacher = set_up(student, args, args.checkpoint_activations), None
-    if args.kl_weight:
-        teacher = set_up(GPT.from_pretrained(args.model, args.device, getattr(torch, args.dtype)), args)
-    optimizer = AnnealedAdamW(student, args.lr)
-    mean = {name: W.detach().clone() for name, W in student.named_parameters()} if args.average else {}
-    average_from = args.steps - round(args.average * args.steps)
+    made = {"command": "ast_train.py", "method": method} | options
     state = load_state(work, student, optimizer, mean, options, args.steps)
-    made, saved = {"command": "ast_train.py", "method": method} | options, Path(args.out) / method
     if (there := noted(saved / "run.json")) != made and state["step"]:
         raise InputError(f"{saved} is not the model that the training in {work} has saved: bring that back, or delete "
                          f"{work} to train anew")
@@ -488,6 +484,44 @@ def train(method, args, begin, mixture, held_out, calibration):
         say(f"note: {saved} holds a model of another training, which will be replaced")
     if state["step"] < args.steps:
         check_room(work, student, mean, saved, source.size())
+    return state, made
+
+
+def log(method, args, row, seconds):
+    """Print a row of the history; seconds: what a step takes."""
+    speed, left = args.batch * args.seqlen / seconds, seconds * (args.steps - row["step"]) / 60
+    say(f"{method} step {row['step']:6d}/{args.steps}  loss {row['loss']:7.4f}  lr {row['lr']:.1e}  "
+        f"decay {row['decay']:.1e}  flips {row['flips']:6.2%} (since start {row['flips_all']:6.2%})  "
+        f"{speed:8,.0f} tokens/s  {left:6.1f} min left")
+
+
+def validate(method, args, student, held_out, source, made, state):
+    """Add the student's validation perplexity to `state`, and save the model if it is the best so far."""
+    ppl = validation_perplexity(student, held_out, args)
+    best = ppl < min((before for _, before in state["validation"]), default=math.inf)
+    state["validation"].append((state["step"], ppl))
+    say(f"{method} step {state['step']:6d}/{args.steps}  validation perplexity {ppl:.3f}{' (best so far)' * best}")
+    if args.device.startswith("cuda"):
+        state["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    if best:
+        save_model(Path(args.out) / method, student, source, made)
+
+
+def train(method, args, begin, mixture, held_out, calibration):
+    """Train one model, whose first weights are in the folder `begin`, and return its record; the best one by validation
+    is the folder `args.out / method`."""
+    source, work = GPT.open(model_folder(args.model)).source, Path(args.out) / f"{method}.training"
+    torch.compiler.reset()  # a function is compiled for a few kinds of blocks; those of all methods are too many
+    gc.collect()  # compiled blocks of the method before refer to each other, and stay on the GPU until this
+    student, which = new_student(args, method, begin, source, calibration)
+    layers = [layer for layer in student.modules() if isinstance(layer, SparseLinear)]
+    student, teacher = set_up(student, args, args.checkpoint_activations), None
+    if args.kl_weight:
+        teacher = set_up(GPT.from_pretrained(args.model, args.device, getattr(torch, args.dtype)), args)
+    optimizer = AnnealedAdamW(student, args.lr)
+    mean = {name: W.detach().clone() for name, W in student.named_parameters()} if args.average else {}
+    average_from = args.steps - round(args.average * args.steps)
+    state, made = resume(method, args, which, student, optimizer, mean, source)
     rank, world = dist.get_rank(), dist.get_world_size()
     started, first = time.perf_counter(), state["step"]
     if args.device.startswith("cuda"):
@@ -499,9 +533,7 @@ def train(method, args, begin, mixture, held_out, calibration):
         for group in optimizer.param_groups:
             group["lr"], group["decay"] = lr, decay
         if layers and args.mask_every and step and step % args.mask_every == 0:
-            flips = torch.tensor([layer.update_mask() for layer in layers], dtype=torch.double).sum(0).to(args.device)
-            add_up(flips)
-            state["flips"] = (flips / masked).tolist()
+            state["flips"] = update_masks(layers, args.device)
 
         ids = mixture.batch(args.seed, step, args.batch)[rank::world].to(args.device)
         loss = mean_over_processes(backward(student, teacher, ids, args))
@@ -519,22 +551,11 @@ def train(method, args, begin, mixture, held_out, calibration):
         if done % LOG_EVERY == 0 or done == args.steps:
             flips, flips_all = state["flips"]
             state["history"].append(dict(step=done, loss=loss, lr=lr, decay=decay, flips=flips, flips_all=flips_all))
-            say(f"{method} step {done:6d}/{args.steps}  loss {loss:7.4f}  lr {lr:.1e}  decay {decay:.1e}  "
-                f"flips {flips:6.2%} (since start {flips_all:6.2%})  "
-                f"{args.batch * args.seqlen / seconds:8,.0f} tokens/s  "
-                f"{seconds * (args.steps - done) / 60:6.1f} min left")
+            log(method, args, state["history"][-1], seconds)
         if done % args.save_every == 0 or done == args.steps:
+            state |= dict(step=done, tokens_per_second=args.batch * args.seqlen / seconds)
             with averaged(student, mean, args.mask_every) if done > average_from else nullcontext():
-                ppl = validation_perplexity(student, held_out, args)
-                best = ppl < min([p for _, p in state["validation"]], default=math.inf)
-                say(f"{method} step {done:6d}/{args.steps}  validation perplexity {ppl:.3f}"
-                    f"{' (best so far)' if best else ''}")
-                state |= dict(step=done, validation=[*state["validation"], (done, ppl)],
-                              tokens_per_second=args.batch * args.seqlen / seconds)
-                if args.device.startswith("cuda"):
-                    state["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-                if best:
-                    save_model(saved, student, source, made)
+                validate(method, args, student, held_out, source, made, state)
             save_state(work, student, optimizer, mean, state, finished=done == args.steps)
     return state
 
