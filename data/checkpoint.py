@@ -272,7 +272,7 @@ class CheckpointWriter:
     be."""
 
     def __init__(self, folder, raw_config, tokenizer_from=None, keep=None, goes_on=True):
-        self.folder, self.raw, self.keep = Path(folder).resolve(), raw_config, keep
+        self.folder, self.raw, self.keep = Path(folder).resolve(), raw_config, keep or {}
         self.goes_on = goes_on and keep is not None
         self.layout = layout_of(raw_config)
         self.partial = self.folder.with_name((self.folder.name or "root") + ".partial")
@@ -285,7 +285,7 @@ class CheckpointWriter:
             read = tokenizer_from and self.folder.exists() and self.folder.samefile(tokenizer_from)
             obstacle = f"{self.folder} is a file" if self.folder.is_file() else what_keeps_from_writing(self.folder)
             there = self.folder.is_dir() and any(self.folder.iterdir())
-            mark = noted(self.folder / "run.json") if there else None
+            mark = there and noted(self.folder / "run.json") or {}
             taken = there and not (self.folder / "run.json").is_file()
         except OSError as e:  # a name that is too long, a folder that may not be read
             raise InputError(f"can't write {folder}: {e.strerror}") from None
@@ -295,16 +295,16 @@ class CheckpointWriter:
             raise InputError(f"can't write {folder}: {obstacle}: choose another output folder")
         if taken:
             raise InputError(f"{folder} exists and is no model that was written here: choose another output folder")
-        self.replaces, maker = there and mark != keep, (mark or {}).get("command")
-        if there and keep is not None and maker != keep.get("command"):
+        self.replaces, maker, command = there and mark != self.keep, mark.get("command"), self.keep.get("command")
+        if there and keep is not None and maker != command:
             raise InputError(f"{folder} holds a model that {maker or 'another command'} has made: choose another output "
                              f"folder, or delete it")
         if not self.marker.is_file() and self.partial.is_dir() and any(self.partial.glob("[!.]*")):
             raise InputError(f"{self.partial} is no unfinished run of this program: move it away or choose another "
                              f"output folder")
         left = noted(self.marker) or {}
-        scrap = not goes_on and keep is not None and left.get("command") == keep.get("command")  # of a killed one
-        if keep is not None and left != keep and not scrap and any(self.partial.glob("*.safetensors")):
+        ours = left == self.keep if self.goes_on else left.get("command") == command
+        if not ours and any(self.partial.glob("*.safetensors")):
             raise InputError(f"{self.partial} holds the finished blocks of another run: give the options that it had, "
                              f"choose another output folder, or delete it")
 

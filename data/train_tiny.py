@@ -184,8 +184,7 @@ def main():
     at_least(args, layers=1, steps=1, batch=1, seqlen=1, save_every=1)
     if not 0 < args.lr < float("inf"):
         raise InputError(f"--lr {args.lr} must be above 0 and finite")
-    if CheckpointWriter(args.out, CONFIG).replaces:  # refuses a folder that it can't fill
-        print(f"note: {args.out} holds a model, which will be replaced")
+    CheckpointWriter(args.out, CONFIG, keep={})  # refuses a folder that it can't fill, or that another command has made
     out = Path(args.out).resolve()
     work = out.with_name(out.name + ".training")  # the tokenizer and the state of an unfinished run
     tokenizer, streams = read(work, args.packages)
