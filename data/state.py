@@ -81,6 +81,7 @@ def load_state(work, model, optimizer, mean, options, steps):
                 told = f"with {option} {old}" + f", not {value}" * (value != "None")
             raise InputError(f"{work} holds a run {told}: give the options it had, choose another --out, or delete it")
     if state["step"] >= steps:
+        say(f"{work} is finished")
         return state
     weights, moments = get_state_dict(model, optimizer)
     logging.disable(logging.WARNING)  # PyTorch logs a traceback of what is a sentence here
