@@ -473,7 +473,8 @@ def resume(method, args, which, student, optimizer, mean, source):
     """Load what a stopped run has left; returns its state and a dict that names the run. Raises InputError where the
     folders of this run hold something else, or their disk is too small."""
     work, saved = Path(args.out) / f"{method}.training", Path(args.out) / method
-    options = {name: str(value) for name, value in vars(args).items() if name not in NEUTRAL}
+    unused = NEUTRAL | ({"slorb_k"} if method != "ast-slorb" else set())
+    options = {name: str(value) for name, value in vars(args).items() if name not in unused}
     options |= {"model": which, "texts": str(versions(text_files(args)))}
     made = {"command": "ast_train.py", "method": method} | options
     state = load_state(work, student, optimizer, mean, options, args.steps)
