@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -68,38 +69,40 @@ def training_texts(source, shard=0):
     return documents(source, "train" if source in SOURCES else None, shard)
 
 
-def write_bin(path, source, shards, tokenizer, made):
-    """Tokenize so many shards of a source into a `.bin` file, whole or not at all; returns the number of tokens. made:
-    a dict that names the run: where one of the same name was interrupted, it goes on after the shards it finished,
-    which lie in `path`.partial."""
+def write_bin(path, shards, tokenizer, label, made):
+    """Tokenize shards, functions that return a list of texts each, into a `.bin` file, whole or not at all; returns the
+    number of tokens. made: a dict that names the run: where one of the same name was interrupted, it goes on after the
+    shards that it has finished, which lie in `path`.partial."""
     work, width = Path(f"{path}.partial"), np.dtype(token_type(tokenizer)).itemsize
     log, file = work / "run.json", work / "tokens"
     with alone_in(work):
-        before = noted(log) or {"made": made, "shards": 0, "tokens": 0}
-        if before.get("made") != made or any(work.glob("[!.]*")) and not log.is_file():
+        before = noted(log) if any(work.glob("[!.]*")) else {"made": made, "shards": 0, "tokens": 0}
+        if not before or before.get("made") != made:
             raise InputError(f"{work} holds something else, or what a run with other options has finished: give those, "
                              f"choose another --out, or delete it")
         done, count = before["shards"], before["tokens"]
         if done:
-            print(f"going on after {done} of {shards} shards")
+            print(f"going on after {done} of {len(shards)} shards")
         try:
             write_atomically(log, lambda beside: beside.write_text(json.dumps(before)))
             with open(file, "r+b" if done else "wb") as f:
                 f.truncate(HEADER.size + width * count)
                 f.seek(0, os.SEEK_END)
-                for shard in range(done, shards):
-                    for ids in encode(training_texts(source, shard), tokenizer, source):
+                for shard in range(done, len(shards)):
+                    for ids in encode(shards[shard](), tokenizer, label):
                         f.write(ids.tobytes())
                         count += len(ids)
                     f.flush()
                     done, now = shard + 1, json.dumps({"made": made, "shards": shard + 1, "tokens": count})
                     write_atomically(log, lambda beside: beside.write_text(now))
                 if not count:
-                    raise InputError(f"{source} has no text")
+                    raise InputError(f"{label} has no text")
                 f.seek(0)
                 f.write(HEADER.pack(MARK, tokenizer.vocab_size, width, count))
             file.replace(path)
         except OSError as e:
+            if e.filename not in (None, str(file)):  # of what is read
+                raise
             raise InputError(f"can't write {path}: {e.strerror or e}") from None
         finally:
             if not (done and count and file.exists()):  # nothing to go on from
@@ -199,14 +202,20 @@ def main():
         raise InputError(f"--out {args.out} must end in .bin")
     if obstacle := "it is a folder" if Path(args.out).is_dir() else what_keeps_from_writing(args.out):
         raise InputError(f"--out {args.out} can't be written: {obstacle}")
+    if Path(args.out).is_file():
+        with open(args.out, "rb") as f:
+            if f.read(len(MARK)) != MARK:
+                raise InputError(f"--out {args.out} exists and was not made by this command: choose another file")
+        print(f"note: {args.out} will be replaced")
     if not 1 <= args.shards <= (1024 if args.data == "c4" else 1):
         raise InputError(f"--shards {args.shards}: C4 has 1024 of them, every other text 1")
     folder = model_folder(args.model, weights=False)
     made = dict(model=str(folder.resolve()), data=args.data, shards=args.shards, files=versions([args.data]))
-    count = write_bin(args.out, args.data, args.shards, load_tokenizer(folder), made)
+    shards = [functools.partial(training_texts, args.data, shard) for shard in range(args.shards)]
+    count = write_bin(args.out, shards, load_tokenizer(folder), args.data, made)
     print(f"{args.out}: {count:,} tokens, {Path(args.out).stat().st_size / 1e6:,.1f} MB")
     record(args, {"tokens": count})
 
 
 if __name__ == "__main__":
-    run(main, goes_on=True)
+    run(main, goes_on="c4" in sys.argv)  # other texts are one shard

@@ -11,6 +11,7 @@ The validation text is read while training, the test text never.
 import io
 import json
 import math
+import pickle
 import shutil
 import time
 from functools import partial
@@ -88,7 +89,7 @@ def read(work, packages):
     file = work / ("packages.bin" if packages else "source.bin")
     if not file.is_file():
         texts = [stdlib_source(), package_source()[:MOST_SOURCE] if packages else ""]
-        write_bin(file, [texts], tokenizer, "source code")
+        write_bin(file, [lambda: texts], tokenizer, "source code", {"packages": packages})
     return tokenizer, [np.array(tokenizer.encode(docs), np.uint16), open_bin(file, tokenizer)]
 
 
@@ -101,7 +102,7 @@ def new_optimizer(model, lr):
 
 def draw(streams, seed, step, batch, seqlen):
     """The windows [batch, seqlen + 1] of a step, which alone decides them, so that resuming is exact."""
-    rng, ids = torch.Generator().manual_seed(seed * 1_000_003 + step), []
+    rng, ids = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63), []
     for _ in range(batch):
         stream = streams[int(torch.rand(1, generator=rng) >= 0.3)]
         at = torch.randint(len(stream) - seqlen, (1,), generator=rng).item()
@@ -125,12 +126,15 @@ def options():
     return p.parse_args()
 
 
-def load_state(file, model, optimizer, settings):
+def last_state(file, model, optimizer, settings):
     """(step, validation losses so far) of the state that a stopped run has left in `file`, loaded into model and
     optimizer."""
     if not file.is_file():
         return 0, []
-    state = torch.load(file, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (EOFError, RuntimeError, pickle.UnpicklingError):
+        raise InputError(f"{file} is damaged: delete it or choose another --out") from None
     if state["options"] != settings:
         raise InputError(f"{file} belongs to a run with other options: delete it or choose another --out")
     model.load_state_dict(state["model"])
@@ -143,7 +147,7 @@ def train(args, model, streams, held_out, state_file):
     """Train the model, saving its state at intervals; returns [(step, validation loss)]."""
     optimizer = new_optimizer(model, args.lr)
     settings = [args.hidden_size, args.layers, args.packages, args.steps, args.batch, args.seqlen, args.lr, args.seed]
-    first, history = load_state(state_file, model, optimizer, settings)
+    first, history = last_state(state_file, model, optimizer, settings)
     for block in model.model.layers if args.compile else ():
         block.compile()  # one block's code serves all of them
     arithmetic = partial(torch.autocast, torch.device(args.device).type, torch.bfloat16, fast_in_bf16(args.device))

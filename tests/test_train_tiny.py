@@ -1,0 +1,59 @@
+"""The recipe of the model that ships, from texts to a folder, at a size of seconds."""
+
+import argparse
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+import torch
+
+from data import load_tokenizer, train_tiny
+from data.command import InputError
+from gpt import GPT
+
+TEXT = Path(argparse.__file__).read_text()
+
+
+@pytest.fixture
+def train(monkeypatch):
+    """Run the command on short texts: train(folder, options...)."""
+    monkeypatch.setitem(train_tiny.CONFIG, "vocab_size", 400)
+    monkeypatch.setattr(train_tiny, "stdlib_text", lambda split: TEXT[:40_000] if split == "train" else TEXT[40_000:])
+    monkeypatch.setattr(train_tiny, "stdlib_source", lambda: Path(typing.__file__).read_text()[:40_000])
+
+    def run(out, *options):
+        monkeypatch.setattr(sys, "argv", ["train_tiny", "--device", "cpu", "--hidden-size", "128", "--layers", "1",
+                                          "--steps", "4", "--batch", "2", "--seqlen", "32", "--save-every", "2",
+                                          "--out", str(out), *options])
+        train_tiny.main()
+    return run
+
+
+def test_a_stopped_training_ends_with_the_same_bytes(tmp_path, train, monkeypatch, capsys):
+    """Would catch a recipe that no longer runs, and a run that does not go on."""
+    train(tmp_path / "whole")
+    draw = train_tiny.draw
+
+    def stop(streams, seed, step, *sizes):
+        if step == 3:
+            raise KeyboardInterrupt
+        return draw(streams, seed, step, *sizes)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_tiny, "draw", stop)
+        train(tmp_path / "cut")
+    capsys.readouterr()
+    train(tmp_path / "cut")
+    assert "going on at step 2" in capsys.readouterr().out
+    whole, cut = (tmp_path / name / "model.safetensors" for name in ("whole", "cut"))
+    assert whole.read_bytes() == cut.read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "cut"}
+    ids = load_tokenizer(tmp_path / "cut").encode("the parser")
+    assert GPT.from_pretrained(tmp_path / "cut")(torch.tensor([ids])).isfinite().all()
+
+
+def test_a_damaged_state_gets_a_sentence(tmp_path, train):
+    (tmp_path / "out.training").mkdir()
+    (tmp_path / "out.training" / "state.pt").write_bytes(b"nonsense")
+    with pytest.raises(InputError, match="state.pt is damaged: delete it"):
+        train(tmp_path / "out", "--seed", str(2**62))
