@@ -96,6 +96,7 @@ CHUNK = 512  # tokens whose logits are float32 at a time
 CALIBRATION, LOG_EVERY = 128, 10  # windows, steps
 NEUTRAL = {"recipe", "methods", "out", "json", "device", "micro_batch", "save_every", "one_shot", "compile", "shard",
            "checkpoint_activations"}  # options that may change when a run goes on
+MASKED = {"pattern", "sparsity", "score", "mask_every", "decay", "decay_steps", "start_from"}  # without meaning to dense
 
 
 # ------------------------------------------------------------------------------------------------------ the method
@@ -329,9 +330,6 @@ def amount(args):
 
 def make_sparse(model, args, slorb_k, calibration):
     """Turn the linear layers of all blocks into SparseLinear."""
-    if model.config.raw.get("slorb_k"):
-        raise InputError(f"{args.model} has been through AST and has SLoRB parameters: give the dense model")
-    model.source.check_dense()
     blocks, stats = model.model.layers, {}  # {layer: InputStats}
 
     def seen(linear, x):
@@ -473,7 +471,7 @@ def resume(method, args, which, student, optimizer, mean, source):
     """Load what a stopped run has left; returns its state and a dict that names the run. Raises InputError where the
     folders of this run hold something else, or their disk is too small."""
     work, saved = Path(args.out) / f"{method}.training", Path(args.out) / method
-    unused = NEUTRAL | ({"slorb_k"} if method != "ast-slorb" else set())
+    unused = NEUTRAL | (MASKED if method == "dense" else set()) | (set() if method == "ast-slorb" else {"slorb_k"})
     options = {name: str(value) for name, value in vars(args).items() if name not in unused}
     options |= {"model": which, "texts": str(versions(text_files(args)))}
     made = {"command": "ast_train.py", "method": method} | options
@@ -682,7 +680,7 @@ def check(args):
     if (out / "config.json").is_file():
         raise InputError(f"--out {args.out} is a model: give a folder to hold the models that are trained")
     ours = ["curve.png", "*.training", *(f"{name}*/run.json" for name in ["start", *args.methods])]
-    if out.is_dir() and any(out.iterdir()) and not any(found for pattern in ours for found in out.glob(pattern)):
+    if out.is_dir() and any(out.glob("[!.]*")) and not any(found for pattern in ours for found in out.glob(pattern)):
         raise InputError(f"--out {args.out} exists and holds no training of this program: choose another output folder")
     if args.start_from == "swap" and args.methods == ["dense"]:
         raise InputError("--start-from swap is for sparse models, and --methods dense names none")
@@ -709,8 +707,9 @@ def memory_is_enough(args):
         killed = isinstance(e, BrokenProcessPool)  # a process of side_by_side, by the system, which needs its memory
         if not (killed or isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e)):
             raise
+        kept = f"; the last state is kept in {args.out}" if any(Path(args.out).glob("*.training/step-*")) else ""
         raise InputError(f"out of memory: lower --micro-batch ({args.micro_batch}), add --checkpoint-activations or "
-                         f"take more GPUs; the last state is kept in {args.out}") from None
+                         f"take more GPUs{kept}") from None
 
 
 def texts(args, tokenizer):
@@ -735,6 +734,9 @@ def train_all(args, held):
     amount(args)
     folder = model_folder(args.model)
     config, tokenizer = Config.read(folder), load_tokenizer(folder)
+    GPT.open(folder).source.check_dense()
+    if config.slorb_k:
+        raise InputError(f"{args.model} has been through AST and has SLoRB parameters: give the dense model")
     for method in args.methods:
         CheckpointWriter(Path(args.out) / method, config.raw, folder, keep={"command": "ast_train.py"}, goes_on=False)
     mixture, held_out, calibration = texts(args, tokenizer)

@@ -810,15 +810,15 @@ def needed_memory(args, config, methods, block, whole):
     weights, itemsize = [layer.weight for layer in prunable(block).values()], held_dtype(args, config).itemsize
     elsewhere = config.num_hidden_layers - 1 - has_goal(**vars(args))  # blocks that are not in memory
     n, m = methods[0]["pattern"] or (1 - args.sparsity, 1)
-    equations = max(W.numel() * W.shape[1] for W in weights) * (n / m) ** 2
+    widest, equations = max(W.shape[1] for W in weights), max(W.numel() * W.shape[1] for W in weights) * (n / m) ** 2
     gram, sensitivity = any(needs_gram(**method) for method in methods), args.allocate == "sensitivity"
     needed = {
         "the calibration text's activations": state_bytes(args, config),
         "weights": (whole - elsewhere * sum(p.numel() for p in block.parameters())) * itemsize,
         "a layer's scores": (48 if "swap" in args.refine else 24) * max(W.numel() for W in weights),
         "a batch's activations": 32768 * config.intermediate_size * itemsize,
-        "Gram matrices": gram * 16 * max(W.shape[1] for W in weights) ** 2,
-        "refit's equations": args.refit * 20 * min(CHUNK, equations),
+        "Gram matrices": gram * 16 * widest ** 2,
+        "refit's equations": args.refit * 20 * min(max(CHUNK, (widest * n / m) ** 2), equations),
         "the logits of trials": sensitivity * 16 * probe_tokens(args.seqlen) * config.vocab_size}
     return {name: size / 1e9 for name, size in needed.items() if size}
 

@@ -543,7 +543,8 @@ class GPT(nn.Module):
 
     def save_pretrained(self, dir: str | Path, tokenizer_from: str | Path | None = None):
         """Write a Hugging Face folder: config.json, model.safetensors, and the tokenizer files of another folder
-        (None: of the one that the model was loaded from). Raises InputError for a streamed model."""
+        (None: of the one that the model was loaded from). What this program has written there before is replaced.
+        Raises InputError for a streamed model."""
         if self.streams:
             raise InputError(f"the blocks of a streamed model are not in memory: load {self.source.folder} whole to "
                              f"save it as {dir}")

@@ -253,6 +253,8 @@ def alone_in(folder):
                                  f"folder") from None
             except OSError:  # some network drives have no locks
                 pass
+            if not (folder.exists() and os.path.samestat(os.fstat(handle), folder.stat())):
+                raise InputError(f"another run has just finished with {folder}: give the command again")
         yield
     finally:
         if handle is not None:
@@ -268,8 +270,8 @@ class CheckpointWriter:
     `keep` (a dict) identifies the run and is written as run.json. Where an interrupted run has left an unfinished
     folder with the same one, its files are kept and `done` tells which they are (goes_on=False: they are thrown away).
     run.json stays in the finished folder: one that lacks it was not made here and is never replaced, nor does a command
-    (keep["command"]) replace what another one has made. `replaces`: whether a finished run with another `keep` will
-    be."""
+    (keep["command"]) replace what another one has made. `replaces`: whether the folder holds a finished run with another
+    `keep`."""
 
     def __init__(self, folder, raw_config, tokenizer_from=None, keep=None, goes_on=True):
         self.folder, self.raw, self.keep = Path(folder).resolve(), raw_config, keep or {}
@@ -284,7 +286,7 @@ class CheckpointWriter:
                     self.before.rename(self.folder)
             read = tokenizer_from and self.folder.exists() and self.folder.samefile(tokenizer_from)
             obstacle = f"{self.folder} is a file" if self.folder.is_file() else what_keeps_from_writing(self.folder)
-            there = self.folder.is_dir() and any(self.folder.iterdir())
+            there = self.folder.is_dir() and any(self.folder.glob("[!.]*"))
             mark = there and noted(self.folder / "run.json") or {}
             taken = there and not (self.folder / "run.json").is_file()
         except OSError as e:  # a name that is too long, a folder that may not be read
@@ -346,11 +348,15 @@ class CheckpointWriter:
         write_atomically(self.partial / file, write)
 
     def __exit__(self, kind, error, trace):
+        finished = False
         with self.held:
-            if kind is None:
-                self.finish()
-            elif not self.goes_on or not any(self.partial.glob("*.safetensors")):
-                shutil.rmtree(self.partial, ignore_errors=True)
+            try:
+                if kind is None:
+                    self.finish()
+                    finished = True
+            finally:
+                if not finished and not (self.goes_on and any(self.partial.glob("*.safetensors"))):
+                    shutil.rmtree(self.partial, ignore_errors=True)
 
     def finish(self):
         """Write what else belongs into the folder, and put it in its place."""

@@ -157,8 +157,8 @@ def run(main, goes_on=False):
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as e:
-        print(f"error: the GPU's memory is full ({str(e).split('. ')[0]}): lower --seqlen, --nsamples or --batch, or "
-              f"give --device cpu", file=sys.stderr)
+        print(f"error: the GPU's memory is full ({str(e).split('. ')[0]}): give shorter or fewer texts at a "
+              f"time, or --device cpu", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # what reads the output, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

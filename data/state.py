@@ -39,9 +39,10 @@ def save_state(work, model, optimizer, mean, state, finished=False):
                     shutil.rmtree(old)
     except (OSError, CheckpointException) as e:
         shutil.rmtree(partial, ignore_errors=True)
-        for cause in [e] if isinstance(e, OSError) else [cause for cause, _ in e.failures.values()]:
-            if not isinstance(cause, OSError) and "inline_container" not in str(cause):  # PyTorch's own write error
-                raise cause from None  # Ctrl-C, memory
+        causes = [e] if isinstance(e, OSError) else [cause for cause, _ in e.failures.values()]
+        if others := [cause for cause in causes if not isinstance(cause, OSError)
+                      and "inline_container" not in str(cause)]:  # PyTorch's own write error
+            raise others[0] from None  # Ctrl-C, memory
         kept = "; the state before is kept" if any(work.glob("step-*")) else ""
         raise InputError(f"can't write the state of step {state['step']} to {work}: is the disk full? Make room and "
                          f"give the same command again{kept}") from None

@@ -37,11 +37,11 @@ def json_lines(path):
     """The "text" of every line of a file that is not blank. Raises InputError that names the line where there is none.
     """
     texts = []
-    with open(path, encoding="utf-8") as lines:
+    with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
-            try:
-                texts += ["" + json.loads(line)["text"]] if line.strip() else []  # "" + what is no text: TypeError
-            except (ValueError, KeyError, TypeError) as e:
+            try:  # half a character, which JSON can name, becomes "?"
+                texts += [json.loads(line)["text"].encode(errors="replace").decode()] if line.strip() else []
+            except (ValueError, KeyError, TypeError, AttributeError) as e:
                 raise InputError(f"{path}, line {number}: no JSON object with a \"text\" "
                                  f"({type(e).__name__}: {e})") from None
     return texts
@@ -126,12 +126,13 @@ def windows(ids, seqlen: int, name: str = "the text") -> torch.Tensor:
 
 def calibration_windows(source: str, tokenizer, nsamples: int, seqlen: int, seed: int) -> torch.Tensor:
     """`nsamples` random windows [nsamples, seqlen] from the training split of a source, each within one document."""
-    texts, rng, encoded, short = documents(source, "train"), random.Random(seed), {}, 0
+    texts, rng, encoded, short = documents(source, "train"), random.Random(seed), {}, set()
     if not texts:
         raise InputError(f"{source} has too few documents to calibrate on: give more, or another text")
     samples, bar = [], tqdm(total=nsamples, desc="calibration text", unit="window", leave=False, disable=None)
     while len(samples) < nsamples:
-        i = rng.randrange(len(texts))
+        if (i := rng.randrange(len(texts))) in short:
+            continue
         ids = encoded[i] if i in encoded else tokenizer.encode(texts[i])
         if len(texts) == 1:
             encoded[i] = ids
@@ -140,9 +141,9 @@ def calibration_windows(source: str, tokenizer, nsamples: int, seqlen: int, seed
             samples.append(ids[begin:begin + seqlen])
             bar.update()
         else:
-            short += 1
-            if len(texts) == 1 or short > 1000 * nsamples:
-                raise InputError(f"calibration text {source} has {len(ids)} tokens, fewer than one window of "
-                                 f"--seqlen {seqlen}: give a longer text or a smaller --seqlen")
+            short.add(i)
+            if len(short) == len(texts):
+                raise InputError(f"no document of the calibration text {source} fills one window of --seqlen "
+                                 f"{seqlen} (one has {len(ids)} tokens): give a longer text or a smaller --seqlen")
     bar.close()
     return torch.tensor(samples)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from data.command import InputError, record, write_atomically
 
-NAMELESS = {"json", "out", "model", "data", "calib", "split", "device", "sparsity", "pattern", "score", "refine",
+NAMELESS = {"json", "out", "model", "data", "split", "device", "sparsity", "pattern", "score", "refine",
             "compare", "seed", "seqlen", "plot", "batch", "methods", "tasks", "tasks_dir", "limit", "speed", "files",
             "command", "processes", "dry_run", "sparse", "by_method", "recipe", "save_every", "one_shot", "micro_batch",
             "compile", "shard", "checkpoint_activations"}  # options that never tell one method from another ...
@@ -75,7 +75,8 @@ def complete(row):
     layers = row.get("layers") or []
     parts = Path(row["model"]).parts  # a snapshot in the Hub's cache: .../models--OWNER--NAME/snapshots/COMMIT
     model = parts[-3].split("--")[-1] if "snapshots" in parts[-2:-1] else parts[-1]
-    data = Path(row["data"]).name if row["data"] else None
+    validation = ", validation" * (row["options"].get("split") == "validation")
+    data = Path(row["data"]).name + validation if row["data"] else None
     return {"perplexity": None} | row | {"model": model, "data": data, "amount": amount, "layers": layers,
                                          "sparsity": 1 - int(n) / int(m) if m else float(n) / 100}
 
@@ -92,14 +93,14 @@ def merge(rows):
         a, b = row["perplexity"], other["perplexity"]
         close = bool(a and b) and (math.isclose(a, b, rel_tol=1e-5) or math.isnan(a) and math.isnan(b))
         close |= a is b is None and row["layers"] == other["layers"]
-        return close and row.get("tasks") == other.get("tasks")
+        return close and all(row.get(more) == other.get(more) for more in ("tasks", "speed"))
 
     methods, groups, merged = {}, {}, []
     for row in rows:
         methods.setdefault((row["model"], row["data"], row["seqlen"], row["method"]), []).append(row)
     for group in methods.values():  # of one method at several sparsities, named alike
         pairs = [(a["options"], b["options"]) for a in group for b in group if a["amount"] == b["amount"]
-                 and a["options"].get("seed") == b["options"].get("seed") and not alike(a, b)]
+                 and not alike(a, b)]
         nameless = NAMELESS - TRAINED if any("eval_data" in row["options"] for row in group) else NAMELESS
         differ = sorted({k for a, b in pairs for k in a.keys() & b.keys() - nameless
                          if (a[k] or None) != (b[k] or None)})  # what is not given is off
@@ -110,8 +111,8 @@ def merge(rows):
         groups.setdefault(key(row), []).append(row)
     for group in groups.values():
         same = {}  # {attempt: {seed: row}}; rows of one seed that differ for no known reason stay apart
-        for row in group:
-            seed, again = row["options"].get("seed"), 0
+        for row in group:  # as do those with more than a perplexity
+            seed, again = None if row.get("tasks") or row.get("speed") else row["options"].get("seed"), 0
             while not alike(row, same.setdefault(again, {}).setdefault(seed, row)):
                 again += 1
         for by_seed in same.values():

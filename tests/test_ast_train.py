@@ -182,6 +182,18 @@ def test_a_model_that_is_not_the_runs_own_is_not_measured(tmp_path, train, files
     assert train(tmp_path, "--steps", 3)["table"] == first["table"]
 
 
+@pytest.mark.parametrize("method", ["ast", "dense"])
+def test_models_that_cannot_be_trained_are_refused_at_once(files, tmp_path, train, monkeypatch, method):
+    """Would catch days of training before a refusal."""
+    train(tmp_path / "first", "--methods", "ast-slorb", "--slorb-k", 8, "--steps", 1)
+    sparse_matmul.save_compressed(tmp_path / "first" / "ast-slorb", tmp_path / "small")
+    monkeypatch.setattr(ast_train, "train", None)
+    for model, words in (tmp_path / "small", "holds compressed 2:4 layers"), (
+            tmp_path / "first" / "ast-slorb", "has SLoRB parameters: give the dense model"):
+        with pytest.raises(InputError, match=words):
+            train(tmp_path / "out", "--model", model, "--methods", method)
+
+
 def test_training_replaces_its_own_older_model_with_a_note(tmp_path, train, capsys):
     train(tmp_path, "--steps", 3)
     shutil.rmtree(tmp_path / "ast.training")

@@ -1,9 +1,11 @@
 """Checkpoint folders and the Hub: what is read, in which of its old forms, what is written, and what is refused in
 which words."""
 
+import fcntl
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from contextlib import suppress
@@ -15,7 +17,7 @@ import torch
 from conftest import ROOT, make_checkpoint
 from safetensors.torch import load_file, save_file
 
-from data.checkpoint import CheckpointWriter
+from data.checkpoint import CheckpointWriter, alone_in
 from data.command import InputError
 from data.hub import model_folder
 from gpt import GPT
@@ -192,6 +194,28 @@ def test_two_runs_do_not_write_one_folder(tmp_path):
     assert load_file(tmp_path / "m" / "model.safetensors")["w"].sum() == 3
     with writer():  # nobody holds it any more
         pass
+
+
+def test_a_lock_is_one_on_the_folder_that_is_there(tmp_path, monkeypatch):
+    """Would catch a folder that its owner moves away between being opened and locked: two runs would hold the next."""
+    def moved(handle, how):
+        (tmp_path / "m").rename(tmp_path / "finished")
+    monkeypatch.setattr(fcntl, "flock", moved)
+    (tmp_path / "m").mkdir()
+    with pytest.raises(InputError, match="another run has just finished with"), alone_in(tmp_path / "m"):
+        pass
+
+
+def test_a_disk_that_is_full_at_the_end_gets_its_room_back(tmp_path, monkeypatch):
+    make_checkpoint(tmp_path / "source")
+    model = GPT.from_pretrained(tmp_path / "source")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(InputError, match="No space left"):
+        model.save_pretrained(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_a_killed_run_leaves_nothing_in_the_finished_folder(tmp_path):

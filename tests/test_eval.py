@@ -176,6 +176,15 @@ def test_table(tmp_path):
                .split("\n")[2:]]
     ruined = read_rows(result_file(tmp_path, "g", [dense, ("wanda", float("nan"), [])]))
     assert len(merge(ruined + ruined)) == 2  # NaN is no number, but the same one twice is one row
+    other = [result_file(tmp_path, f"h{seed}", [("wanda", 10.0 + seed, [])], seed=seed, nsamples=128 >> seed)
+             for seed in (0, 1)]
+    assert [(row["method"], row["perplexity"]) for row in merge([row for path in other for row in read_rows(path)])] == [
+        ("wanda (nsamples 128)", 10.0), ("wanda (nsamples 64)", 11.0)]  # they differ in more than the seed
+    splits = [result_file(tmp_path, split, [("wanda", 10.0, [])], split=split) for split in ("test", "validation")]
+    assert [row["data"] for path in splits for row in read_rows(path)] == ["wikitext2", "wikitext2, validation"]
+    found = [dict(row, options=dict(seed=seed), tasks={"rte": dict(acc=0.5 + seed / 10)}) for seed in (0, 1)
+             for row in read_rows(splits[0])]
+    assert len(merge(found)) == 2  # accuracies are not averaged, and none is left out
     assert changes == ["", "", "", "", "-25.0%", "-10.0%"]  # AST, AST + SLoRB, Wanda and with owl, swaps and with owl
     rows[-1]["tasks"] = {"rte": dict(acc=0.5, acc_stderr=0.1)}
     for kind, start in ("png", b"\x89PNG"), ("svg", b"<?xml"):

@@ -72,7 +72,7 @@ def test_a_stopped_run_goes_on_after_its_finished_shards(checkpoint, tmp_path, m
 @pytest.mark.parametrize("lines, words", [
     ('{"text": "a"}\n\n{"txt": "b"}\n', "line 3: no JSON object with a \"text\" .KeyError"),
     ('{"text": "a"}\n{"text": 5}', "line 2"), ("[1]", "line 1"), ("\n", "has no text"),
-    ('{"text": "a"}\n{"text": "\xff', "is not UTF-8|line 2")])
+    ('{"text": "a"}\n{"text": "\xff', "line 2")])
 def test_a_bad_line_is_named(checkpoint, tmp_path, monkeypatch, lines, words):
     """And nothing is left behind."""
     (tmp_path / "a.jsonl").write_bytes(lines.encode("latin-1"))
@@ -81,6 +81,23 @@ def test_a_bad_line_is_named(checkpoint, tmp_path, monkeypatch, lines, words):
     with pytest.raises(InputError, match=words):
         stream.main()
     assert not (tmp_path / "out" / "a.bin.partial").exists() and not (tmp_path / "out" / "a.bin").exists()
+
+
+def test_half_a_character_is_no_reason_to_stop(checkpoint, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a \\ud800 b"}')
+    assert "a ? b" in load_tokenizer(checkpoint).decode(stream.file_tokens(str(tmp_path / "a.jsonl"),
+                                                                           load_tokenizer(checkpoint)).tolist())
+
+
+def test_only_what_was_made_here_is_replaced(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["stream", "--model", str(checkpoint), "--data", "LICENSE", "--out",
+                                      str(tmp_path / "a.bin")])
+    for noted in False, True:
+        stream.main()
+        assert ("a.bin will be replaced" in capsys.readouterr().out) == noted
+    (tmp_path / "a.bin").write_bytes(b"weights of a model")
+    with pytest.raises(InputError, match="a.bin exists and was not made by this command"):
+        stream.main()
 
 
 def test_a_folder_is_no_place_for_a_bin_file(checkpoint, tmp_path, monkeypatch):
