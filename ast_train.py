@@ -72,10 +72,10 @@ from data.hub import model_folder
 from data.processes import add_up, mean_over_processes, process_group, processes, say, side_by_side
 from data.state import check_room, load_state, save_state
 from data.stream import Mixture, tokens, weighted
-from data.text import SOURCES, evaluation_ids
+from data.text import SOURCES, evaluation_ids, usual_text
 from dsnot import keep_mask, magnitude_score, parse_pattern, prune, wanda_score
 from eval import perplexity
-from gpt import GPT, Config, prunable
+from gpt import GPT, Block, Config, prunable
 
 RECIPES = {  # ours for the model that ships, the paper's for the others (`c4` is one file: give more as a .bin)
     "tiny": dict(
@@ -344,8 +344,6 @@ def make_sparse(model, args, slorb_k, calibration):
                 model(ids.to(args.device))
     for block in blocks:
         for name, linear in prunable(block).items():
-            if slorb_k and linear.in_features % slorb_k:
-                raise InputError(f"--slorb-k {slorb_k} does not divide the {linear.in_features} inputs of {name}")
             score = functools.partial(wanda_score, stats=stats[linear]) if stats else magnitude_score
             block.set_submodule(name, SparseLinear(linear, score, slorb_k, **amount(args)))
 
@@ -605,10 +603,11 @@ def results(args, test_ids, calibration, begin):
     for method in args.methods:
         name = {"dense": "dense, trained on", "ast": "AST", "ast-slorb": "AST + SLoRB"}[method]
         rows[name] = measure(Path(args.out) / method, args.steps * args.batch * args.seqlen)
-    print(f"\n{args.eval_data}, seqlen {args.seqlen}     parameters kept  test perplexity  gap closed    tokens read")
+    print(f"\n{args.model} on {args.eval_data}, windows of {args.seqlen} tokens")
+    print(f"{'':21}  parameters kept  test perplexity  gap closed    tokens read")
     gap = best_mask - math.log(rows["dense"]["perplexity"])
     for name, row in rows.items():
-        row["gap_closed"] = (best_mask - math.log(row["perplexity"])) / gap if args.one_shot and gap else None
+        row["gap_closed"] = (best_mask - math.log(row["perplexity"])) / gap if gap > 0 else None  # NaN: no masks
         closed = "" if row["gap_closed"] is None else f"{row['gap_closed']:.1%}"
         print(f"{name:21}  {row['parameters']:15,}  {row['perplexity']:15.3f}  {closed:>10}  {row['tokens']:13,}")
     return rows
@@ -737,6 +736,11 @@ def train_all(args, held):
     GPT.open(folder).source.check_dense()
     if config.slorb_k:
         raise InputError(f"{args.model} has been through AST and has SLoRB parameters: give the dense model")
+    with torch.device("meta"):
+        for name, linear in prunable(Block(config)).items():
+            if "ast-slorb" in args.methods and linear.in_features % args.slorb_k:
+                raise InputError(f"--slorb-k {args.slorb_k} does not divide the {linear.in_features} inputs of {name}: "
+                                 f"give another, or --methods ast")
     for method in args.methods:
         CheckpointWriter(Path(args.out) / method, config.raw, folder, keep={"command": "ast_train.py"}, goes_on=False)
     mixture, held_out, calibration = texts(args, tokenizer)
@@ -747,6 +751,8 @@ def train_all(args, held):
                          f"processes: give a longer text or a smaller --seqlen")
     say(f"{mixture.tokens:,} tokens of training text, {args.steps * args.batch * args.seqlen:,} will be read "
         f"in windows of {args.seqlen} tokens{config.remark(args.seqlen)}")
+    if "tiny" in (args.eval_data, *args.data) and not usual_text(folder, None):
+        say(f"note: {args.model} reads text that was made for another model: give it --data and --eval-data of its own")
     if pruned_here(folder):
         say(f"note: {args.model} has been pruned before; it is what is called dense here")
     held.enter_context(alone_in(Path(args.out)) if dist.get_rank() == 0 else nullcontext())
