@@ -894,7 +894,7 @@ def prune_and_measure(args, folder, config, amount, passes):
     room, notes = 0, []
     for _, place, how in passes[1:]:
         writer = CheckpointWriter(place, config.raw, source.folder, keep=how | same)  # refuses a folder it can't fill
-        if noted(Path(place) / "run.json") != how | same:
+        if not writer.finished:
             room += writer.missing(source.size())
         if writer.replaces:
             notes.append(f"{place} holds a finished run with other options or texts, which will be replaced")

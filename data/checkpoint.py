@@ -270,8 +270,8 @@ class CheckpointWriter:
     `keep` (a dict) identifies the run and is written as run.json. Where an interrupted run has left an unfinished
     folder with the same one, its files are kept and `done` tells which they are (goes_on=False: they are thrown away).
     run.json stays in the finished folder: one that lacks it was not made here and is never replaced, nor does a command
-    (keep["command"]) replace what another one has made. `replaces`: whether the folder holds a finished run with another
-    `keep`."""
+    (keep["command"]) replace what another one has made. `finished`, `replaces`: whether the folder holds a finished run
+    with this `keep`, or with another."""
 
     def __init__(self, folder, raw_config, tokenizer_from=None, keep=None, goes_on=True):
         self.folder, self.raw, self.keep = Path(folder).resolve(), raw_config, keep or {}
@@ -297,7 +297,8 @@ class CheckpointWriter:
             raise InputError(f"can't write {folder}: {obstacle}: choose another output folder")
         if taken:
             raise InputError(f"{folder} exists and is no model that was written here: choose another output folder")
-        self.replaces, maker, command = there and mark != self.keep, mark.get("command"), self.keep.get("command")
+        self.finished, self.replaces = there and mark == self.keep, there and mark != self.keep
+        maker, command = mark.get("command"), self.keep.get("command")
         if there and keep is not None and maker != command:
             raise InputError(f"{folder} holds a model that {maker or 'another command'} has made: choose another output "
                              f"folder, or delete it")

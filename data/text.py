@@ -143,7 +143,8 @@ def calibration_windows(source: str, tokenizer, nsamples: int, seqlen: int, seed
         else:
             short.add(i)
             if len(short) == len(texts):
-                raise InputError(f"no document of the calibration text {source} fills one window of --seqlen "
-                                 f"{seqlen} (one has {len(ids)} tokens): give a longer text or a smaller --seqlen")
+                raise InputError(f"no document of the calibration text {source} is long enough: one has {len(ids)} "
+                                 f"tokens, fewer than one window of --seqlen {seqlen}: give a longer text or a smaller "
+                                 f"--seqlen")
     bar.close()
     return torch.tensor(samples)

@@ -17,7 +17,10 @@ case $name:$# in
     tiny:*|settings:*|deep:*|*/*) usage ;;
     *:3)
         [ -f "$2/config.json" ] || { echo "error: $2 is no folder of a model: it has no config.json" >&2; exit 2; }
-        case $3 in tiny|tiny-code|wikitext2|ptb|c4) ;; *) [ -f "$3" ] ;; esac || { echo "error: there is no text file $3" >&2; exit 2; }
+        case $3 in
+            tiny|tiny-code|wikitext2|ptb|c4) ;;
+            *) [ -f "$3" ] || { echo "error: there is no text file $3" >&2; exit 2; } ;;
+        esac
         model=(--model "$2" --calib "$3" --data "$3" --seqlen "${SEQLEN:-256}") ;;
     *) usage ;;
 esac

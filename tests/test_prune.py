@@ -322,7 +322,7 @@ def test_bad_options(monkeypatch, capsys, model, tmp_path, name):
 
 def test_bad_texts_and_files(monkeypatch, capsys, model, tmp_path):
     """An empty text, one that is too short, one that is no text; a missing and a truncated weight file."""
-    for name, content, said in [("empty.txt", b"", "empty"), ("short.txt", b"the words", "one window"),
+    for name, content, said in [("empty.txt", b"", "empty"), ("short.txt", b"the words", "fewer than one window"),
                                 ("no.txt", b"\xff\xfe\x00", "UTF-8")]:
         (tmp_path / name).write_bytes(content)
         for option in "--calib", "--data":
