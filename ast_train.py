@@ -77,19 +77,16 @@ from dsnot import keep_mask, magnitude_score, parse_pattern, prune, wanda_score
 from eval import perplexity
 from gpt import GPT, Block, Config, prunable
 
-RECIPES = {  # ours for the model that ships, the paper's for the others (`c4` is one file: give more as a .bin)
+RECIPES = {  # ours for the model that ships, the paper's for the others
     "tiny": dict(
-        model="tiny", methods=["ast", "ast-slorb"], data=["tiny"], eval_data="tiny", steps=250, batch=8, micro_batch=8,
-        seqlen=256, start_from="dense", lr=3e-4, lr_end=1.0, average=0.6, warmup=20, decay=3e-3, decay_steps=100,
-        kl_weight=1.0, temperature=1.0, save_every=100),
+        model="tiny", methods=["ast", "ast-slorb"], steps=250, batch=8, micro_batch=8, seqlen=256, save_every=100,
+        lr=3e-4, lr_end=1.0, average=0.6, warmup=20, decay=3e-3, decay_steps=100, kl_weight=1.0, temperature=1.0),
     "llama2-7b": dict(
-        model="llama2-7b", methods=["ast-slorb"], data=["c4"], eval_data="wikitext2", steps=15000, batch=128,
-        micro_batch=1, seqlen=4096, lr=2e-5, warmup=500, decay=6e-5, decay_steps=3000, kl_weight=0.5, temperature=2.0,
-        save_every=500, start_from="dense", checkpoint_activations=True),
+        model="llama2-7b", methods=["ast-slorb"], steps=15000, batch=128, micro_batch=1, seqlen=4096, save_every=500,
+        lr=2e-5, warmup=500, decay=6e-5, decay_steps=3000, kl_weight=0.5, temperature=2.0, checkpoint_activations=True),
     "gpt2": dict(
-        model="openai-community/gpt2", methods=["ast-slorb"], data=["c4"], eval_data="wikitext2", steps=40000,
-        batch=128, micro_batch=8, seqlen=1024, lr=2e-4, warmup=2000, decay=1e-4, decay_steps=10000, kl_weight=0.67,
-        temperature=2.0, start_from="dense", save_every=1000),
+        model="openai-community/gpt2", methods=["ast-slorb"], steps=40000, batch=128, micro_batch=8, seqlen=1024,
+        save_every=1000, lr=2e-4, warmup=2000, decay=1e-4, decay_steps=10000, kl_weight=0.67, temperature=2.0),
 }
 BETAS = (0.9, 0.95)
 CHUNK = 512  # tokens whose logits are float32 at a time
@@ -470,7 +467,8 @@ def resume(method, args, which, student, optimizer, mean, source):
     folders of this run hold something else, or their disk is too small."""
     work, saved = Path(args.out) / f"{method}.training", Path(args.out) / method
     unused = NEUTRAL | (MASKED if method == "dense" else set()) | (set() if method == "ast-slorb" else {"slorb_k"})
-    options = {name: str(value) for name, value in vars(args).items() if name not in unused}
+    options = {name: " ".join(map(str, value)) if isinstance(value, list) else str(value)
+               for name, value in vars(args).items() if name not in unused}
     options |= {"model": which, "texts": str(versions(text_files(args)))}
     made = {"command": "ast_train.py", "method": method} | options
     state = load_state(work, student, optimizer, mean, options, args.steps)
@@ -513,12 +511,12 @@ def train(method, args, begin, mixture, held_out, calibration):
     student, which = new_student(args, method, begin, source, calibration)
     layers = [layer for layer in student.modules() if isinstance(layer, SparseLinear)]
     student, teacher = set_up(student, args, args.checkpoint_activations), None
-    if args.kl_weight:
-        teacher = set_up(GPT.from_pretrained(args.model, args.device, getattr(torch, args.dtype)), args)
     optimizer = AnnealedAdamW(student, args.lr)
     mean = {name: W.detach().clone() for name, W in student.named_parameters()} if args.average else {}
     average_from = args.steps - round(args.average * args.steps)
     state, made = resume(method, args, which, student, optimizer, mean, source)
+    if args.kl_weight and state["step"] < args.steps:
+        teacher = set_up(GPT.from_pretrained(args.model, args.device, getattr(torch, args.dtype)), args)
     rank, world = dist.get_rank(), dist.get_world_size()
     started, first = time.perf_counter(), state["step"]
     if args.device.startswith("cuda"):
@@ -585,7 +583,7 @@ def results(args, test_ids, calibration, begin):
     def measure(folder, used):
         model = GPT.from_pretrained(folder, device=args.device)
         return dict(parameters=sum(p.count_nonzero().item() for p in model.parameters()), tokens=used,
-                    perplexity=perplexity(model, test_ids, args.seqlen, args.micro_batch))
+                    perplexity=perplexity(model, test_ids, args.seqlen, args.micro_batch, progress=True))
 
     gc.collect()  # what training has left on the GPU
     print(f"measuring the dense{', one-shot' * args.one_shot} and trained models on {args.eval_data} ...", flush=True)
@@ -629,7 +627,7 @@ def options():
     how_many = g.add_mutually_exclusive_group()
     how_many.add_argument("--pattern", default="2:4", metavar="N:M", help="N kept of every M")
     how_many.add_argument("--sparsity", type=float, help="prune this share of every row instead")
-    g.add_argument("--start-from", choices=["dense", "swap"],
+    g.add_argument("--start-from", choices=["dense", "swap"], default="dense",
                    help="the first weights: the model's, or what dsnot.py --refine swap --refit leaves of them")
     g.add_argument("--score", choices=["magnitude", "wanda"], default="magnitude",
                    help="keep the highest |W| or |W| ||x||")
@@ -641,9 +639,11 @@ def options():
     g.add_argument("--slorb-k", type=int, default=16, help="inputs that SLoRB sums")
     g = p.add_argument_group("data")
     g.add_argument("--data", nargs="+", metavar="SOURCE[:WEIGHT]",
-                   help="tiny, tiny-code, c4, wikitext2, text or .bin file")
+                   help=f"{', '.join(SOURCES)}, a text file or a .bin of data.stream; of c4 one file of its 1024 "
+                        f"(default: tiny for tiny's relatives, else c4)")
     g.add_argument("--eval-data", metavar="SOURCE",
-                   help="validation and test text; of a file the last tenth, half for each")
+                   help="validation and test text, one of the same; of a file the last tenth, half for each (default: "
+                        "tiny or wikitext2)")
     g.add_argument("--seqlen", type=int, help="tokens a window")
     g = p.add_argument_group("training")
     g.add_argument("--steps", type=int, help="updates of the weights, each of --batch windows")
@@ -743,6 +743,8 @@ def train_all(args, held):
                                  f"give another, or --methods ast")
     for method in args.methods:
         CheckpointWriter(Path(args.out) / method, config.raw, folder, keep={"command": "ast_train.py"}, goes_on=False)
+    text = usual_text(folder, None)
+    args.data, args.eval_data = args.data or [text or "c4"], args.eval_data or text or "wikitext2"
     mixture, held_out, calibration = texts(args, tokenizer)
     test_ids = (evaluation_ids(args.eval_data, "test", tokenizer, args.seqlen) if args.eval_data in SOURCES
                 else tokens(args.eval_data, tokenizer, "test"))
@@ -751,8 +753,6 @@ def train_all(args, held):
                          f"processes: give a longer text or a smaller --seqlen")
     say(f"{mixture.tokens:,} tokens of training text, {args.steps * args.batch * args.seqlen:,} will be read "
         f"in windows of {args.seqlen} tokens{config.remark(args.seqlen)}")
-    if "tiny" in (args.eval_data, *args.data) and not usual_text(folder, None):
-        say(f"note: {args.model} reads text that was made for another model: give it --data and --eval-data of its own")
     if pruned_here(folder):
         say(f"note: {args.model} has been pruned before; it is what is called dense here")
     held.enter_context(alone_in(Path(args.out)) if dist.get_rank() == 0 else nullcontext())
@@ -776,6 +776,7 @@ def main():
             if dist.get_rank() > 0:
                 return
         table = results(args, *found)
+    print("\nsaved " + ", ".join(str(Path(args.out) / name) for name in [*args.methods, "curve.png"]))
     record(args, {"seconds": time.perf_counter() - started, "runs": runs, "table": table})
 
 

@@ -61,7 +61,7 @@ from data.processes import add_up, process_group, processes, say, wait
 from data.text import SOURCES, evaluation_ids, split_of, usual_text
 from eval import perplexity
 from gpt import GPT, Block, Config, prunable, rotary
-from results.compare import method_of, percent, propagates
+from results.compare import method_of, percent, propagates, said_of
 
 
 # ------------------------------------------------------------------------------------------------ scores and masks
@@ -776,13 +776,21 @@ def check(args, config, text):
     name = [Path(args.model).name, args.score, args.refine + "+refit" * args.refit,
             amount.replace(":", "of").rstrip("%"), *[args.allocate] * (args.allocate != "uniform"),
             *[f"seed{args.seed}"] * (args.seed != 0), *["no-" * usual + "propagate"] * (args.propagate != usual)]
+    for option, value in dict(cycles=None, threshold=0.1, sign_check=True, refine_layers="all", calib=text or "c4",
+                              nsamples=128, seqlen=config.window_length()).items():
+        if (given := getattr(args, option)) != value:
+            name.append(said_of(option, Path(given).name if option == "calib" else given).replace(" ", "-"))
     args.out = args.out or str(Path("out") / "-".join(name))
+    return amount, method_of(vars(args))
+
+
+def check_memory(args, config):
+    """Raise InputError where the calibration text's activations don't fit into memory."""
     need, device = processes()[1] * state_bytes(args, config), torch.device(args.device)
     free = free_memory(torch.device("cpu")) + (device.type == "cuda") * processes()[1] * free_memory(device)
-    if need > free and not args.dry_run and not (Path(args.out) / "pruning.json").is_file():
+    if need > free:
         raise InputError(f"--nsamples {args.nsamples} of --seqlen {args.seqlen} make {need / 1e9:,.1f} GB of "
                          f"activations, and {free / 1e9:,.1f} GB of memory are free: give fewer or shorter ones")
-    return amount, method_of(vars(args))
 
 
 def stored_dtype(config):
@@ -895,6 +903,7 @@ def prune_and_measure(args, folder, config, amount, passes):
     for _, place, how in passes[1:]:
         writer = CheckpointWriter(place, config.raw, source.folder, keep=how | same)  # refuses a folder it can't fill
         if not writer.finished:
+            check_memory(args, config)
             room += writer.missing(source.size())
         if writer.replaces:
             notes.append(f"{place} holds a finished run with other options or texts, which will be replaced")
@@ -904,8 +913,9 @@ def prune_and_measure(args, folder, config, amount, passes):
     ids = evaluation_ids(args.data, split, tokenizer, args.seqlen)
     data = f"the last tenth of {args.data}" if shared and args.data not in SOURCES else args.data
     calibration = calibration_windows(args.calib, tokenizer, args.nsamples, args.seqlen, args.seed)
+    count = len(windows(ids, args.seqlen))
     say(f"{args.model}: {amount} pruned, calibration {args.nsamples} x {args.seqlen} tokens of {args.calib}, "
-        f"perplexity on {data} ({len(windows(ids, args.seqlen))} windows of {args.seqlen} tokens"
+        f"perplexity on {data} ({count} window{'s' * (count != 1)} of {args.seqlen} tokens"
         f"{config.remark(args.seqlen)})")
     if pruned_here(source.folder):
         notes.append(f"{args.model} has been pruned before; it is what is called dense here")

@@ -308,8 +308,9 @@ class CheckpointWriter:
         left = noted(self.marker) or {}
         ours = left == self.keep if self.goes_on else left.get("command") == command
         if not ours and any(self.partial.glob("*.safetensors")):
-            raise InputError(f"{self.partial} holds the finished blocks of another run: give the options that it had, "
-                             f"choose another output folder, or delete it")
+            other = [name for name in {**left, **self.keep} if left.get(name) != self.keep.get(name)]
+            raise InputError(f"{self.partial} holds the finished blocks of another run, which differs in "
+                             f"{', '.join(other)}: give what it had, choose another output folder, or delete it")
 
     def __enter__(self):
         with ExitStack() as held:

@@ -66,5 +66,6 @@ def model_folder(name, weights=True, config_only=False):
                          f"or run `hf auth login` if it is private") from None
     except (OSError, errors.HTTPError) as e:  # HTTPError: what the Hub's HTTP library raises, whichever it is
         reason = getattr(e, "strerror", None) or type(e).__name__
-        raise InputError(f"{target} is not in the Hub's cache and can't be fetched ({reason}): "
-                         f"without a network, copy its folder here and give --model FOLDER") from None
+        what = "a folder with its config.json" if config_only else "its folder"
+        raise InputError(f"{target} is no folder here, not in the Hub's cache, and can't be fetched ({reason}): "
+                         f"without a network, copy {what} here and give --model FOLDER") from None

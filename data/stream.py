@@ -192,7 +192,7 @@ class Mixture:
 def main():
     p = parser(__doc__)
     p.add_argument("--model", required=True, help="whose tokenizer: a preset, a Hub id or a folder")
-    p.add_argument("--data", required=True, help="c4 or another named text, a text file or a .jsonl file")
+    p.add_argument("--data", required=True, help=f"{', '.join(SOURCES)} or a file: of .jsonl and .json the \"text\" of each line, else plain text")
     p.add_argument("--shards", type=int, default=1,
                    help="files of C4 to take, of 1024 with about 0.17 billion tokens each")
     p.add_argument("--out", required=True, help="the .bin file")
@@ -203,10 +203,7 @@ def main():
     if obstacle := "it is a folder" if Path(args.out).is_dir() else what_keeps_from_writing(args.out):
         raise InputError(f"--out {args.out} can't be written: {obstacle}")
     if Path(args.out).is_file():
-        with open(args.out, "rb") as f:
-            if f.read(len(MARK)) != MARK:
-                raise InputError(f"--out {args.out} exists and was not made by this command: choose another file")
-        print(f"note: {args.out} will be replaced")
+        raise InputError(f"--out {args.out} exists: delete it to make it anew")
     if not 1 <= args.shards <= (1024 if args.data == "c4" else 1):
         raise InputError(f"--shards {args.shards}: C4 has 1024 of them, every other text 1")
     folder = model_folder(args.model, weights=False)

@@ -2,7 +2,7 @@
 
 A source is a name below or the path of a text file; a split is "train" (calibration, training), "validation" or "test".
 A file has no splits of its own: None takes all of it, "train" its first nine tenths, the others the last tenth. A
-`.jsonl` file has a document in the "text" of each line, any other file is one running text.
+`.jsonl` or `.json` file has a document in the "text" of each line, any other file is one running text.
 """
 
 import filecmp
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from data.command import InputError
 from data.hub import PRESETS
+from data.processes import say
 from data.stdlib import stdlib_source, stdlib_text
 
 SOURCES = ("tiny", "tiny-code", "wikitext2", "ptb", "c4")
@@ -30,7 +31,8 @@ def hub_rows(path, name, split, data_files=None, revision=None):
         return datasets.load_dataset(path, name, split=split, data_files=data_files, revision=revision)
     except Exception as e:  # the Hub's client raises a family of errors that changes between versions
         raise InputError(f"the data set {path} is not in the cache and can't be fetched ({type(e).__name__}): "
-                         f"without a network, give the path of a text file instead") from None
+                         f"without a network, give the option that named it (--data, --calib, --eval-data) a text "
+                         f"file") from None
 
 
 def json_lines(path):
@@ -63,16 +65,16 @@ def documents(source, split, shard=0):
     if source == "c4":
         name, shards = ("train", 1024) if split == "train" else ("validation", 8)
         return hub_rows("allenai/c4", None, name, {name: f"en/c4-{name}.{shard:05d}-of-{shards:05d}.json.gz"})["text"]
-    path = Path(source)
+    path, lines = Path(source), Path(source).suffix in (".jsonl", ".json")
     if not path.is_file():
         raise InputError(f"no text source {source!r}: give a text file or one of {', '.join(SOURCES)}")
     try:  # bytes: line ends stay as they are
-        found = json_lines(path) if path.suffix == ".jsonl" else path.read_bytes().decode()
+        found = json_lines(path) if lines else path.read_bytes().decode()
     except UnicodeDecodeError as e:
         raise InputError(f"{source} is not UTF-8 text ({e.reason} at byte {e.start}): give a text file") from None
     cut = len(found) if split is None else len(found) * 9 // 10
     found = found[:cut] if split in (None, "train") else found[cut:]
-    return found if path.suffix == ".jsonl" else [found]
+    return found if lines else [found]
 
 
 def usual_text(folder, otherwise):
@@ -134,8 +136,11 @@ def calibration_windows(source: str, tokenizer, nsamples: int, seqlen: int, seed
         if (i := rng.randrange(len(texts))) in short:
             continue
         ids = encoded[i] if i in encoded else tokenizer.encode(texts[i])
-        if len(texts) == 1:
+        if len(texts) == 1 and not encoded:
             encoded[i] = ids
+            if seqlen <= len(ids) < nsamples * seqlen:
+                say(f"note: {source} has {len(ids):,} tokens to calibrate on, so that {nsamples} windows of {seqlen} "
+                    f"overlap")
         if len(ids) >= seqlen:
             begin = rng.randint(0, len(ids) - seqlen)
             samples.append(ids[begin:begin + seqlen])

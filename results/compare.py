@@ -158,10 +158,10 @@ def before(row, known):
 
 
 def table(rows):
-    """The rows as a markdown table. Change: of the perplexity, relative to the same mask before its refinement."""
+    """The rows as a markdown table. By refinement: the change of the perplexity, relative to the same mask before."""
     tasks = list(dict.fromkeys(task for row in rows for task in row.get("tasks") or {}))
     timed = ["decode (tokens/s)", "weights (GB)"] if any("speed" in row for row in rows) else []
-    head = ["model", "data (seqlen)", "method", "sparsity", "perplexity", "change", "seconds", *tasks, *timed]
+    head = ["model", "data (seqlen)", "method", "sparsity", "perplexity", "by refinement", "seconds", *tasks, *timed]
     lines = []
     known = {key(row): row.get("perplexity") for row in rows}
     for row in rows:

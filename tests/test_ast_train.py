@@ -447,4 +447,30 @@ def test_running_out_of_memory_gets_a_sentence(tmp_path, train, monkeypatch):
 def test_every_recipe_sets_every_option(monkeypatch, recipe):
     monkeypatch.setattr(sys, "argv", ["ast_train.py", "--recipe", recipe, "--steps", "3"])
     args = vars(ast_train.options())
-    assert args.pop("steps") == 3 and [name for name, value in args.items() if value is None] == ["json", "sparsity"]
+    later = ["data", "eval_data"]  # depend on the model
+    assert args.pop("steps") == 3
+    assert {name for name, value in args.items() if value is None} == {"json", "sparsity", *later}
+
+
+@pytest.mark.parametrize("model, texts", [("tiny", (["tiny"], "tiny")), ("other", (["c4"], "wikitext2"))])
+def test_texts_suit_the_model(files, monkeypatch, tmp_path, model, texts):
+    """Would catch a model of one's own that learns Python's documentation because nobody named a text."""
+    def stop(args, _):
+        raise KeyError(args.data, args.eval_data)
+    monkeypatch.setattr(ast_train, "texts", stop)
+    monkeypatch.setattr(sys, "argv", ["ast_train.py", "--device", "cpu", "--out", str(tmp_path / "out"), "--model",
+                                      model if model == "tiny" else str(files / model)])
+    with pytest.raises(KeyError) as stopped:
+        ast_train.main()
+    assert stopped.value.args == texts
+
+
+def test_a_finished_training_asks_for_no_teacher(tmp_path, train, monkeypatch, capsys):
+    """And where the models are is said in the end."""
+    train(tmp_path, "--steps", 2)
+    loaded, load = [], GPT.from_pretrained
+    monkeypatch.setattr(GPT, "from_pretrained", lambda *place, **options: (loaded.append(place),
+                                                                            load(*place, **options))[1])
+    monkeypatch.setattr(ast_train, "results", lambda *_: {})
+    train(tmp_path, "--steps", 2)
+    assert len(loaded) == 1 and f"saved {tmp_path / 'ast'}, {tmp_path / 'curve.png'}" in capsys.readouterr().out

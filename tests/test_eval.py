@@ -161,7 +161,7 @@ def test_table(tmp_path):
              result_file(tmp_path, "d", [dense, ("wanda", 10.0, []), ("wanda + swap", 9.5, [])], pattern="2:4", seed=1)]
     rows = merge([row for path in files for row in read_rows(path)])
     lines = [[cell.strip() for cell in line.split("|")[3:-1]] for line in table(rows).split("\n")[2:]]
-    head = "| model | data (seqlen) | method | sparsity | perplexity | change | seconds |\n| :-- | :-- | :-- | --: |"
+    head = "| model | data (seqlen) | method | sparsity | perplexity | by refinement | seconds |\n| :-- | :-- | :-- | --: |"
     assert table(rows).startswith(head)
     assert lines == [["dense", "0%", "5.00", "", ""],
                      ["wanda", "2:4", "11.00 ± 1.41 (2 seeds)", "", "12"],

@@ -372,12 +372,62 @@ def test_existing_folders_are_respected(monkeypatch, capsys, model, tmp_path):
     assert json.loads((tmp_path / "new" / "pruning.json").read_text())["run"]["sparsity"] == 0.6
 
 
+@pytest.mark.parametrize("options, ending", [
+    ([], "-wanda-dsnot-70"), (["--pattern", "2:4"], "-wanda-dsnot-2of4"),
+    (["--refine-layers", "attn", "--cycles", "50", "--no-sign-check"],
+     "-wanda-dsnot-70-cycles-50-no-sign-check-refine-layers-attn"),
+    (["--calib", "a/b.txt", "--nsamples", "8", "--seqlen", "9"], "-wanda-dsnot-70-calib-b.txt-nsamples-8-seqlen-9"),
+    (["--threshold", "0.2", "--seed", "3"], "-wanda-dsnot-70-seed3-threshold-0.2"),
+    (["--allocate", "owl", "--refine", "swap", "--no-propagate"], "-wanda-swap-70-owl-no-propagate")])
+def test_runs_that_differ_have_folders_that_differ(monkeypatch, options, ending):
+    """Would catch hours of work that are replaced by those of other options."""
+    monkeypatch.setattr(sys, "argv", ["dsnot.py", *options])
+    args = dsnot.options()
+    dsnot.check(args, dsnot.Config.read(ROOT / "data" / "tiny"), "tiny")
+    assert args.out == f"out/tiny{ending}"
+
+
+def test_memory_for_the_activations(monkeypatch, capsys, model, tmp_path):
+    """Would catch a run that finds out later, also where a finished one of other options is about to be replaced; and
+    one that is finished being refused for what it would have needed."""
+    command(monkeypatch, model, tmp_path / "done")
+    before, full = tensors(tmp_path / "done"), lambda device: 100
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(dsnot, "free_memory", full)
+        expect_refusal(patch, capsys, model, tmp_path / "out", [], "--nsamples 4 of --seqlen 32 make 0.0 GB of")
+        with pytest.raises(SystemExit):
+            command(patch, model, tmp_path / "done", "--nsamples", "5")
+        assert "--nsamples 5" in capsys.readouterr().err
+        command(patch, model, tmp_path / "done")
+    assert all(torch.equal(before[name], W) for name, W in tensors(tmp_path / "done").items())
+
+
+def test_what_an_unfinished_run_differs_in_is_said(monkeypatch, capsys, model, tmp_path):
+    real, written = dsnot.write_atomically, []
+
+    def killed(path, write):
+        real(path, write)
+        written.append(path)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(dsnot, "write_atomically", killed)
+        command(patch, model, tmp_path / "out")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        command(monkeypatch, model, tmp_path / "out", "--nsamples", "3", "--cycles", "2")
+    assert "another run, which differs in cycles, nsamples: give what it had" in capsys.readouterr().err
+
+
 def test_what_may_surprise_is_said(monkeypatch, capsys, model, tmp_path):
     """Would catch a pruned model being measured as the dense one without a word; windows that are too long and a
     text that is too short to fit weights to, likewise."""
     command(monkeypatch, model, tmp_path / "once")
     said = capsys.readouterr().out
-    assert not any(words in said for words in ("pruned before", "made for", "are fitted"))
+    assert not any(words in said for words in ("pruned before", "made for", "are fitted", "overlap"))
+    command(monkeypatch, model, tmp_path / "often", "--nsamples", "1000")
+    assert "tokens to calibrate on, so that 1000 windows of 32 overlap" in capsys.readouterr().out
     command(monkeypatch, model, tmp_path / "short", "--refit", "--nsamples", "1")
     assert "weights are fitted to 32 tokens of calibration text, fewer than the 56 inputs" in capsys.readouterr().out
     command(monkeypatch, model, tmp_path / "twice", "--model", str(tmp_path / "once"), "--seqlen", "65")
