@@ -93,7 +93,7 @@ CHUNK = 512  # tokens whose logits are float32 at a time
 CALIBRATION, LOG_EVERY = 128, 10  # windows, steps
 NEUTRAL = {"recipe", "methods", "out", "json", "device", "micro_batch", "save_every", "one_shot", "compile", "shard",
            "checkpoint_activations"}  # options that may change when a run goes on
-MASKED = {"pattern", "sparsity", "score", "mask_every", "decay", "decay_steps", "start_from"}  # without meaning to dense
+MASKED = {"pattern", "sparsity", "score", "mask_every", "decay", "decay_steps", "start_from"}  # mean nothing to dense
 
 
 # ------------------------------------------------------------------------------------------------------ the method
@@ -619,7 +619,7 @@ def options():
     early.add_argument("--recipe", choices=RECIPES, default="tiny")
     p = parser(__doc__)
     p.add_argument("--recipe", choices=RECIPES, default="tiny", help="where the other options begin")
-    p.add_argument("--model", help="student and teacher: a preset, a Hub id or a folder")
+    p.add_argument("--model", help="student and teacher: a preset (data/hub.py lists them), a Hub id or a folder")
     p.add_argument("--methods", nargs="+", choices=["dense", "ast", "ast-slorb"],
                    help="what to train; dense: the same training without masks, the control")
     p.add_argument("--out", default="out/ast", help="the folder for a model of each method, their states and curve.png")
@@ -632,11 +632,13 @@ def options():
     g.add_argument("--score", choices=["magnitude", "wanda"], default="magnitude",
                    help="keep the highest |W| or |W| ||x||")
     g.add_argument("--mask-every", type=int, default=10, help="steps between choices of the mask; 0: it stays")
-    g.add_argument("--decay", type=float, help="lambda; 0: none")
-    g.add_argument("--decay-steps", type=int, help="T0, steps until the decay is lambda; 0: from the start")
-    g.add_argument("--kl-weight", type=float, help="a, the share of distillation in the loss; 0: no teacher")
-    g.add_argument("--temperature", type=float, help="T of the distillation")
-    g.add_argument("--slorb-k", type=int, default=16, help="inputs that SLoRB sums")
+    g.add_argument("--decay", type=float, help="lambda: how strongly pruned weights are pulled to 0")
+    g.add_argument("--decay-steps", type=int, help="T0: steps in which the decay grows to lambda")
+    g.add_argument("--kl-weight", type=float,
+                   help="a: the share of distillation in the loss, the rest is cross-entropy; 0: no teacher")
+    g.add_argument("--temperature", type=float, help="T: divides the logits of both models in distillation")
+    g.add_argument("--slorb-k", type=int, default=16,
+                   help="k: neighbouring inputs that share a parameter of SLoRB in each row")
     g = p.add_argument_group("data")
     g.add_argument("--data", nargs="+", metavar="SOURCE[:WEIGHT]",
                    help=f"{', '.join(SOURCES)}, a text file or a .bin of data.stream; of c4 one file of its 1024 "

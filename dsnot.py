@@ -694,7 +694,7 @@ def parse_pattern(text):
 
 def options():
     p = parser(__doc__)
-    p.add_argument("--model", default="tiny", help="a preset, a Hub id or a folder")
+    p.add_argument("--model", default="tiny", help="a preset (data/hub.py lists them), a Hub id or a folder")
     p.add_argument("--out", help="the folder of the pruned checkpoint (default: out/MODEL-METHOD)")
     p.add_argument("--dry-run", action="store_true",
                    help="say what the run would take in memory, disk and time; fetches config.json alone")
@@ -704,7 +704,8 @@ def options():
     how_many.add_argument("--pattern", metavar="N:M", help="such as 2:4: N kept of every M consecutive weights")
     group.add_argument("--score", default="wanda", choices=["magnitude", "wanda", "sparsegpt"], help="the first mask")
     group.add_argument("--allocate", default="uniform", choices=["uniform", "owl", "sensitivity"],
-                       help="the same sparsity everywhere, less in blocks with more outliers, or less where it hurts")
+                       help="uniform: the same sparsity everywhere; owl: less in blocks with more outliers; "
+                            "sensitivity: less in layers whose pruning hurts more")
     group = p.add_argument_group("how to refine the mask")
     group.add_argument("--refine", default="dsnot", choices=["none", "dsnot", "swap", "dsnot+swap"],
                        help="DSnoT's rule, swaps that lower the exact error, or both")
@@ -717,10 +718,12 @@ def options():
                        help="swaps per row at most, of DSnoT and of each turn of exact ones (default: of DSnoT's as "
                             "many as 50 are to 4096 inputs, of exact ones until none helps)")
     group.add_argument("--threshold", type=float,
-                       help="DSnoT: a row's expected error that is small enough (default: 0.1)")
+                       help="DSnoT: a row is left alone once its expected error in a sequence is no larger "
+                            "(default: 0.1)")
     group.add_argument("--sign-check", action=argparse.BooleanOptionalAction, default=None,
                        help="DSnoT: stop a row before its expected error changes sign (default: yes)")
-    group.add_argument("--refine-layers", default="all", choices=["attn", "all"], help="which layers of a block")
+    group.add_argument("--refine-layers", default="all", choices=["attn", "all"],
+                       help="refine the masks of attention alone, or of the MLP, too")
     group = p.add_argument_group("calibration and evaluation")
     group.add_argument("--calib",
                        help=f"text: {', '.join(SOURCES)} or a file (default: tiny for tiny's relatives, else c4)")

@@ -206,7 +206,7 @@ def describe(model, name):
 
 def options():
     p = parser(__doc__)
-    p.add_argument("--model", default="tiny", help="a preset, a Hub id or a folder")
+    p.add_argument("--model", default="tiny", help="a preset (data/hub.py lists them), a Hub id or a folder")
     p.add_argument("--batch", type=int, default=8, help="windows or choices at a time")
     p.add_argument("--sparse", action=BooleanOptionalAction, default=False,
                    help="keep 2:4 layers compressed and compute with them (sparse_matmul.py)")

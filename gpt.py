@@ -597,7 +597,7 @@ UNUSUAL = {"quantization_config": None, "partial_rotary_factor": 1.0, "layer_nor
 
 def main():
     p = parser(__doc__)
-    p.add_argument("--model", default="tiny", help="a preset, a Hub id or a folder")
+    p.add_argument("--model", default="tiny", help="a preset (data/hub.py lists them), a Hub id or a folder")
     p.add_argument("--prompt", default="Return the value of", help="the text to continue")
     p.add_argument("--max-new-tokens", type=int, default=200, help="how many tokens to add")
     p.add_argument("--temperature", type=float, default=0.8, help="0: always the most likely token")

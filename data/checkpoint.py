@@ -300,8 +300,8 @@ class CheckpointWriter:
         self.finished, self.replaces = there and mark == self.keep, there and mark != self.keep
         maker, command = mark.get("command"), self.keep.get("command")
         if there and keep is not None and maker != command:
-            raise InputError(f"{folder} holds a model that {maker or 'another command'} has made: choose another output "
-                             f"folder, or delete it")
+            raise InputError(f"{folder} holds a model that {maker or 'another command'} has made: choose another "
+                             f"output folder, or delete it")
         if not self.marker.is_file() and self.partial.is_dir() and any(self.partial.glob("[!.]*")):
             raise InputError(f"{self.partial} is no unfinished run of this program: move it away or choose another "
                              f"output folder")

@@ -191,8 +191,10 @@ class Mixture:
 
 def main():
     p = parser(__doc__)
-    p.add_argument("--model", required=True, help="whose tokenizer: a preset, a Hub id or a folder")
-    p.add_argument("--data", required=True, help=f"{', '.join(SOURCES)} or a file: of .jsonl and .json the \"text\" of each line, else plain text")
+    p.add_argument("--model", required=True,
+                   help="whose tokenizer: a preset (data/hub.py lists them), a Hub id or a folder")
+    p.add_argument("--data", required=True,
+                   help=f"{', '.join(SOURCES)} or a file: of .jsonl and .json the \"text\" of each line, else all")
     p.add_argument("--shards", type=int, default=1,
                    help="files of C4 to take, of 1024 with about 0.17 billion tokens each")
     p.add_argument("--out", required=True, help="the .bin file")
