@@ -71,7 +71,7 @@ from data.device import fast_in_bf16
 from data.hub import model_folder
 from data.processes import add_up, mean_over_processes, process_group, processes, say, side_by_side
 from data.state import check_room, load_state, save_state
-from data.stream import Mixture, tokens, weighted
+from data.stream import CUTS, HALVES, Mixture, tokens, weighted
 from data.text import SOURCES, evaluation_ids, usual_text
 from dsnot import keep_mask, magnitude_score, parse_pattern, prune, wanda_score
 from eval import perplexity
@@ -644,8 +644,8 @@ def options():
                    help=f"{', '.join(SOURCES)}, a text file or a .bin of data.stream; of c4 one file of its 1024 "
                         f"(default: tiny for tiny's relatives, else c4)")
     g.add_argument("--eval-data", metavar="SOURCE",
-                   help="validation and test text, one of the same; of a file the last tenth, half for each (default: "
-                        "tiny or wikitext2)")
+                   help="validation and test text, one of the same; of a file half for each, or half of its last tenth "
+                        "if it is trained on (default: tiny or wikitext2)")
     g.add_argument("--seqlen", type=int, help="tokens a window")
     g = p.add_argument_group("training")
     g.add_argument("--steps", type=int, help="updates of the weights, each of --batch windows")
@@ -713,10 +713,19 @@ def memory_is_enough(args):
                          f"take more GPUs{kept}") from None
 
 
+def evaluation_tokens(args, tokenizer, split):
+    """The ids of the validation or test text. A file that is also trained on gives a part that is not, any other one
+    half of it."""
+    if args.eval_data in SOURCES and split == "test":
+        return evaluation_ids(args.eval_data, "test", tokenizer, args.seqlen)
+    *trained, file = (Path(source).resolve() for source in text_files(args))
+    return tokens(args.eval_data, tokenizer, split, CUTS if file in trained else HALVES)
+
+
 def texts(args, tokenizer):
     """What training reads: a mixture, validation windows, and Wanda's and SparseGPT's inputs [CALIBRATION, seqlen]."""
     mixture = Mixture(args.data, tokenizer, args.seqlen, args.batch)
-    held_out = windows(tokens(args.eval_data, tokenizer, "validation"), args.seqlen + 1,
+    held_out = windows(evaluation_tokens(args, tokenizer, "validation"), args.seqlen + 1,
                        f"the validation text of {args.eval_data}")
     return mixture, held_out, mixture.batch(args.seed, 0, CALIBRATION, stream=0)[:, :-1]
 
@@ -748,8 +757,7 @@ def train_all(args, held):
     text = usual_text(folder, None)
     args.data, args.eval_data = args.data or [text or "c4"], args.eval_data or text or "wikitext2"
     mixture, held_out, calibration = texts(args, tokenizer)
-    test_ids = (evaluation_ids(args.eval_data, "test", tokenizer, args.seqlen) if args.eval_data in SOURCES
-                else tokens(args.eval_data, tokenizer, "test"))
+    test_ids = evaluation_tokens(args, tokenizer, "test")
     if len(held_out) < dist.get_world_size():
         raise InputError(f"the validation text of {args.eval_data} has {len(held_out)} windows, fewer than there are "
                          f"processes: give a longer text or a smaller --seqlen")

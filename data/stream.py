@@ -31,7 +31,8 @@ from data.tokenizer import load_tokenizer
 HEADER, MARK = struct.Struct("<8sQQQ"), b"TOKENBIN"
 GOLDEN = (5 ** 0.5 - 1) / 2
 PIECE = 50_000  # characters that are tokenized at a time: SentencePiece is slower on long texts
-CUTS = {"train": (0, 90), "validation": (90, 95), "test": (95, 100)}  # percent of a file's tokens
+CUTS = {"train": (0, 90), "validation": (90, 95), "test": (95, 100)}  # percent of a file's tokens ...
+HALVES = {"validation": (0, 50), "test": (50, 100)}  # ... and of one that is not for training
 
 
 def pieces(texts):
@@ -134,15 +135,15 @@ def file_tokens(source, tokenizer):
     return np.concatenate([np.array([], np.uint16), *encode(training_texts(source), tokenizer, source)])
 
 
-def tokens(source, tokenizer, split):
-    """The ids of one split of a source (1-D array). Of a file, which has no splits of its own, the first 90 % of the
-    tokens are for training, the next 5 % for validation, the rest for test."""
+def tokens(source, tokenizer, split, cuts=CUTS):
+    """The ids of one split of a source (1-D array); of a file, which has no splits of its own, those that `cuts` gives
+    it."""
     if source in SOURCES:
         if split == "train":
             return np.concatenate(list(encode(training_texts(source), tokenizer, source)))
         return np.array(tokenizer.encode(load_text(source, split)))
     ids = file_tokens(source, tokenizer)
-    first, last = (len(ids) * percent // 100 for percent in CUTS[split])
+    first, last = (len(ids) * percent // 100 for percent in cuts[split])
     return ids[first:last] if split == "train" else ids[first:last].astype(np.int64)
 
 

@@ -25,9 +25,11 @@ import dsnot
 import sparse_matmul
 from ast_train import decay_at, learning_rate
 from conftest import ROOT
+from data import load_tokenizer
 from data.checkpoint import alone_in
 from data.command import InputError
 from data.state import check_room
+from data.stream import file_tokens
 from data.train_tiny import train_tokenizer
 from dsnot import prunable
 from gpt import GPT, Config
@@ -474,3 +476,15 @@ def test_a_finished_training_asks_for_no_teacher(tmp_path, train, monkeypatch, c
     monkeypatch.setattr(ast_train, "results", lambda *_: {})
     train(tmp_path, "--steps", 2)
     assert len(loaded) == 1 and f"saved {tmp_path / 'ast'}, {tmp_path / 'curve.png'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("data, validation, test", [("text.txt", (90, 95), (95, 100)), ("b.txt", (0, 50), (50, 100))])
+def test_validation_and_test_are_apart_from_training(files, data, validation, test):
+    """Would catch a test file of which a twentieth is measured, and one that is trained on."""
+    (files / "b.txt").write_text((files / "text.txt").read_text()[:9999])
+    args = argparse.Namespace(data=[f"{files / data}:2"], eval_data=str(files / "text.txt"), seqlen=32)
+    tokenizer = load_tokenizer(files / "model")
+    ids = file_tokens(args.eval_data, tokenizer).tolist()
+    for split, (first, last) in ("validation", validation), ("test", test):
+        found = ast_train.evaluation_tokens(args, tokenizer, split).tolist()
+        assert found == ids[len(ids) * first // 100:len(ids) * last // 100]
