@@ -225,7 +225,8 @@ def add_to_mean(mean, model, count):
 
 @contextmanager
 def averaged(model, mean, masks=True):
-    """Inside, `model` has the weights of `mean`, and where `masks` may change those that fit them."""
+    """Inside, `model` has the weights of `mean`, and where `masks` may change those that fit them; not after an error.
+    """
     layers = [layer for layer in model.modules() if isinstance(layer, SparseLinear) and masks]
     before = [layer.mask.clone() for layer in layers]
     exchange(model, mean)
@@ -530,8 +531,9 @@ def train(method, args, begin, mixture, held_out, calibration):
         if layers and args.mask_every and step and step % args.mask_every == 0:
             state["flips"] = update_masks(layers, args.device)
 
-        ids = mixture.batch(args.seed, step, args.batch)[rank::world].to(args.device)
-        loss = mean_over_processes(backward(student, teacher, ids, args))
+        ids = mixture.batch(args.seed, step, args.batch)[rank::world]
+        student.check_tokens(ids)
+        loss = mean_over_processes(backward(student, teacher, ids.to(args.device), args))
         norm = whole(nn.utils.clip_grad_norm_(student.parameters(), args.clip)).item()
         if not math.isfinite(loss + norm):
             kept = f"; the state of step {state['step']} is kept in {work}" if state["step"] else ""

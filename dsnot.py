@@ -57,7 +57,7 @@ from data.checkpoint import CheckpointWriter, noted, pruned_here, shard
 from data.command import InputError, at_least, check_disk, parser, record, run, versions, write_atomically
 from data.device import free_memory, timed
 from data.hub import model_folder
-from data.processes import add_up, process_group, processes, say, wait
+from data.processes import add_up, from_first, process_group, processes, say, wait
 from data.text import SOURCES, evaluation_ids, split_of, usual_text
 from eval import perplexity
 from gpt import GPT, Block, Config, prunable, rotary
@@ -144,7 +144,7 @@ def dsnot_refine(W: Tensor, keep: Tensor, stats: InputStats, score: Tensor, *, c
     found = [_grow_candidates(w.float(), k, stats, cycles, var_power) for w, k in chunks]
     e, grow, growable = map(torch.cat, zip(*found))
     if pattern is None:
-        prune, prunable = map(torch.cat, zip(*(_prune_candidates(w.float(), k, stats, cycles) for w, k in chunks)))
+        drop, droppable = map(torch.cat, zip(*(_prune_candidates(w.float(), k, stats, cycles) for w, k in chunks)))
     new, row = keep.clone(), torch.arange(len(W), device=W.device)
     active, start_sign = torch.ones_like(row, dtype=torch.bool), e.sign()
     grown, pruned = W.new_zeros(2, len(W), 2, dtype=torch.long)  # how much of each list is used up
@@ -154,15 +154,15 @@ def dsnot_refine(W: Tensor, keep: Tensor, stats: InputStats, score: Tensor, *, c
         g = grow[row, side, grown[row, side]]
         active &= grown.sum(1) < growable
         if pattern is None:
-            p = prune[row, side, pruned[row, side]]
-            active &= pruned[row, side] < prunable[row, side]
+            p = drop[row, side, pruned[row, side]]
+            active &= pruned[row, side] < droppable[row, side]
             pruned[row, side] += 1
         else:
             member = (g - g % pattern[1])[:, None] + torch.arange(pattern[1], device=W.device)  # [out, m]: its group
-            free = keep[row[:, None], member] & new[row[:, None], member]  # kept at the start and still
-            lowest, at = score[row[:, None], member].float().masked_fill(~free, torch.inf).min(1)
+            kept = keep[row[:, None], member] & new[row[:, None], member]  # at the start and still
+            least, at = score[row[:, None], member].float().masked_fill(~kept, torch.inf).min(1)
             p = member[row, at]
-            active &= lowest < torch.inf
+            active &= least < torch.inf
         grown[row, side] += 1
         after = e + W[row, p].float() * s[p] - W[row, g].float() * s[g]
         if sign_check:
@@ -201,8 +201,8 @@ def swap_refine(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = 
     With G the Gram matrix and r what a row lacks, the error is r G r^T. Pruning weight j adds w_j to r_j and growing i
     takes w_i from r_i, so with g = r G a swap adds exactly
         (2 w_j g_j + w_j^2 G_jj) + (-2 w_i g_i + w_i^2 G_ii) - 2 w_i w_j G_ij,
-    and the best one is taken until none lowers the error (SparseSwaps, arXiv 2512.10922, has the same idea).
-    It is searched among the `candidates` best weights of each side (n:m: among the groups that promise most); several
+    and the best one is taken until none lowers the error by more than rounding (SparseSwaps, arXiv 2512.10922, has the
+    same idea). It is searched among the `candidates` best weights of each side (n:m: among the groups that promise most); several
     swaps are made among them, exactly, before g is made anew for all weights.
 
     W, keep [out, in]; gram [in, in]: sum of x x^T over the inputs x that the sparse layer gets; goal [out, in]: sum of
@@ -213,11 +213,12 @@ def swap_refine(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = 
     for rows in torch.arange(len(W), device=W.device).split(512 if W.device.type == "cpu" else 4096):
         w, mask = W[rows], keep[rows]
         g = torch.where(mask, 0, w) @ G if goal is None else goal[rows] - torch.where(mask, w, 0) @ G
+        # flipping weight k alone costs square_k + slope_k g_k, its price; a pair costs slope_j slope_i G_ij / 2 more
         slope, square = torch.where(mask, 2 * w, -2 * w), w.square() * G.diagonal()
         left = torch.full_like(rows, w.shape[1] if max_swaps is None else max_swaps)
         most = square.amax(1)
-        # a smaller gain is rounding, of the largest weights, but not of the few whose inputs are gigantic
-        least = 1e-6 * (1e4 * square.median(1)[0]).clamp(1e-3 * most, most)
+        # smaller gains are rounding: 1e-6 of the row's largest w^2 G_kk, less where few inputs are gigantic
+        least = (1e-2 * square.median(1)[0]).clamp(1e-9 * most, 1e-6 * most)
         square = torch.where(torch.stack([mask, ~mask]), square, torch.inf)  # inf: not to be pruned, not to be grown
         while len(rows):
             price = torch.addcmul(square, slope, g)  # [2, rows, in]: of pruning or growing one weight and no other
@@ -241,11 +242,11 @@ def _swap_round(price, mask, slope, G, left, least, candidates, pattern):
     """Choose a few swaps in each row, the best first, at most left[row], each of which lowers the error by more than
     least[row]. Returns the columns that flip, pruned and grown by turns [rows, 2 swaps], and which of these flips count
     (bool, the same). price [2, rows, in] of pruning and of growing, mask, slope [rows, in], G: as in swap_refine."""
-    prune, grow = _candidates(price, mask, candidates, pattern)
-    (rows, groups, a), b = prune.shape, grow.shape[2]
-    prune, grow, k, columns, made = prune.flatten(1), grow.flatten(1), groups * a, [], []
-    both = torch.cat([prune, grow], 1)
-    step, cost = slope.gather(1, both), torch.cat([price[0].gather(1, prune), price[1].gather(1, grow)], 1)
+    drop, grow = _candidates(price, mask, candidates, pattern)
+    (rows, groups, a), b = drop.shape, grow.shape[2]
+    drop, grow, k, columns, made = drop.flatten(1), grow.flatten(1), groups * a, [], []
+    both = torch.cat([drop, grow], 1)
+    step, cost = slope.gather(1, both), torch.cat([price[0].gather(1, drop), price[1].gather(1, grow)], 1)
 
     def pairs(x):  # what of each row belongs to the weights of a pair, to be broadcast: [rows, groups, a, 1], [..1, b]
         return x[:, :k].view(rows, groups, a, 1), x[:, k:].view(rows, groups, 1, b)
@@ -381,20 +382,20 @@ def sparsegpt(W: Tensor, gram: Tensor, *, sparsity: float | None = None, pattern
         right = min(left + block, width)
         w, u = W[:, left:right], U[left:right, left:right]
         if keep is not None:
-            prune = ~keep[:, left:right]
+            drop = ~keep[:, left:right]
         elif sparsity is not None:
             score = w.square() / u.diagonal().square()
-            prune = score <= score.flatten().sort()[0][min(int(score.numel() * sparsity), score.numel() - 1)]
+            drop = score <= score.flatten().sort()[0][min(int(score.numel() * sparsity), score.numel() - 1)]
         else:
-            prune = torch.zeros_like(w, dtype=torch.bool)
+            drop = torch.zeros_like(w, dtype=torch.bool)
         error = torch.zeros_like(w)
         for i in range(right - left):
             if pattern and i % pattern[1] == 0:  # decided when the sweep gets there, on weights corrected so far
                 group = slice(i, i + pattern[1])
-                prune[:, group] = ~keep_mask(w[:, group].square() / u.diagonal()[group].square(), pattern=pattern)
-            error[:, i] = torch.where(prune[:, i], w[:, i], 0) / u[i, i]
+                drop[:, group] = ~keep_mask(w[:, group].square() / u.diagonal()[group].square(), pattern=pattern)
+            error[:, i] = torch.where(drop[:, i], w[:, i], 0) / u[i, i]
             w[:, i:] -= error[:, i:i + 1] * u[i, i:]
-            w[:, i].masked_fill_(prune[:, i], 0)
+            w[:, i].masked_fill_(drop[:, i], 0)
         W[:, right:] -= error @ U[left:right, right:]
     return W
 
@@ -408,12 +409,12 @@ def sparsegpt(W: Tensor, gram: Tensor, *, sparsity: float | None = None, pattern
 AIM = {"mask": (0.5, 0.0), "weights": (1.0, 1.0)}
 
 
-def layer_goal(W, stats, free):
+def layer_goal(W, stats, adjusts):
     """The goal [out, in] of a layer, as in swap_refine, from its InputStats; None: what its dense weights make of its
-    inputs. free: "mask" or "weights", what can be chosen (see AIM)."""
+    inputs. adjusts: "mask" or "weights", what its method can choose (see AIM)."""
     if stats.cross is None:
         return None
-    towards_dense, share = AIM[free]
+    towards_dense, share = AIM[adjusts]
     goal = W.float() @ torch.lerp(stats.gram, stats.cross, towards_dense)
     return goal if stats.lack is None else goal.add_(stats.lack, alpha=share)
 
@@ -457,10 +458,10 @@ def rows_apart(score, pattern=None, **_):
 
 
 def prune_rows(W, stats, goal, **options):
-    """prune_layer, each process taking its share of the rows where they are apart."""
+    """prune_layer, each process taking its share of the rows where they are apart, else all taking the first one's."""
     rank, world = processes()
     if world == 1 or not rows_apart(**options):
-        return prune_layer(W, stats, goal=goal, **options)
+        return from_first(prune_layer(W, stats, goal=goal, **options))
     rows = torch.arange(len(W), device=W.device).tensor_split(world)[rank]
     new = torch.zeros_like(W, dtype=torch.float32)
     new[rows] = prune_layer(W[rows], stats, goal=None if goal is None else goal[rows], **options)
@@ -499,21 +500,22 @@ def prune_block(block, where, hidden, dense, prefix, stored, *, score, refine, s
     block on inputs that the block's dense weights have made. The last layer of either half of a block is the one whose
     output is added to the hidden state."""
     gram = needs_gram(score, refine, refit)
-    free = "weights" if refit or score == "sparsegpt" else "mask"
+    adjusts = "weights" if refit or score == "sparsegpt" else "mask"
     linears, records, original = prunable(block), [], copy.deepcopy(block) if dense else None
     for half, step in enumerate(steps(block, *where, halves=propagate)):
         teacher = (steps(original, *where, halves=True)[half], dense, prunable(original)) if dense else None
         groups = readers(step, hidden[0][:1], linears)
         for stage in [[group] for group in groups] if propagate else [groups]:
-            adds = bool(dense) and stage == groups[-1:] and AIM[free][1] > 0
+            adds = bool(dense) and stage == groups[-1:] and AIM[adjusts][1] > 0
             stats = input_stats(step, hidden, linears, stage, gram, teacher, adds)
             for name in (name for group in stage for name in group):
                 layer, weight = f"{prefix}.{name}", linears[name].weight
                 if not stats[name].square.isfinite().all():
                     raise InputError(f"the calibration activations that flow into {layer} are not finite")
                 try:
-                    W = prune_rows(weight, stats[name], layer_goal(weight, stats[name], free), score=score, refit=refit,
-                                   refine=refine_of(name, refine, refine_layers), sparsity=sparsity[layer], **options)
+                    W = prune_rows(weight, stats[name], layer_goal(weight, stats[name], adjusts), score=score,
+                                   refine=refine_of(name, refine, refine_layers), refit=refit,
+                                   sparsity=sparsity[layer], **options)
                 except torch.linalg.LinAlgError:
                     raise InputError(f"the calibration activations that flow into {layer} are too few or too much "
                                      f"alike to fit its weights to them: give more --nsamples, or another --calib "
@@ -530,10 +532,10 @@ def prune_block(block, where, hidden, dense, prefix, stored, *, score, refine, s
 
 
 @torch.inference_mode()
-def prune(model, windows, out, run, *, batch=8, propagate=False, sparsity=None, allocate="uniform", **options):
+def prune(model, samples, out, run, *, batch=8, propagate=False, sparsity=None, allocate="uniform", **options):
     """Prune a streamed model block by block into the checkpoint folder `out`.
 
-    windows [nsamples, seqlen]: calibration ids, of which each process takes its share. run: a dict that names this run;
+    samples [nsamples, seqlen]: calibration ids, of which each process takes its share. run: a dict that names this run;
     one of the same name that was interrupted goes on where it stopped. propagate: see prune_block. Returns a record per
     layer, {layer, weights, sparsity, error where it is known}, which is also written to out/pruning.json, with the
     seconds that it took. Raises InputError where activations are not finite or the disk is too small."""
@@ -543,11 +545,12 @@ def prune(model, windows, out, run, *, batch=8, propagate=False, sparsity=None, 
     rank, world = processes()
     if (finished := noted(Path(out) / "pruning.json")) and finished.get("run") == run:
         return finished["layers"]
-    positions = torch.arange(windows.shape[1], device=device)
-    where, windows = (rotary(model.config, positions), positions), windows[rank::world]
+    model.check_tokens(samples)
+    positions = torch.arange(samples.shape[1], device=device)
+    where, samples = (rotary(model.config, positions), positions), samples[rank::world]
     layers = count * len(prunable(model.model.layers[0]))
     aims = has_goal(propagate, **options)
-    states = held_states(*windows.shape, layers, aims, allocate)
+    states = held_states(*samples.shape, layers, aims, allocate)
     home = place_for(model.config, states, torch.device(device), model.place["dtype"])
     writer = CheckpointWriter(out, model.config.raw, source.folder, keep=run)
     wait()  # everybody has looked at the folder, which the first one now fills
@@ -559,7 +562,7 @@ def prune(model, windows, out, run, *, batch=8, propagate=False, sparsity=None, 
         wait()  # the folder is there
 
         def embedded():
-            return (model.embed(ids.to(device)).to(home) for ids in windows.split(batch))
+            return (model.embed(ids.to(device)).to(home) for ids in samples.split(batch))
 
         shares = allocation(model, where, embedded(), sparsity, allocate)
         hidden = list(embedded())  # the input of the next block
@@ -789,11 +792,14 @@ def check(args, config, text):
 
 def check_memory(args, config):
     """Raise InputError where the calibration text's activations don't fit into memory."""
-    need, device = processes()[1] * state_bytes(args, config), torch.device(args.device)
-    free = free_memory(torch.device("cpu")) + (device.type == "cuda") * processes()[1] * free_memory(device)
+    need, world, device = state_bytes(args, config), processes()[1], torch.device(args.device)
+    free = free_memory(torch.device("cpu")) / world
+    if device.type == "cuda":
+        free = max(free, free_memory(device) / 2)  # all are in one place: see place_for
     if need > free:
-        raise InputError(f"--nsamples {args.nsamples} of --seqlen {args.seqlen} make {need / 1e9:,.1f} GB of "
-                         f"activations, and {free / 1e9:,.1f} GB of memory are free: give fewer or shorter ones")
+        raise InputError(f"--nsamples {args.nsamples} of --seqlen {args.seqlen} make {world * need / 1e9:,.1f} GB of "
+                         f"activations, and {world * free / 1e9:,.1f} GB of memory are free for them: give fewer or "
+                         f"shorter ones")
 
 
 def stored_dtype(config):
@@ -826,9 +832,9 @@ def needed_memory(args, config, methods, block, whole):
     needed = {
         "the calibration text's activations": state_bytes(args, config),
         "weights": (whole - elsewhere * sum(p.numel() for p in block.parameters())) * itemsize,
-        "a layer's scores": (48 if "swap" in args.refine else 24) * max(W.numel() for W in weights),
+        "a layer's scores": (56 if "swap" in args.refine else 28) * max(W.numel() for W in weights),
         "a batch's activations": 32768 * config.intermediate_size * itemsize,
-        "Gram matrices": gram * 16 * widest ** 2,
+        "Gram matrices": gram * (24 if args.score == "sparsegpt" else 16) * widest ** 2,
         "refit's equations": args.refit * 20 * min(max(CHUNK, (widest * n / m) ** 2), equations),
         "the logits of trials": sensitivity * 16 * probe_tokens(args.seqlen) * config.vocab_size}
     return {name: size / 1e9 for name, size in needed.items() if size}

@@ -93,8 +93,8 @@ class Config:
             raise InputError(f"config.json: model_type {raw.get('model_type')!r} is not supported "
                              f"({', '.join(FAMILIES)} are)")
         ours = FAMILIES[raw["model_type"]](raw)
-        no_windows = dict(use_sliding_window=False, layer_types=None)
-        said = {"hidden_act": "silu", **raw, **no_windows, **ours}  # in LLaMA's words
+        no_windows = dict(use_sliding_window=False, layer_types=None)  # unless the family knows them
+        said = {"hidden_act": "silu", **raw, **no_windows, **ours}  # in LLaMA's words; what comes later wins
         heads, layers, bias = said["num_attention_heads"], said["num_hidden_layers"], said.get("attention_bias", False)
         check_whole("num_hidden_layers", layers, 5)  # before lists of so many are made
         rope = dict(said.get("rope_scaling") or said.get("rope_parameters") or {})
@@ -357,6 +357,9 @@ def graphed(step, *inputs):
 
 
 class GPT(nn.Module):
+    source, place = None, {}  # the checkpoint that it comes from; the device and dtype of what is read
+    streams, sparse = False, False  # whether blocks stay on disk; whether 2:4 layers stay compressed in memory
+
     def __init__(self, config):
         super().__init__()
         self.config = c = config
@@ -385,7 +388,7 @@ class GPT(nn.Module):
 
     def embed(self, ids, positions=None):
         """ids [B, T] -> x [B, T, C]; learned positions [T] (None: from 0) are added where the model has them."""
-        if ids.shape[1] > 1:  # tokens that come one at a time are the model's own
+        if not ids.is_cuda:  # there the check would wait for the GPU: it is for whoever moves them
             self.check_tokens(ids)
         x = self.model.embed_tokens(ids)
         if "project_in" in self.model:
@@ -553,8 +556,6 @@ class GPT(nn.Module):
         with CheckpointWriter(dir, raw | {key: str(self.lm_head.weight.dtype).removeprefix("torch.")},
                               tokenizer_from or (self.source and self.source.folder)) as out:
             out.write("model.safetensors", self.tensors())
-
-    source, streams, sparse = None, False, False  # the checkpoint that it comes from, and how that is read
 
 
 # -------------------------------------------------------------------------------------------------- the relatives

@@ -17,8 +17,8 @@ from data.command import start
 
 @contextmanager
 def process_group(args, alone=False):
-    """`start` of data.command; inside, the processes that torchrun began know each other, and each has a GPU of its
-    own. alone: also where it began none there is a group, of one process."""
+    """Call `start` of data.command. Inside, torchrun's processes form a group, each with the GPU of its LOCAL_RANK;
+    without torchrun there is none, or with `alone` one of a single process."""
     torchrun, cuda = "RANK" in os.environ, args.device.startswith("cuda")
     if torchrun and cuda:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -54,6 +54,13 @@ def add_up(tensor):
     """Replace a tensor in every process by the sum over all of them."""
     if processes()[1] > 1:
         dist.all_reduce(tensor)
+
+
+def from_first(tensor):
+    """The first process's tensor, in place of each one's: those of unlike machines differ by rounding."""
+    if processes()[1] > 1:
+        dist.broadcast(tensor, 0)
+    return tensor
 
 
 def mean_over_processes(value):

@@ -27,7 +27,8 @@ def save_state(work, model, optimizer, mean, state, finished=False):
         shutil.rmtree(partial, ignore_errors=True)
     dist.barrier()
     try:
-        partial.mkdir(parents=True, exist_ok=True)
+        if first or not finished:  # of a finished one nobody else writes, or waits before the folder is renamed
+            partial.mkdir(parents=True, exist_ok=True)
         if not finished:
             weights, moments = get_state_dict(model, optimizer)
             dcp.save({"model": weights, "optimizer": moments, "mean": mean}, checkpoint_id=partial)

@@ -322,6 +322,7 @@ def test_two_processes_follow_one(files, tmp_path, train):
         assert all(abs(a["loss"] - b["loss"]) < 1e-4 for a, b in zip(one["history"], two["history"], strict=True)), name
         assert all(abs(a / b - 1) < 1e-3 for (_, a), (_, b) in zip(one["validation"], two["validation"], strict=True))
         check_sparse(tmp_path / name / "ast", files / "model")
+        assert not list((tmp_path / name).rglob("*.partial"))  # by the slower process
     alone = train(tmp_path / "alone", "--start-from", "swap", "--steps", 2, "--save-every", 2)["runs"]["ast"]
     two = json.loads((tmp_path / "swapped.json").read_text())["results"]["runs"]["ast"]
     assert two["history"][0]["loss"] == pytest.approx(alone["history"][0]["loss"], rel=1e-2)  # both prune: sums differ

@@ -1,5 +1,7 @@
 """The walk through the blocks and the command of dsnot.py: what it writes, how it goes on, what it refuses."""
 
+import argparse
+import contextlib
 import json
 import math
 import os
@@ -16,7 +18,7 @@ from safetensors.torch import load_file
 
 import dsnot
 from conftest import ROOT, make_checkpoint
-from data.calibration import watch
+from data.calibration import place_for, watch
 from data.command import run
 from test_gpt import ALL, ids_for, theirs
 
@@ -401,6 +403,21 @@ def test_memory_for_the_activations(monkeypatch, capsys, model, tmp_path):
         assert "--nsamples 5" in capsys.readouterr().err
         command(patch, model, tmp_path / "done")
     assert all(torch.equal(before[name], W) for name, W in tensors(tmp_path / "done").items())
+
+
+@pytest.mark.parametrize("gpu, cpu, fits", [(75, 100, False), (500, 100, True), (75, 200, True), (250, 100, False)])
+def test_activations_lie_in_one_place(monkeypatch, gpu, cpu, fits):
+    """Would catch a run of 150 GB that is let in because the GPU's memory and the computer's together have room."""
+    def free(device):
+        return 1e9 * (gpu if torch.device(device).type == "cuda" else cpu)
+    for module in dsnot, sys.modules["data.calibration"]:
+        monkeypatch.setattr(module, "free_memory", free)
+    monkeypatch.setattr(dsnot, "state_bytes", lambda *_: 150e9)
+    args = argparse.Namespace(device="cuda", nsamples=1, seqlen=1)
+    with contextlib.nullcontext() if fits else pytest.raises(dsnot.InputError, match="make 150.0 GB of activations"):
+        dsnot.check_memory(args, None)
+    place = place_for(argparse.Namespace(hidden_size=1), 75e9, torch.device("cuda"), torch.float16)
+    assert fits == (150 < (cpu if place == "cpu" else gpu))
 
 
 def test_what_an_unfinished_run_differs_in_is_said(monkeypatch, capsys, model, tmp_path):
