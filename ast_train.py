@@ -477,7 +477,7 @@ def resume(method, args, which, student, optimizer, mean, source):
         raise InputError(f"{saved} is not the model that the training in {work} has saved: bring that back, or delete "
                          f"{work} to train anew")
     if there not in (None, made):
-        say(f"note: {saved} holds a model of another training, which will be replaced")
+        raise InputError(f"{saved} holds a model of another training: choose another --out, or delete it")
     if state["step"] < args.steps:
         check_room(work, student, mean, saved, source.size())
     return state, made
@@ -750,10 +750,12 @@ def train_all(args, held):
     if config.slorb_k:
         raise InputError(f"{args.model} has been through AST and has SLoRB parameters: give the dense model")
     with torch.device("meta"):
-        for name, linear in prunable(Block(config)).items():
-            if "ast-slorb" in args.methods and linear.in_features % args.slorb_k:
-                raise InputError(f"--slorb-k {args.slorb_k} does not divide the {linear.in_features} inputs of {name}: "
-                                 f"give another, or --methods ast")
+        inputs = {name: linear.in_features for name, linear in prunable(Block(config)).items()}
+    for name, width in inputs.items():
+        if "ast-slorb" in args.methods and width % args.slorb_k:
+            fits = next(k for k in range(args.slorb_k, 0, -1) if math.gcd(*inputs.values()) % k == 0)
+            raise InputError(f"--slorb-k {args.slorb_k} does not divide the {width} inputs of {name}: give --slorb-k "
+                             f"{fits}, or --methods ast")
     for method in args.methods:
         CheckpointWriter(Path(args.out) / method, config.raw, folder, keep={"command": "ast_train.py"}, goes_on=False)
     text = usual_text(folder, None)

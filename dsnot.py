@@ -53,7 +53,7 @@ from tqdm import tqdm
 
 from data import calibration_windows, load_tokenizer, windows
 from data.calibration import InputStats, input_stats, move, place_for, readers, steps
-from data.checkpoint import CheckpointWriter, noted, pruned_here, shard
+from data.checkpoint import CheckpointWriter, alone_in, noted, pruned_here, shard
 from data.command import InputError, at_least, check_disk, parser, record, run, versions, write_atomically
 from data.device import free_memory, timed
 from data.hub import model_folder
@@ -843,13 +843,20 @@ def needed_memory(args, config, methods, block, whole):
 @torch.inference_mode()
 def needed_seconds(args, config, methods, block):
     """How long pruning takes each process, from a random block on which its steps are timed."""
+    def spent(work):  # short ones again: the first time is longer
+        times = [timed(work, args.device)[0]]
+        while sum(times) < 0.5 and len(times) < 5:
+            times.append(timed(work, args.device)[0])
+        return min(times)
+
     layers, world, sample = prunable(block), processes()[1], torch.arange(min(args.seqlen, 256), device=args.device)
     step, = steps(block, rotary(config, sample), sample)
     x = torch.randn(1, len(sample), config.hidden_size, device=args.device, dtype=held_dtype(args, config))
     groups = readers(step, x, layers)  # this warms up, too
     gram = any(needs_gram(**method) for method in methods)
-    watching, stats = timed(lambda: input_stats(step, [x], layers, groups, gram), args.device)
-    running, _ = timed(lambda: step(x), args.device)
+    stats = input_stats(step, [x], layers, groups, gram)
+    watching = spent(lambda: input_stats(step, [x], layers, groups, gram))
+    running = spent(lambda: step(x))
     needed = sum(3 * running + 4 * watching if has_goal(**method) else  # each half runs once for each of its stages
                  (1 + method["propagate"]) * running + watching for method in methods)
     tokens = -(-args.nsamples // world) * args.seqlen
@@ -864,8 +871,7 @@ def needed_seconds(args, config, methods, block):
         rows = 64 if part else len(W)
         if args.device != "cpu":
             how(W[:64])  # warms up
-        spent, _ = timed(lambda: how(W[:rows]), args.device)
-        needed += spent * len(W) / rows / (world if rows_apart(**options) else 1)
+        needed += spent(lambda: how(W[:rows])) * len(W) / rows / (world if rows_apart(**options) else 1)
     return needed * config.num_hidden_layers
 
 
@@ -884,9 +890,9 @@ def dry_run(args, config, amount, methods):
     for name, W in weights.items():
         say(f"    {name:<18} {W.shape[0]:>6} x {W.shape[1]}")
     each = f" in each of {world} processes" * (world > 1)
-    say(f"memory    {sum(gigabytes.values()):.1f} GB on {args.device}{each}: "
-        + ", ".join(f"{name} {size:.1f}" for name, size in gigabytes.items()))
-    say(f"disk      {size:.1f} GB to read, {len(methods) * size:.1f} GB to write")
+    say(f"memory    {sum(gigabytes.values()):.3g} GB on {args.device}{each}: "
+        + ", ".join(f"{name} {size:.2g}" for name, size in gigabytes.items()))
+    say(f"disk      {size:.3g} GB to read, {len(methods) * size:.3g} GB to write")
     unit, seconds = next((u for u in (("days", 86400), ("hours", 3600), ("minutes", 60)) if needed > 2 * u[1]),
                          ("seconds", 1))
     say(f"time      {needed / seconds:,.1f} {unit} on {args.device}, estimated from a part of one of the {blocks} "
@@ -914,11 +920,14 @@ def prune_and_measure(args, folder, config, amount, passes):
         if not writer.finished:
             check_memory(args, config)
             room += writer.missing(source.size())
-        if writer.replaces:
-            notes.append(f"{place} holds a finished run with other options or texts, which will be replaced")
+        else:
+            notes.append(f"{place} is finished, and will be measured again")
+        if writer.partial.exists():
+            with alone_in(writer.partial) if processes()[0] == 0 else nullcontext():  # refuses one that is in use
+                pass
     check_disk(Path(args.out), room, args.out)
     shared = Path(args.data).resolve() == Path(args.calib).resolve()
-    split = args.split if shared else split_of(args.data, args.split)
+    split = split_of(args.data, args.split) or (args.split if shared else None)
     ids = evaluation_ids(args.data, split, tokenizer, args.seqlen)
     data = f"the last tenth of {args.data}" if shared and args.data not in SOURCES else args.data
     calibration = calibration_windows(args.calib, tokenizer, args.nsamples, args.seqlen, args.seed)

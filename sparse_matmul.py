@@ -357,8 +357,9 @@ def save_compressed(model: str, folder, bits: int | None = None) -> dict:
         raise InputError(f"{model} is compressed already")
     made = dict(command="sparse_matmul.py", model=str(source.folder.resolve()), bits=bits, files=versions(source.paths))
     out = CheckpointWriter(folder, source.raw, source.folder, keep=made, goes_on=False)
-    if out.replaces:
-        print(f"note: {folder} holds a compressed model, which will be replaced")
+    if out.differs:
+        raise InputError(f"{folder} holds a compressed model, which differs in {out.differs}: choose another --out, or "
+                         f"delete it")
     with out:
         for i in range(count):
             with torch.device("meta"):

@@ -270,8 +270,8 @@ class CheckpointWriter:
     `keep` (a dict) identifies the run and is written as run.json. Where an interrupted run has left an unfinished
     folder with the same one, its files are kept and `done` tells which they are (goes_on=False: they are thrown away).
     run.json stays in the finished folder: one that lacks it was not made here and is never replaced, nor does a command
-    (keep["command"]) replace what another one has made. `finished`, `replaces`: whether the folder holds a finished run
-    with this `keep`, or with another."""
+    (keep["command"]) replace what another one has made, or a command that goes on a finished run with another `keep`.
+    `finished`: whether the folder holds the one with this `keep`; `differs`: what that of another one differs in."""
 
     def __init__(self, folder, raw_config, tokenizer_from=None, keep=None, goes_on=True):
         self.folder, self.raw, self.keep = Path(folder).resolve(), raw_config, keep or {}
@@ -297,20 +297,27 @@ class CheckpointWriter:
             raise InputError(f"can't write {folder}: {obstacle}: choose another output folder")
         if taken:
             raise InputError(f"{folder} exists and is no model that was written here: choose another output folder")
-        self.finished, self.replaces = there and mark == self.keep, there and mark != self.keep
+        self.finished, self.differs = there and mark == self.keep, self.differing(mark) if there else ""
         maker, command = mark.get("command"), self.keep.get("command")
         if there and keep is not None and maker != command:
             raise InputError(f"{folder} holds a model that {maker or 'another command'} has made: choose another "
                              f"output folder, or delete it")
+        if self.differs and self.goes_on:
+            raise InputError(f"{folder} holds a finished run, which differs in {self.differs}: choose another output "
+                             f"folder, or delete it")
         if not self.marker.is_file() and self.partial.is_dir() and any(self.partial.glob("[!.]*")):
             raise InputError(f"{self.partial} is no unfinished run of this program: move it away or choose another "
                              f"output folder")
         left = noted(self.marker) or {}
         ours = left == self.keep if self.goes_on else left.get("command") == command
         if not ours and any(self.partial.glob("*.safetensors")):
-            other = [name for name in {**left, **self.keep} if left.get(name) != self.keep.get(name)]
             raise InputError(f"{self.partial} holds the finished blocks of another run, which differs in "
-                             f"{', '.join(other)}: give what it had, choose another output folder, or delete it")
+                             f"{self.differing(left)}: give what it had, choose another output folder, or delete it")
+
+    def differing(self, other):
+        """The names of what another run's `keep` has otherwise, as text."""
+        return ", ".join(name + " (sizes or dates)" * (name == "files") for name in {**other, **self.keep}
+                         if other.get(name) != self.keep.get(name))
 
     def __enter__(self):
         with ExitStack() as held:

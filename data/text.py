@@ -31,8 +31,8 @@ def hub_rows(path, name, split, data_files=None, revision=None):
         return datasets.load_dataset(path, name, split=split, data_files=data_files, revision=revision)
     except Exception as e:  # the Hub's client raises a family of errors that changes between versions
         raise InputError(f"the data set {path} is not in the cache and can't be fetched ({type(e).__name__}): "
-                         f"without a network, give the option that named it (--data, --calib, --eval-data) a text "
-                         f"file") from None
+                         f"without a network, give text files (--data; where there is one, --calib or --eval-data, "
+                         f"too)") from None
 
 
 def json_lines(path):

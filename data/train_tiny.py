@@ -190,6 +190,8 @@ def main():
         raise InputError(f"--lr {args.lr} must be above 0 and finite")
     CheckpointWriter(args.out, CONFIG, keep={})  # refuses a folder that it can't fill, or that another command has made
     out = Path(args.out).resolve()
+    if (out / "config.json").is_file():
+        raise InputError(f"--out {args.out} holds a finished model: choose another folder, or delete it")
     work = out.with_name(out.name + ".training")  # the tokenizer and the state of an unfinished run
     tokenizer, streams = read(work, args.packages)
     held_out = windows(tokenizer.encode(stdlib_text("validation")), args.seqlen + 1).to(args.device)
@@ -199,6 +201,7 @@ def main():
     history = train(args, model, streams, held_out, work / "state.pt")
     model.bfloat16().save_pretrained(args.out, tokenizer_from=work)
     shutil.rmtree(work)
+    print(f"saved {args.out}")
     record(args, {"validation_loss": history, "parameters": sum(w.numel() for w in model.parameters())})
 
 

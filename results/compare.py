@@ -40,11 +40,12 @@ def read_rows(path):
             amount = options.get("pattern") or options.get("sparsity")
             data, seqlen = results.get("data"), results.get("seqlen")
         common = {"model": options["model"], "data": data, "seqlen": seqlen, "amount": amount, "options": options}
-        return [complete(common | row) for row in rows]
+        dense = next((row.get("perplexity") for row in rows if row["method"] == "dense"), None)
+        return [complete(common | row | {"dense": dense}) for row in rows]
     except FileNotFoundError:
         raise InputError(f"--compare {path}: there is no such file or folder" if file == path else
-                         f"--compare {path}: it has no pruning.json, which dsnot.py writes; of another folder "
-                         f"give the files in it that --json wrote") from None
+                         f"--compare {path} is no pruned model (it has no pruning.json); to compare the files that "
+                         f"--json wrote, give {path}/*.json") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         why = f": {e}" if isinstance(e, (OSError, ValueError)) else ""
         raise InputError(f"--compare {path} is neither a result file with a table (--json of dsnot.py, ast_train.py or "
@@ -95,7 +96,16 @@ def merge(rows):
         close |= a is b is None and row["layers"] == other["layers"]
         return close and all(row.get(more) == other.get(more) for more in ("tasks", "speed"))
 
-    methods, groups, merged = {}, {}, []
+    methods, groups, merged, texts = {}, {}, [], {}
+    for row in rows:  # texts of one name on which the dense model differs are several
+        found = texts.setdefault((row["model"], row["data"], row["seqlen"]), [])
+        if row.get("dense") and not any(math.isclose(row["dense"], other, rel_tol=1e-3) for other in found):
+            found.append(row["dense"])
+    for row in rows:
+        found = texts[row["model"], row["data"], row["seqlen"]]
+        if row.get("dense") and len(found) > 1:
+            near = next(other for other in found if math.isclose(row["dense"], other, rel_tol=1e-3))
+            row["data"] += f", text {found.index(near) + 1}"
     for row in rows:
         methods.setdefault((row["model"], row["data"], row["seqlen"], row["method"]), []).append(row)
     for group in methods.values():  # of one method at several sparsities, named alike

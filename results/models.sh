@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The sizes and perplexities of compressed models, and the texts that models write, for README (minutes on two CPU cores):
 #     bash results/models.sh
-# AST's text needs the model that results/ast.sh trains. Then `python results/readme.py` puts them into README.md.
+# AST's text needs the model of python ast_train.py --out out/ast-seed0. Then `python results/readme.py` puts them into README.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 write() { python gpt.py --model "$2" --prompt "Help on module json" --max-new-tokens 60 --json "results/text-$1.json"; }
@@ -22,5 +22,5 @@ write 2of4 out/tiny-2of4
 if [ -d out/ast-seed0/ast ]; then
     write ast out/ast-seed0/ast
 else
-    echo "AST's text stays as it is: out/ast-seed0/ast, which bash results/ast.sh trains, is not here"
+    echo "AST's text stays as it is: first train its model by python ast_train.py --out out/ast-seed0"
 fi

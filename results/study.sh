@@ -21,10 +21,16 @@ case $name:$# in
             tiny|tiny-code|wikitext2|ptb|c4) ;;
             *) [ -f "$3" ] || { echo "error: there is no text file $3" >&2; exit 2; } ;;
         esac
+        for given in "\"model\": \"$2\"" "\"data\": \"$3\""; do
+            other=$(grep -LF "$given" "results/$name"/*.json 2> /dev/null | head -1 || true)
+            [ -z "$other" ] || { echo "error: $other is of another model or text: choose another NAME" >&2; exit 2; }
+        done
         model=(--model "$2" --calib "$3" --data "$3" --seqlen "${SEQLEN:-256}") ;;
     *) usage ;;
 esac
 mkdir -p "results/$name"
+[ "$name" != deep ] || [ -d out/deep ] || python -m data.train_tiny --compile --hidden-size 128 --layers 32 \
+    --steps 1000 --batch 24 --save-every 50 --out out/deep --json results/train_deep.json
 
 measured=()
 trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
@@ -32,8 +38,6 @@ run() {
     local row=${amount/:/of}-$1
     local json=results/$name/$row.json
     if [ -f "$json" ]; then echo "$json is there"; return; fi
-    [ "$name" != deep ] || [ -d out/deep ] || python -m data.train_tiny --compile --hidden-size 128 --layers 32 \
-        --steps 1000 --batch 24 --save-every 50 --out out/deep --json results/train_deep.json
     while [ "$(jobs -rp | wc -l)" -ge "${JOBS:-1}" ]; do sleep 0.2; done
     tidy
     python dsnot.py ${model[@]+"${model[@]}"} $option $amount --out "out/study-$name/$row" --json "$json" "${@:2}" &

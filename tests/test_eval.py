@@ -17,7 +17,7 @@ from data.command import InputError, run
 from data.text import evaluation_ids
 from eval import perplexity
 from gpt import GPT
-from results.compare import compare, merge, plot, read_rows, table
+from results.compare import compare, merge, plot, read_rows, table, table_by_method
 from results.readme import tables as readme_tables
 from test_tasks import write_tasks
 
@@ -192,6 +192,16 @@ def test_table(tmp_path):
         assert (tmp_path / f"picture.{kind}").read_bytes().startswith(start)
 
 
+def test_texts_of_one_name_are_kept_apart(tmp_path):
+    """Would catch a table of two texts: the dense model tells them apart."""
+    files = [result_file(tmp_path, name, [("dense", dense, []), ("wanda", 9.0 + share, [])], sparsity=share)
+             for name, dense, share in (("a", 5.0, 0.5), ("b", 5.0001, 0.6), ("c", 5.2, 0.7))]
+    texts = table_by_method(merge([row for path in files for row in read_rows(path)])).split("\n\n")
+    assert [text.split("|")[1].strip() for text in texts] == [
+        "llama on wikitext2, text 1 (2048), dense 5.00", "llama on wikitext2, text 2 (2048), dense 5.20"]
+    assert [line.split("|")[2:-1] for line in texts[0].split("\n")[::2]] == [[" 50% ", " 60% "], [" 9.50 ", " 9.60 "]]
+
+
 def test_only_unusual_propagation_is_said(tmp_path):
     """Would catch plain methods that are renamed, and so left out of a table, when a file names every option."""
     files = [result_file(tmp_path, "a", [("wanda", 12.0, [])], propagate=False),
@@ -271,7 +281,7 @@ def test_command(checkpoint, tmp_path):
     (["--tasks", "rte", "--tasks-dir", "nowhere"], "--tasks-dir nowhere is no folder"),
     (["--data", "ptb"], "ptb_text_only is not in the cache and can't be fetched"),
     (["--compare", "nowhere.json"], "there is no such file"), (["--compare", "LICENSE"], "neither a result file"),
-    (["--compare", "results/tiny"], "give the files in it that --json wrote"),
+    (["--compare", "results/tiny"], "to compare the files that --json wrote, give results/tiny/*.json"),
     (["--plot", "a.png"], "needs --compare"), (["--seqlen", "1"], "--seqlen 1"),
     (["--limit", "3"], "they need --tasks"), (["--by-method"], "needs --compare"),
     (["--compare", "x.json", "--speed"], "leave out --data"), (["--compare", "x.json", "--seqlen", "9"], "leave out"),

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 import dsnot
 from conftest import ROOT, make_checkpoint
 from data.calibration import place_for, watch
+from data.checkpoint import alone_in
 from data.command import run
 from test_gpt import ALL, ids_for, theirs
 
@@ -126,17 +127,19 @@ def test_a_full_disk_below_the_output_gets_a_sentence():
     assert done.returncode == 2 and done.stderr == b"error: the output: No space left on device\n"
 
 
-def test_a_finished_folder_is_made_anew_when_the_model_has_changed(monkeypatch, model, tmp_path):
+def test_a_finished_folder_is_no_answer_when_the_model_has_changed(monkeypatch, capsys, model, tmp_path):
     """Would catch the masks of weights that are no longer there being handed out; and work done twice where they
     are."""
     shutil.copytree(model, tmp_path / "model")
     real, calls = dsnot.prune_layer, []
     monkeypatch.setattr(dsnot, "prune_layer", lambda *args, **options: (calls.append(1), real(*args, **options))[1])
-    for times, layers in (1, 14), (2, 14), (3, 28):
-        if times == 3:
-            os.utime(tmp_path / "model" / "m" / "model.safetensors", (0, 0))
+    for _ in range(2):
         command(monkeypatch, tmp_path / "model", tmp_path / "out")
-        assert len(calls) == layers
+        assert len(calls) == 14
+    os.utime(tmp_path / "model" / "m" / "model.safetensors", (0, 0))
+    with pytest.raises(SystemExit):
+        command(monkeypatch, tmp_path / "model", tmp_path / "out")
+    assert "differs in files (sizes or dates): choose another" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("family, changes", ALL)
@@ -149,9 +152,9 @@ def test_every_family_is_pruned(family, changes, tmp_path):
     for score, refine, amount in [("wanda", "dsnot", dict(sparsity=0.6)), ("sparsegpt", "dsnot", dict(pattern=(2, 4))),
                                   ("magnitude", "swap", dict(pattern=(4, 8)))]:
         dense = dsnot.GPT.from_pretrained(tmp_path / "m")
-        dsnot.prune(dsnot.GPT.from_pretrained(tmp_path / "m", stream=True), windows, tmp_path / "out", {"run": score},
+        dsnot.prune(dsnot.GPT.from_pretrained(tmp_path / "m", stream=True), windows, tmp_path / score, {"run": score},
                     batch=4, score=score, refine=refine, propagate=refine == "swap", **amount)
-        pruned = dsnot.GPT.from_pretrained(tmp_path / "out")
+        pruned = dsnot.GPT.from_pretrained(tmp_path / score)
         layers = {f"model.layers.{i}.{name}.weight": layer.weight for i, block in enumerate(pruned.model.layers)
                   for name, layer in dsnot.prunable(block).items()}
         assert len(layers) == 3 * (7 if dense.config.gated else 6)
@@ -161,7 +164,7 @@ def test_every_family_is_pruned(family, changes, tmp_path):
             assert (kept <= n).all() if score == "sparsegpt" else (kept == n).all(), name  # it also clears dead inputs
         assert all(name in layers or torch.equal(value, dense.state_dict()[name])
                    for name, value in pruned.state_dict().items())
-        other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+        other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / score, dtype=torch.float32)
         torch.testing.assert_close(pruned(ids), other(ids).logits, rtol=1e-4, atol=1e-4)
 
 
@@ -293,6 +296,7 @@ BAD = {
     "nothing refined": (["--refine", "none", "--refine-layers", "attn"], "--refine-layers attn is for refined layers"),
     "nothing to compare": (["--refine", "none", "--compare"], "--compare prunes once more without refinement"),
     "a file's split": (["--data", "README.md", "--split", "validation"], "--data README.md is a file, read whole"),
+    "its split, calibrated": (["--data", "LICENSE", "--calib", "LICENSE", "--split", "validation"], "LICENSE is a file"),
     "no signs to check": (["--refine", "swap", "--no-sign-check"], "--sign-check is for DSnoT, which --refine swap"),
     "unknown model": (["--model", "llama9"], "llama9"),
     "no such folder": (["--model", "./nothing/here"], "nothing/here"),
@@ -357,7 +361,7 @@ def test_full_disk(monkeypatch, capsys, model, tmp_path):
 
 def test_existing_folders_are_respected(monkeypatch, capsys, model, tmp_path):
     """Would catch overwriting the model that is being read, one that came from elsewhere, or a folder that holds
-    something else, and work that is done before the refusal. What was written here is replaced."""
+    something else, or a finished run of other options, and work that is done before the refusal."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     theirs("llama", {}).save_pretrained(tmp_path / "theirs")
@@ -368,10 +372,21 @@ def test_existing_folders_are_respected(monkeypatch, capsys, model, tmp_path):
                 command(monkeypatch, model, out)
             assert "choose another output folder" in capsys.readouterr().err
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
-    for sparsity in "0.5", "0.6":
-        command(monkeypatch, model, tmp_path / "new", "--sparsity", sparsity)
-        assert ("finished run with other options" in capsys.readouterr().out) == (sparsity == "0.6")
-    assert json.loads((tmp_path / "new" / "pruning.json").read_text())["run"]["sparsity"] == 0.6
+    for again in False, True:
+        command(monkeypatch, model, tmp_path / "new", "--sparsity", "0.5")
+        assert ("is finished, and will be measured again" in capsys.readouterr().out) == again
+    with pytest.raises(SystemExit):
+        command(monkeypatch, model, tmp_path / "new", "--sparsity", "0.6", "--nsamples", "3")
+    assert "holds a finished run, which differs in sparsity, nsamples: choose another" in capsys.readouterr().err
+    assert json.loads((tmp_path / "new" / "pruning.json").read_text())["run"]["sparsity"] == 0.5
+
+
+def test_a_folder_in_use_is_refused_at_once(monkeypatch, capsys, model, tmp_path):
+    """Would catch a dense evaluation of an hour before the refusal."""
+    monkeypatch.setattr(dsnot, "perplexity", None)
+    with alone_in(tmp_path / "out.partial"), pytest.raises(SystemExit):
+        command(monkeypatch, model, tmp_path / "out")
+    assert "another run is writing to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options, ending", [
@@ -390,17 +405,13 @@ def test_runs_that_differ_have_folders_that_differ(monkeypatch, options, ending)
 
 
 def test_memory_for_the_activations(monkeypatch, capsys, model, tmp_path):
-    """Would catch a run that finds out later, also where a finished one of other options is about to be replaced; and
-    one that is finished being refused for what it would have needed."""
+    """Would catch a run that finds out later, and one that is finished being refused for what it would have needed."""
     command(monkeypatch, model, tmp_path / "done")
     before, full = tensors(tmp_path / "done"), lambda device: 100
     capsys.readouterr()
     with monkeypatch.context() as patch:
         patch.setattr(dsnot, "free_memory", full)
         expect_refusal(patch, capsys, model, tmp_path / "out", [], "--nsamples 4 of --seqlen 32 make 0.0 GB of")
-        with pytest.raises(SystemExit):
-            command(patch, model, tmp_path / "done", "--nsamples", "5")
-        assert "--nsamples 5" in capsys.readouterr().err
         command(patch, model, tmp_path / "done")
     assert all(torch.equal(before[name], W) for name, W in tensors(tmp_path / "done").items())
 
@@ -452,18 +463,21 @@ def test_what_may_surprise_is_said(monkeypatch, capsys, model, tmp_path):
     assert "pruned before" in said and "65 tokens, more than the 64 that the model is made for" in said
 
 
-def test_a_run_is_told_by_its_texts_and_its_notes(monkeypatch, model, tmp_path):
+def test_a_run_is_told_by_its_texts_and_its_notes(monkeypatch, capsys, model, tmp_path):
     """Would catch a finished folder being taken for the answer after its calibration text was edited, and one whose
     notes are damaged ending in a traceback."""
     text, found = tmp_path / "text.txt", []
-    for words, damage in ("the words are few ", ""), ("the model reads ", ""), ("", '{"run": '), ("", '{"a": 1}'):
-        if words:
-            text.write_text(words * 400)
-        else:
+    text.write_text("the words are few " * 400)
+    for damage in "", '{"run": ', '{"a": 1}':
+        if damage:
             (tmp_path / "out" / "pruning.json").write_text(damage)
         command(monkeypatch, model, tmp_path / "out", "--calib", str(text))
         found.append(tensors(tmp_path / "out")["model.layers.0.mlp.up_proj.weight"])
-    assert not torch.equal(found[0], found[1]) and torch.equal(found[1], found[2]) and torch.equal(found[1], found[3])
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    text.write_text("the model reads " * 400)
+    with pytest.raises(SystemExit):
+        command(monkeypatch, model, tmp_path / "out", "--calib", str(text))
+    assert "finished run, which differs in files (sizes or dates)" in capsys.readouterr().err
 
 
 def test_time_is_kept(monkeypatch, model, tmp_path):

@@ -48,6 +48,8 @@ def test_a_stopped_training_ends_with_the_same_bytes(tmp_path, train, monkeypatc
     whole, cut = (tmp_path / name / "model.safetensors" for name in ("whole", "cut"))
     assert whole.read_bytes() == cut.read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "cut"}
+    with pytest.raises(InputError, match="whole holds a finished model: choose another folder, or delete it"):
+        train(tmp_path / "whole")
     ids = load_tokenizer(tmp_path / "cut").encode("the parser")
     assert GPT.from_pretrained(tmp_path / "cut")(torch.tensor([ids])).isfinite().all()
 
