@@ -225,8 +225,8 @@ def add_to_mean(mean, model, count):
 
 @contextmanager
 def averaged(model, mean, masks=True):
-    """Inside, `model` has the weights of `mean`, and where `masks` may change those that fit them; not after an error.
-    """
+    """Inside, `model` has the weights of `mean`, and where `masks` may change those that fit them. An error leaves them
+    there."""
     layers = [layer for layer in model.modules() if isinstance(layer, SparseLinear) and masks]
     before = [layer.mask.clone() for layer in layers]
     exchange(model, mean)

@@ -202,8 +202,8 @@ def swap_refine(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = 
     takes w_i from r_i, so with g = r G a swap adds exactly
         (2 w_j g_j + w_j^2 G_jj) + (-2 w_i g_i + w_i^2 G_ii) - 2 w_i w_j G_ij,
     and the best one is taken until none lowers the error by more than rounding (SparseSwaps, arXiv 2512.10922, has the
-    same idea). It is searched among the `candidates` best weights of each side (n:m: among the groups that promise most); several
-    swaps are made among them, exactly, before g is made anew for all weights.
+    same idea). It is searched among the `candidates` best weights of each side (n:m: among the groups that promise
+    most); several swaps are made among them, exactly, before g is made anew for all weights.
 
     W, keep [out, in]; gram [in, in]: sum of x x^T over the inputs x that the sparse layer gets; goal [out, in]: sum of
     y x^T over the outputs y that it should give, None: those of W. Then g is the goal less what the kept weights make.

@@ -89,11 +89,11 @@ def watch(command, out, kill_after=None):
 
 def main():
     p = parser(__doc__)
-    p.add_argument("--folder", default="out/random-7b")
-    p.add_argument("--layers", type=int, default=32)
-    p.add_argument("--hidden", type=int, default=4096, help="smaller: to try the script")
-    p.add_argument("--nsamples", type=int, default=2)
-    p.add_argument("--seqlen", type=int, default=512)
+    p.add_argument("--folder", default="out/random-7b", help="where the model is made; the pruned one lies beside it")
+    p.add_argument("--layers", type=int, default=32, help="its blocks")
+    p.add_argument("--hidden", type=int, default=4096, help="its width; smaller: to try the script")
+    p.add_argument("--nsamples", type=int, default=2, help="calibration sequences")
+    p.add_argument("--seqlen", type=int, default=512, help="tokens a sequence")
     args = p.parse_args()
     start(args)
     folder, out = Path(args.folder).absolute(), Path(args.folder + "-pruned").absolute()

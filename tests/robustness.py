@@ -190,7 +190,7 @@ def two_of_four(path):
 
 def main():
     p = parser(__doc__)
-    p.add_argument("--trials", type=int, default=480)
+    p.add_argument("--trials", type=int, default=480, help="how many; each has a seed of its own")
     args = p.parse_args()
     start(args)
     counts, defects = {}, []
@@ -228,7 +228,7 @@ def main():
             if wrong:
                 defects.append({"trial": trial, "what": f"{kind}: {told}", "wrong": wrong})
                 print(f"trial {trial}, {kind}: {told}\n{wrong}", flush=True)
-    print(json.dumps(counts))
+    print(f"what was damaged, and how often a command ended with which exit code: {json.dumps(counts)}")
     print(f"{args.trials} trials, {len(defects)} defects")
     record(args, {"counts": counts, "defects": defects})
     sys.exit(bool(defects))

@@ -161,7 +161,7 @@ def test_table(tmp_path):
              result_file(tmp_path, "d", [dense, ("wanda", 10.0, []), ("wanda + swap", 9.5, [])], pattern="2:4", seed=1)]
     rows = merge([row for path in files for row in read_rows(path)])
     lines = [[cell.strip() for cell in line.split("|")[3:-1]] for line in table(rows).split("\n")[2:]]
-    head = "| model | data (seqlen) | method | sparsity | perplexity | by refinement | seconds |\n| :-- | :-- | :-- | --: |"
+    head = "| model | data (seqlen) | method | sparsity | perplexity | by refinement | seconds |\n| :-- | :-- | :-- | --"
     assert table(rows).startswith(head)
     assert lines == [["dense", "0%", "5.00", "", ""],
                      ["wanda", "2:4", "11.00 ± 1.41 (2 seeds)", "", "12"],
@@ -178,7 +178,8 @@ def test_table(tmp_path):
     assert len(merge(ruined + ruined)) == 2  # NaN is no number, but the same one twice is one row
     other = [result_file(tmp_path, f"h{seed}", [("wanda", 10.0 + seed, [])], seed=seed, nsamples=128 >> seed)
              for seed in (0, 1)]
-    assert [(row["method"], row["perplexity"]) for row in merge([row for path in other for row in read_rows(path)])] == [
+    merged = merge([row for path in other for row in read_rows(path)])
+    assert [(row["method"], row["perplexity"]) for row in merged] == [
         ("wanda (nsamples 128)", 10.0), ("wanda (nsamples 64)", 11.0)]  # they differ in more than the seed
     splits = [result_file(tmp_path, split, [("wanda", 10.0, [])], split=split) for split in ("test", "validation")]
     assert [row["data"] for path in splits for row in read_rows(path)] == ["wikitext2", "wikitext2, validation"]
