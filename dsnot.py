@@ -58,7 +58,7 @@ from data.command import InputError, at_least, check_disk, parser, record, run, 
 from data.device import free_memory, timed
 from data.hub import model_folder
 from data.processes import add_up, from_first, process_group, processes, say, wait
-from data.text import SOURCES, evaluation_ids, split_of, usual_text
+from data.text import SOURCES, evaluation_ids, split_of, told, usual_text
 from eval import perplexity
 from gpt import GPT, Block, Config, prunable, rotary
 from results.compare import method_of, percent, propagates, said_of
@@ -733,7 +733,9 @@ def options():
     group.add_argument("--nsamples", type=int, default=128, help="calibration sequences")
     group.add_argument("--seqlen", type=int, help="tokens a sequence (default: 2048, or the model's limit if lower)")
     group.add_argument("--data", help="evaluation text, one of the same (default: tiny or wikitext2)")
-    group.add_argument("--split", default="test", choices=["validation", "test"], help="which evaluation text")
+    group.add_argument("--split", choices=["validation", "test"],
+                       help="of the evaluation text (default: test); of a file its last tenth (default: all of it, if "
+                            "calibration reads none of it)")
     group.add_argument("--compare", action=argparse.BooleanOptionalAction, default=None,
                        help="prune a second time without refinement, for comparison (default: for tiny's relatives)")
     return p.parse_args()
@@ -927,13 +929,12 @@ def prune_and_measure(args, folder, config, amount, passes):
                 pass
     check_disk(Path(args.out), room, args.out)
     shared = Path(args.data).resolve() == Path(args.calib).resolve()
-    split = split_of(args.data, args.split) or (args.split if shared else None)
+    split = "test" if shared and not args.split else split_of(args.data, args.split)
     ids = evaluation_ids(args.data, split, tokenizer, args.seqlen)
-    data = f"the last tenth of {args.data}" if shared and args.data not in SOURCES else args.data
     calibration = calibration_windows(args.calib, tokenizer, args.nsamples, args.seqlen, args.seed)
     count = len(windows(ids, args.seqlen))
     say(f"{args.model}: {amount} pruned, calibration {args.nsamples} x {args.seqlen} tokens of {args.calib}, "
-        f"perplexity on {data} ({count} window{'s' * (count != 1)} of {args.seqlen} tokens"
+        f"perplexity on {told(args.data, split)} ({count} window{'s' * (count != 1)} of {args.seqlen} tokens"
         f"{config.remark(args.seqlen)})")
     if pruned_here(source.folder):
         notes.append(f"{args.model} has been pruned before; it is what is called dense here")

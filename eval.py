@@ -36,7 +36,7 @@ from data import load_tokenizer, windows
 from data.command import InputError, at_least, parser, record, run, start, what_keeps_from_writing
 from data.device import free_memory
 from data.tasks import SEVEN, TASKS, encode_pair, load_task
-from data.text import SOURCES, evaluation_ids, split_of, usual_text
+from data.text import SOURCES, evaluation_ids, split_of, told, usual_text
 from gpt import GPT, rotary
 from results.compare import compare, read_rows
 
@@ -215,7 +215,8 @@ def options():
     group = p.add_argument_group("perplexity")
     group.add_argument("--data", help=f"{', '.join(SOURCES)} or a text file (default: tiny or wikitext2; "
                                       f"with --tasks or --speed: none)")
-    group.add_argument("--split", default="test", choices=["validation", "test"], help="of a named text")
+    group.add_argument("--split", choices=["validation", "test"],
+                       help="of a named text (default: test); of a file its last tenth (default: all of it)")
     group.add_argument("--seqlen", type=int, help="tokens a window (default: 2048, or the model's limit if lower)")
     group = p.add_argument_group("zero-shot accuracy")
     group.add_argument("--tasks", nargs="*", metavar="TASK",
@@ -240,19 +241,17 @@ def check(args):
         raise InputError("--limit and --tasks-dir tell how to run tasks: they need --tasks")
     if args.by_method and not args.compare:
         raise InputError("--by-method tells how to print a table: it needs --compare")
-    if args.compare and (args.data or args.tasks is not None or args.speed or args.seqlen or args.sparse):
-        raise InputError("--compare prints what was measured before: leave out --data, --seqlen, --tasks, --speed and "
-                         "--sparse")
+    if args.compare and (args.data or args.split or args.tasks is not None or args.speed or args.seqlen or args.sparse):
+        raise InputError("--compare prints what was measured before: leave out --data, --split, --seqlen, --tasks, "
+                         "--speed and --sparse")
     if args.plot and not args.compare:
         raise InputError(f"--plot {args.plot} draws what is compared: it needs --compare")
     if args.plot and Path(args.plot).suffix.lower() not in (".png", ".svg"):
         raise InputError(f"--plot {args.plot} must end in .png or .svg")
     if args.plot and (obstacle := what_keeps_from_writing(args.plot)):
         raise InputError(f"--plot {args.plot} can't be written: {obstacle}")
-    if args.data:
-        split_of(args.data, args.split)
-    for name, given in ("seqlen", args.seqlen), ("split", args.split != "test"):
-        if given and not args.data and (args.tasks is not None or args.speed):
+    for name in "seqlen", "split":
+        if getattr(args, name) and not args.data and (args.tasks is not None or args.speed):
             raise InputError(f"--{name} {getattr(args, name)} is for perplexity: it needs --data")
     for name in args.tasks or []:
         if name not in TASKS:
@@ -274,12 +273,13 @@ def main():
     row, results = describe(model, args.model) if args.json else {}, {}  # it reads every block once
     if args.data or (args.tasks is None and not args.speed):
         seqlen = args.seqlen or model.config.window_length()
-        ids = evaluation_ids(data, split_of(data, args.split), tokenizer, seqlen)
+        split = split_of(data, args.split)
+        ids = evaluation_ids(data, split, tokenizer, seqlen)
         begin = time.perf_counter()
         row["perplexity"] = perplexity(model, ids, seqlen, args.batch, progress=True)
         tokens = len(ids) // seqlen * seqlen
         results = {"data": data, "seqlen": seqlen, "tokens": tokens}
-        print(f"{args.model} on {data}: perplexity {row['perplexity']:.3f}  "
+        print(f"{args.model} on {told(data, split)}: perplexity {row['perplexity']:.3f}  "
               f"(seqlen {seqlen}{model.config.remark(seqlen)}, {tokens:,} of {len(ids):,} tokens, "
               f"{time.perf_counter() - begin:.1f} s)")
     if args.tasks is not None:

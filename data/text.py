@@ -95,13 +95,13 @@ def load_text(source, split=None):
 
 
 def split_of(source, split):
-    """The split of a source that perplexity is measured on: None of a file, which is read whole. Raises InputError
-    where one of a file is asked for ("test" is what nobody asked for)."""
-    if source in SOURCES:
-        return split
-    if split != "test":
-        raise InputError(f"--split {split} is of a named text, but --data {source} is a file, read whole")
-    return None
+    """The split that --split means: where nobody gives it the test text of a named one, None of a file, all of it."""
+    return split or ("test" if source in SOURCES else None)
+
+
+def told(source, split):
+    """What is read of a source, in words."""
+    return source if source in SOURCES or split is None else f"the last tenth of {source}"
 
 
 def evaluation_ids(source, split, tokenizer, seqlen):

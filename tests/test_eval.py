@@ -14,7 +14,7 @@ from conftest import ROOT, SHARED
 
 from data import load_text, load_tokenizer, stdlib
 from data.command import InputError, run
-from data.text import evaluation_ids
+from data.text import evaluation_ids, split_of
 from eval import perplexity
 from gpt import GPT
 from results.compare import compare, merge, plot, read_rows, table, table_by_method
@@ -69,6 +69,17 @@ def plain_perplexity(folder, ids, seqlen):
             logits = model(window).logits[0, :-1]
             losses.append(torch.nn.functional.cross_entropy(logits, window[0, 1:]).double())
     return math.exp(torch.stack(losses).mean())
+
+
+def test_split_of_a_file(tmp_path):
+    """Would catch a number of dsnot.py, which measures the last tenth of a file that it calibrates on, that eval.py
+    can't repeat, and one that does not say what it was measured on."""
+    text = "".join(f"line {i} of a text\n" for i in range(300))
+    (tmp_path / "a.txt").write_text(text)
+    for split, read, words in (None, text, ""), ("test", text[len(text) * 9 // 10:], "the last tenth of "):
+        assert load_text(str(tmp_path / "a.txt"), split_of(str(tmp_path / "a.txt"), split)) == read
+        said = run_eval("--data", tmp_path / "a.txt", "--seqlen", 32, *(["--split", split] if split else [])).stdout
+        assert f"tiny on {words}{tmp_path / 'a.txt'}: perplexity" in said
 
 
 def test_splits_of_tiny_share_nothing():

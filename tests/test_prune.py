@@ -295,8 +295,6 @@ BAD = {
     "no cycles in it": (["--refine", "none", "--cycles", "9"], "--cycles 9 is for swaps"),
     "nothing refined": (["--refine", "none", "--refine-layers", "attn"], "--refine-layers attn is for refined layers"),
     "nothing to compare": (["--refine", "none", "--compare"], "--compare prunes once more without refinement"),
-    "a file's split": (["--data", "README.md", "--split", "validation"], "--data README.md is a file, read whole"),
-    "its split, calibrated": (["--data", "LICENSE", "--calib", "LICENSE", "--split", "validation"], "LICENSE is a"),
     "no signs to check": (["--refine", "swap", "--no-sign-check"], "--sign-check is for DSnoT, which --refine swap"),
     "unknown model": (["--model", "llama9"], "llama9"),
     "no such folder": (["--model", "./nothing/here"], "nothing/here"),
