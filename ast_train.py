@@ -468,8 +468,7 @@ def resume(method, args, which, student, optimizer, mean, source):
     folders of this run hold something else, or their disk is too small."""
     work, saved = Path(args.out) / f"{method}.training", Path(args.out) / method
     unused = NEUTRAL | (MASKED if method == "dense" else set()) | (set() if method == "ast-slorb" else {"slorb_k"})
-    options = {name: " ".join(map(str, value)) if isinstance(value, list) else str(value)
-               for name, value in vars(args).items() if name not in unused}
+    options = {name: str(value) for name, value in vars(args).items() if name not in unused}
     options |= {"model": which, "texts": str(versions(text_files(args)))}
     made = {"command": "ast_train.py", "method": method} | options
     state = load_state(work, student, optimizer, mean, options, args.steps)
@@ -593,8 +592,11 @@ def results(args, test_ids, calibration, begin):
     for score in ["magnitude", "wanda", "sparsegpt"] if args.one_shot else []:
         model = GPT.from_pretrained(args.model, device=args.device, stream=True)
         pruned, method = Path(args.out) / f"one-shot-{score}", dict(score=score, refine="none")
-        prune(model, calibration, pruned, one_shot_run(args, model, method), batch=args.micro_batch, **method,
-              **amount(args))
+        run = one_shot_run(args, model, method)
+        for left in pruned, pruned.with_name(f"{pruned.name}.partial"):
+            if noted(left / "run.json") not in (None, run):  # of another run that was stopped while measuring
+                shutil.rmtree(left)
+        prune(model, calibration, pruned, run, batch=args.micro_batch, **method, **amount(args))
         rows[f"one-shot {score}"] = measure(pruned, calibration.numel())
         shutil.rmtree(pruned)
     best_mask = min((math.log(row["perplexity"]) for name, row in rows.items() if name != "dense"), default=math.nan)
@@ -647,7 +649,7 @@ def options():
                         f"(default: tiny for tiny's relatives, else c4)")
     g.add_argument("--eval-data", metavar="SOURCE",
                    help="validation and test text, one of the same; of a file half for each, or half of its last tenth "
-                        "if it is trained on (default: tiny or wikitext2)")
+                        "if it, or a .bin, is trained on (default: tiny or wikitext2)")
     g.add_argument("--seqlen", type=int, help="tokens a window")
     g = p.add_argument_group("training")
     g.add_argument("--steps", type=int, help="updates of the weights, each of --batch windows")
@@ -716,12 +718,13 @@ def memory_is_enough(args):
 
 
 def evaluation_tokens(args, tokenizer, split):
-    """The ids of the validation or test text. A file that is also trained on gives a part that is not, any other one
-    half of it."""
+    """The ids of the validation or test text. A file that is also trained on, or may be, as a .bin, gives a part that
+    is not, any other one half of it."""
     if args.eval_data in SOURCES and split == "test":
         return evaluation_ids(args.eval_data, "test", tokenizer, args.seqlen)
     *trained, file = (Path(source).resolve() for source in text_files(args))
-    return tokens(args.eval_data, tokenizer, split, CUTS if file in trained else HALVES)
+    safe = file not in trained and not any(source.suffix == ".bin" for source in trained)
+    return tokens(args.eval_data, tokenizer, split, HALVES if safe else CUTS)
 
 
 def texts(args, tokenizer):
@@ -746,7 +749,8 @@ def train_all(args, held):
     amount(args)
     folder = model_folder(args.model)
     config, tokenizer = Config.read(folder), load_tokenizer(folder)
-    GPT.open(folder).source.check_dense()
+    model = GPT.open(folder)
+    model.source.check_dense()
     if config.slorb_k:
         raise InputError(f"{args.model} has been through AST and has SLoRB parameters: give the dense model")
     with torch.device("meta"):
@@ -762,6 +766,8 @@ def train_all(args, held):
     args.data, args.eval_data = args.data or [text or "c4"], args.eval_data or text or "wikitext2"
     mixture, held_out, calibration = texts(args, tokenizer)
     test_ids = evaluation_tokens(args, tokenizer, "test")
+    for ids in held_out, calibration:
+        model.check_tokens(ids)
     if len(held_out) < dist.get_world_size():
         raise InputError(f"the validation text of {args.eval_data} has {len(held_out)} windows, fewer than there are "
                          f"processes: give a longer text or a smaller --seqlen")

@@ -787,7 +787,7 @@ def check(args, config, text):
     for option, value in dict(cycles=None, threshold=0.1, sign_check=True, refine_layers="all", calib=text or "c4",
                               nsamples=128, seqlen=config.window_length()).items():
         if (given := getattr(args, option)) != value:
-            name.append(said_of(option, Path(given).name if option == "calib" else given).replace(" ", "-"))
+            name.append(said_of(option, Path(given).name[-40:] if option == "calib" else given).replace(" ", "-"))
     args.out = args.out or str(Path("out") / "-".join(name))
     return amount, method_of(vars(args))
 
@@ -880,6 +880,9 @@ def needed_seconds(args, config, methods, block):
 def dry_run(args, config, amount, methods):
     """Print what a run with these methods (the options of prune, each) would take: from the configuration, and from a
     random block."""
+    def gb(size):
+        return f"{size:,.1f}" if size >= 1 else f"{size:.2g}"
+
     with torch.device("meta"):
         whole = sum(p.numel() for p in GPT(config).parameters())
     stored, blocks, (rank, world) = stored_dtype(config), config.num_hidden_layers, processes()
@@ -892,9 +895,9 @@ def dry_run(args, config, amount, methods):
     for name, W in weights.items():
         say(f"    {name:<18} {W.shape[0]:>6} x {W.shape[1]}")
     each = f" in each of {world} processes" * (world > 1)
-    say(f"memory    {sum(gigabytes.values()):.3g} GB on {args.device}{each}: "
-        + ", ".join(f"{name} {size:.2g}" for name, size in gigabytes.items()))
-    say(f"disk      {size:.3g} GB to read, {len(methods) * size:.3g} GB to write")
+    say(f"memory    {gb(sum(gigabytes.values()))} GB on {args.device}{each}: "
+        + ", ".join(f"{name} {gb(size)}" for name, size in gigabytes.items()))
+    say(f"disk      {gb(size)} GB to read, {gb(len(methods) * size)} GB to write")
     unit, seconds = next((u for u in (("days", 86400), ("hours", 3600), ("minutes", 60)) if needed > 2 * u[1]),
                          ("seconds", 1))
     say(f"time      {needed / seconds:,.1f} {unit} on {args.device}, estimated from a part of one of the {blocks} "
@@ -911,19 +914,19 @@ def prune_and_measure(args, folder, config, amount, passes):
 
     tokenizer, batch, source = load_tokenizer(folder), max(1, 8192 // args.seqlen), GPT.open(folder).source
     source.check_dense()
-    same = {option: getattr(args, option) for option in ("calib", "nsamples", "seqlen", "seed")}
-    same |= dict(model=str(source.folder.resolve()), pattern=args.pattern,
+    same = {option: getattr(args, option) for option in ("nsamples", "seqlen", "seed")}
+    same |= dict(calib=os.path.normpath(args.calib), model=str(source.folder.resolve()), pattern=args.pattern,
                  files=versions([*source.paths, args.calib]), command="dsnot.py")
     if args.allocate == "sensitivity" and processes()[1] > 1:
         same["processes"] = processes()[1]  # each looks at tokens of its own, so others would find other shares
     room, notes = 0, []
     for _, place, how in passes[1:]:
         writer = CheckpointWriter(place, config.raw, source.folder, keep=how | same)  # refuses a folder it can't fill
-        if not writer.finished:
+        if writer.finished and (noted(Path(place) / "pruning.json") or {}).get("run") == how | same:
+            notes.append(f"{place} is finished, and will be measured again")
+        else:
             check_memory(args, config)
             room += writer.missing(source.size())
-        else:
-            notes.append(f"{place} is finished, and will be measured again")
         if writer.partial.exists():
             with alone_in(writer.partial) if processes()[0] == 0 else nullcontext():  # refuses one that is in use
                 pass
@@ -967,7 +970,8 @@ def main():
         amount, title = check(args, config, usual_text(folder, None))
         method = {name: getattr(args, name) for name in METHOD}
         method |= dict(pattern=args.pattern and parse_pattern(args.pattern))
-        plain = method | dict(refine="none", refit=False, propagate=False)
+        plain = method | dict(refine="none", refit=False, propagate=False, cycles=None, threshold=0.1, sign_check=True,
+                              refine_layers="all")
         if args.dry_run:
             return dry_run(args, config, amount, [method] + [plain] * args.compare)
         out = Path(os.path.normpath(args.out))  # "missing/.." is where it will be written

@@ -190,9 +190,9 @@ def main():
         raise InputError(f"--lr {args.lr} must be above 0 and finite")
     CheckpointWriter(args.out, CONFIG, keep={})  # refuses a folder that it can't fill, or that another command has made
     out = Path(args.out).resolve()
-    if (out / "config.json").is_file():
-        raise InputError(f"--out {args.out} holds a finished model: choose another folder, or delete it")
     work = out.with_name(out.name + ".training")  # the tokenizer and the state of an unfinished run
+    if (out / "config.json").is_file() and not (work / "state.pt").is_file():
+        raise InputError(f"--out {args.out} holds a finished model: choose another folder, or delete it")
     tokenizer, streams = read(work, args.packages)
     held_out = windows(tokenizer.encode(stdlib_text("validation")), args.seqlen + 1).to(args.device)
     print(f"{len(streams[0]):,} tokens of documentation, {len(streams[1]):,} of source, "

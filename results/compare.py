@@ -97,15 +97,14 @@ def merge(rows):
         return close and all(row.get(more) == other.get(more) for more in ("tasks", "speed"))
 
     methods, groups, merged, texts = {}, {}, [], {}
-    for row in rows:  # texts of one name on which the dense model differs are several
-        found = texts.setdefault((row["model"], row["data"], row["seqlen"]), [])
-        if row.get("dense") and not any(math.isclose(row["dense"], other, rel_tol=1e-3) for other in found):
-            found.append(row["dense"])
+    for row in rows:  # where the dense model differs, it is another one, or another text of the same name
+        if (dense := row.get("dense")) and math.isfinite(dense):
+            found = texts.setdefault((row["model"], row["data"], row["seqlen"]), [])
+            row["dense"] = next((other for other in found if math.isclose(dense, other, rel_tol=1e-2)), dense)
+            found += [row["dense"]] * (row["dense"] not in found)
     for row in rows:
-        found = texts[row["model"], row["data"], row["seqlen"]]
-        if row.get("dense") and len(found) > 1:
-            near = next(other for other in found if math.isclose(row["dense"], other, rel_tol=1e-3))
-            row["data"] += f", text {found.index(near) + 1}"
+        if len(texts.get((row["model"], row["data"], row["seqlen"]), [])) > 1 and row.get("dense"):
+            row["data"] += f", dense {row['dense']:.4g}"
     for row in rows:
         methods.setdefault((row["model"], row["data"], row["seqlen"], row["method"]), []).append(row)
     for group in methods.values():  # of one method at several sparsities, named alike

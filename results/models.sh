@@ -6,6 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 write() { python gpt.py --model "$2" --prompt "Help on module json" --max-new-tokens 60 --json "results/text-$1.json"; }
 compress() {
+    rm -rf "out/tiny-2of4-$1"
     python sparse_matmul.py --model out/tiny-2of4 "${@:2}" --out "out/tiny-2of4-$1" --json "results/sparse-bytes-$1.json"
     python eval.py --model "out/tiny-2of4-$1" --data tiny --json "results/sparse-tiny-$1.json"
 }

@@ -21,10 +21,15 @@ case $name:$# in
             tiny|tiny-code|wikitext2|ptb|c4) ;;
             *) [ -f "$3" ] || { echo "error: there is no text file $3" >&2; exit 2; } ;;
         esac
-        for given in "\"model\": \"$2\"" "\"data\": \"$3\""; do
-            other=$(grep -LF "$given" "results/$name"/*.json 2> /dev/null | head -1 || true)
-            [ -z "$other" ] || { echo "error: $other is of another model or text: choose another NAME" >&2; exit 2; }
-        done
+        python - "$@" "${SEQLEN:-256}" << 'END' || exit 2
+import glob, json, os, sys
+name, *asked = sys.argv[1:]
+for file in sorted(glob.glob(f"results/{glob.escape(name)}/[0-9]*.json")):
+    with open(file) as f:
+        options = json.load(f)["options"]
+    if [os.path.realpath(str(options[key])) for key in ("model", "data", "seqlen")] != [*map(os.path.realpath, asked)]:
+        sys.exit(f"error: {file} is of another model, text or SEQLEN: choose another NAME")
+END
         model=(--model "$2" --calib "$3" --data "$3" --seqlen "${SEQLEN:-256}") ;;
     *) usage ;;
 esac

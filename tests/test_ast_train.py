@@ -209,6 +209,19 @@ def test_a_model_of_another_training_is_not_replaced(tmp_path, train, capsys):
     assert "has been pruned before" in capsys.readouterr().out
 
 
+def test_what_a_run_stopped_while_measuring_leaves_stops_nobody(tmp_path, train, monkeypatch):
+    """Would catch a training that ends with an error because of a mask that another one has left."""
+    def killed(*_):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ast_train, "perplexity", lambda *_, **__: 1.0 if not list(tmp_path.glob("one*")) else killed())
+        train(tmp_path, "--one-shot", "--steps", 1)
+    assert (tmp_path / "one-shot-magnitude").is_dir()
+    found = train(tmp_path, "--one-shot", "--steps", 1, "--methods", "dense", "--seed", 1)
+    assert "one-shot magnitude" in found["table"]
+    assert not list(tmp_path.glob("one*"))
+
+
 def test_a_run_killed_between_its_first_model_and_its_first_state_begins_anew(tmp_path, train, monkeypatch):
     """Would catch an output folder that is taken for somebody else's because it holds a model and no state yet."""
     def killed(*_, **__):
@@ -478,7 +491,8 @@ def test_a_finished_training_asks_for_no_teacher(tmp_path, train, monkeypatch, c
     assert len(loaded) == 1 and f"saved {tmp_path / 'ast'}, {tmp_path / 'curve.png'}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("data, validation, test", [("text.txt", (90, 95), (95, 100)), ("b.txt", (0, 50), (50, 100))])
+@pytest.mark.parametrize("data, validation, test", [("text.txt", (90, 95), (95, 100)), ("b.txt", (0, 50), (50, 100)),
+                                                    ("text.bin", (90, 95), (95, 100))])
 def test_validation_and_test_are_apart_from_training(files, data, validation, test):
     """Would catch a test file of which a twentieth is measured, and one that is trained on."""
     (files / "b.txt").write_text((files / "text.txt").read_text()[:9999])

@@ -210,7 +210,7 @@ def test_texts_of_one_name_are_kept_apart(tmp_path):
              for name, dense, share in (("a", 5.0, 0.5), ("b", 5.0001, 0.6), ("c", 5.2, 0.7))]
     texts = table_by_method(merge([row for path in files for row in read_rows(path)])).split("\n\n")
     assert [text.split("|")[1].strip() for text in texts] == [
-        "llama on wikitext2, text 1 (2048), dense 5.00", "llama on wikitext2, text 2 (2048), dense 5.20"]
+        "llama on wikitext2, dense 5 (2048), dense 5.00", "llama on wikitext2, dense 5.2 (2048), dense 5.20"]
     assert [line.split("|")[2:-1] for line in texts[0].split("\n")[::2]] == [[" 50% ", " 60% "], [" 9.50 ", " 9.60 "]]
 
 

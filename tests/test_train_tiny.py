@@ -50,6 +50,11 @@ def test_a_stopped_training_ends_with_the_same_bytes(tmp_path, train, monkeypatc
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "cut"}
     with pytest.raises(InputError, match="whole holds a finished model: choose another folder, or delete it"):
         train(tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # at the very end
+        patch.setattr(train_tiny.shutil, "rmtree", lambda path, **_: stop(None, 0, 3))
+        train(tmp_path / "late")
+    train(tmp_path / "late")
+    assert (tmp_path / "late" / "model.safetensors").read_bytes() == whole.read_bytes()
     ids = load_tokenizer(tmp_path / "cut").encode("the parser")
     assert GPT.from_pretrained(tmp_path / "cut")(torch.tensor([ids])).isfinite().all()
 
