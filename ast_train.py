@@ -641,8 +641,8 @@ def options():
     g.add_argument("--kl-weight", type=float,
                    help="a: the share of distillation in the loss, the rest is cross-entropy; 0: no teacher")
     g.add_argument("--temperature", type=float, help="T: divides the logits of both models in distillation")
-    g.add_argument("--slorb-k", type=int, default=16,
-                   help="k: neighbouring inputs that share a parameter of SLoRB in each row")
+    g.add_argument("--slorb-k", type=int, help="k: neighbouring inputs that share a parameter of SLoRB in each row "
+                                               "(default: 16, or the next lower number that divides all inputs)")
     g = p.add_argument_group("data")
     g.add_argument("--data", nargs="+", metavar="SOURCE[:WEIGHT]",
                    help=f"{', '.join(SOURCES)}, a text file or a .bin of data.stream; of c4 one file of its 1024 "
@@ -690,8 +690,9 @@ def check(args):
     if args.start_from == "swap" and args.methods == ["dense"]:
         raise InputError("--start-from swap is for sparse models, and --methods dense names none")
     for names, right, rule in [
-            ("steps batch micro_batch save_every slorb_k temperature clip lr", lambda v: 0 < v < math.inf,
+            ("steps batch micro_batch save_every temperature clip lr", lambda v: 0 < v < math.inf,
              "must be above 0 and finite"),
+            ("slorb_k", lambda v: v is None or v > 0, "must be above 0"),
             ("seqlen", lambda v: v > 1, "must be at least 2"),
             ("mask_every decay decay_steps warmup", lambda v: 0 <= v < math.inf, "can't be negative or infinite"),
             ("kl_weight lr_end average", lambda v: 0 <= v <= 1, "must lie between 0 and 1"),
@@ -755,9 +756,10 @@ def train_all(args, held):
         raise InputError(f"{args.model} has been through AST and has SLoRB parameters: give the dense model")
     with torch.device("meta"):
         inputs = {name: linear.in_features for name, linear in prunable(Block(config)).items()}
+    fits = next(k for k in range(args.slorb_k or 16, 0, -1) if math.gcd(*inputs.values()) % k == 0)
+    args.slorb_k = args.slorb_k or fits
     for name, width in inputs.items():
         if "ast-slorb" in args.methods and width % args.slorb_k:
-            fits = next(k for k in range(args.slorb_k, 0, -1) if math.gcd(*inputs.values()) % k == 0)
             raise InputError(f"--slorb-k {args.slorb_k} does not divide the {width} inputs of {name}: give --slorb-k "
                              f"{fits}, or --methods ast")
     for method in args.methods:

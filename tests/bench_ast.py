@@ -30,7 +30,7 @@ def main():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     teacher = set_up(GPT.from_pretrained(args.model, args.device, getattr(torch, args.dtype)), args)
     students = {"dense": GPT.from_pretrained(args.model, args.device, torch.float32)}
-    for method, slorb_k in ("ast", None), ("ast-slorb", args.slorb_k):
+    for method, slorb_k in ("ast", None), ("ast-slorb", args.slorb_k or 16):
         students[method] = GPT.from_pretrained(args.model, args.device, torch.float32)
         make_sparse(students[method], args, slorb_k, None)
     ids = torch.randint(students["dense"].config.vocab_size, (args.batch, args.seqlen + 1), device=args.device)

@@ -24,7 +24,7 @@ import ast_train
 import dsnot
 import sparse_matmul
 from ast_train import decay_at, learning_rate
-from conftest import ROOT
+from conftest import ROOT, make_checkpoint
 from data import load_tokenizer
 from data.checkpoint import alone_in
 from data.command import InputError
@@ -462,17 +462,21 @@ def test_running_out_of_memory_gets_a_sentence(tmp_path, train, monkeypatch):
 def test_every_recipe_sets_every_option(monkeypatch, recipe):
     monkeypatch.setattr(sys, "argv", ["ast_train.py", "--recipe", recipe, "--steps", "3"])
     args = vars(ast_train.options())
-    later = ["data", "eval_data"]  # depend on the model
+    later = ["data", "eval_data", "slorb_k"]  # depend on the model
     assert args.pop("steps") == 3
     assert {name for name, value in args.items() if value is None} == {"json", "sparsity", *later}
 
 
-@pytest.mark.parametrize("model, texts", [("tiny", (["tiny"], "tiny")), ("other", (["c4"], "wikitext2"))])
+@pytest.mark.parametrize("model, texts", [("tiny", (["tiny"], "tiny", 16)),
+                                          ("other", (["c4"], "wikitext2", 16)), ("odd", (["c4"], "wikitext2", 4))])
 def test_texts_suit_the_model(files, monkeypatch, tmp_path, model, texts):
-    """Would catch a model of one's own that learns Python's documentation because nobody named a text."""
+    """Would catch a model of one's own that learns Python's documentation because nobody named a text, or that is
+    refused because 16 does not divide its inputs."""
     def stop(args, _):
-        raise KeyError(args.data, args.eval_data)
+        raise KeyError(args.data, args.eval_data, args.slorb_k)
     monkeypatch.setattr(ast_train, "texts", stop)
+    if model == "odd":
+        make_checkpoint(files / model, intermediate_size=60)
     monkeypatch.setattr(sys, "argv", ["ast_train.py", "--device", "cpu", "--out", str(tmp_path / "out"), "--model",
                                       model if model == "tiny" else str(files / model)])
     with pytest.raises(KeyError) as stopped:
