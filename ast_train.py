@@ -91,6 +91,7 @@ RECIPES = {  # ours for the model that ships, the paper's for the others
 BETAS = (0.9, 0.95)
 CHUNK = 512  # tokens whose logits are float32 at a time
 CALIBRATION, LOG_EVERY = 128, 10  # windows, steps
+SLORB_K = 16  # as in the paper, where it divides a layer's inputs
 NEUTRAL = {"recipe", "methods", "out", "json", "device", "micro_batch", "save_every", "one_shot", "compile", "shard",
            "checkpoint_activations"}  # options that may change when a run goes on
 MASKED = {"pattern", "sparsity", "score", "mask_every", "decay", "decay_steps", "start_from"}  # mean nothing to dense
@@ -641,8 +642,9 @@ def options():
     g.add_argument("--kl-weight", type=float,
                    help="a: the share of distillation in the loss, the rest is cross-entropy; 0: no teacher")
     g.add_argument("--temperature", type=float, help="T: divides the logits of both models in distillation")
-    g.add_argument("--slorb-k", type=int, help="k: neighbouring inputs that share a parameter of SLoRB in each row "
-                                               "(default: 16, or the next lower number that divides all inputs)")
+    g.add_argument("--slorb-k", type=int,
+                   help=f"k: neighbouring inputs that share a parameter of SLoRB in each row (default: {SLORB_K}, or "
+                        f"the next lower number that divides all inputs)")
     g = p.add_argument_group("data")
     g.add_argument("--data", nargs="+", metavar="SOURCE[:WEIGHT]",
                    help=f"{', '.join(SOURCES)}, a text file or a .bin of data.stream; of c4 one file of its 1024 "
@@ -756,7 +758,8 @@ def train_all(args, held):
         raise InputError(f"{args.model} has been through AST and has SLoRB parameters: give the dense model")
     with torch.device("meta"):
         inputs = {name: linear.in_features for name, linear in prunable(Block(config)).items()}
-    fits = next(k for k in range(args.slorb_k or 16, 0, -1) if math.gcd(*inputs.values()) % k == 0)
+    common = math.gcd(*inputs.values())
+    fits = next(k for k in range(min(args.slorb_k or SLORB_K, common), 0, -1) if common % k == 0)
     args.slorb_k = args.slorb_k or fits
     for name, width in inputs.items():
         if "ast-slorb" in args.methods and width % args.slorb_k:

@@ -531,6 +531,12 @@ def prune_block(block, where, hidden, dense, prefix, stored, *, score, refine, s
     return records
 
 
+def finished(out, run):
+    """What pruning.json notes of a finished run in the folder `out`; None where that is none, or another."""
+    found = noted(Path(out) / "pruning.json")
+    return found if found and found.get("run") == run else None
+
+
 @torch.inference_mode()
 def prune(model, samples, out, run, *, batch=8, propagate=False, sparsity=None, allocate="uniform", **options):
     """Prune a streamed model block by block into the checkpoint folder `out`.
@@ -543,9 +549,8 @@ def prune(model, samples, out, run, *, batch=8, propagate=False, sparsity=None, 
     source, device, count = model.source, model.place["device"], len(model.model.layers)
     source.check_dense()
     rank, world = processes()
-    if (finished := noted(Path(out) / "pruning.json")) and finished.get("run") == run:
-        return finished["layers"]
-    model.check_tokens(samples)
+    if (done := finished(out, run)):
+        return done["layers"]
     positions = torch.arange(samples.shape[1], device=device)
     where, samples = (rotary(model.config, positions), positions), samples[rank::world]
     layers = count * len(prunable(model.model.layers[0]))
@@ -562,7 +567,7 @@ def prune(model, samples, out, run, *, batch=8, propagate=False, sparsity=None, 
         wait()  # the folder is there
 
         def embedded():
-            return (model.embed(ids.to(device)).to(home) for ids in samples.split(batch))
+            return (model.embed(ids).to(home) for ids in samples.split(batch))
 
         shares = allocation(model, where, embedded(), sparsity, allocate)
         hidden = list(embedded())  # the input of the next block
@@ -695,6 +700,12 @@ def parse_pattern(text):
     return n, m
 
 
+LAYER = ["score", "refine", "refit", "cycles", "threshold", "sign_check", "sparsity", "pattern"]  # of prune_layer
+METHOD = LAYER + ["propagate", "refine_layers", "allocate"]  # of prune
+USUAL = dict(cycles=None, threshold=0.1, sign_check=True, refine_layers="all")  # how masks are refined if nobody asks
+NSAMPLES = 128
+
+
 def options():
     p = parser(__doc__)
     p.add_argument("--model", default="tiny", help="a preset (data/hub.py lists them), a Hub id or a folder")
@@ -725,12 +736,12 @@ def options():
                             "(default: 0.1)")
     group.add_argument("--sign-check", action=argparse.BooleanOptionalAction, default=None,
                        help="DSnoT: stop a row before its expected error changes sign (default: yes)")
-    group.add_argument("--refine-layers", default="all", choices=["attn", "all"],
+    group.add_argument("--refine-layers", default=USUAL["refine_layers"], choices=["attn", "all"],
                        help="refine the masks of attention alone, or of the MLP, too")
     group = p.add_argument_group("calibration and evaluation")
     group.add_argument("--calib",
                        help=f"text: {', '.join(SOURCES)} or a file (default: tiny for tiny's relatives, else c4)")
-    group.add_argument("--nsamples", type=int, default=128, help="calibration sequences")
+    group.add_argument("--nsamples", type=int, default=NSAMPLES, help="calibration sequences")
     group.add_argument("--seqlen", type=int, help="tokens a sequence (default: 2048, or the model's limit if lower)")
     group.add_argument("--data", help="evaluation text, one of the same (default: tiny or wikitext2)")
     group.add_argument("--split", choices=["validation", "test"],
@@ -739,10 +750,6 @@ def options():
     group.add_argument("--compare", action=argparse.BooleanOptionalAction, default=None,
                        help="prune a second time without refinement, for comparison (default: for tiny's relatives)")
     return p.parse_args()
-
-
-LAYER = ["score", "refine", "refit", "cycles", "threshold", "sign_check", "sparsity", "pattern"]  # of prune_layer
-METHOD = LAYER + ["propagate", "refine_layers", "allocate"]  # of prune
 
 
 def check(args, config, text):
@@ -767,13 +774,15 @@ def check(args, config, text):
     if args.refine_layers != "all" and args.refine == "none":
         raise InputError(f"--refine-layers {args.refine_layers} is for refined layers, and --refine none leaves all as "
                          f"they are")
-    for name, usual in dict(threshold=0.1, sign_check=True).items():
+    for name in "threshold", "sign_check":
         if getattr(args, name) is None:
-            setattr(args, name, usual)
+            setattr(args, name, USUAL[name])
         elif "dsnot" not in args.refine:
             raise InputError(f"--{name.replace('_', '-')} is for DSnoT, which --refine {args.refine} leaves out")
-    args.calib, args.data = args.calib or text or "c4", args.data or text or "wikitext2"
-    args.seqlen = args.seqlen or config.window_length()
+    # what the default name of --out tells where it is otherwise
+    named = USUAL | dict(calib=text or "c4", nsamples=NSAMPLES, seqlen=config.window_length())
+    args.calib, args.data = args.calib or named["calib"], args.data or text or "wikitext2"
+    args.seqlen = args.seqlen or named["seqlen"]
     usual = propagates(method_of(vars(args)))
     args.propagate = usual if args.propagate is None else args.propagate
     refined = args.refit or args.refine != "none"
@@ -784,8 +793,7 @@ def check(args, config, text):
     name = [Path(args.model).name, args.score, args.refine + "+refit" * args.refit,
             amount.replace(":", "of").rstrip("%"), *[args.allocate] * (args.allocate != "uniform"),
             *[f"seed{args.seed}"] * (args.seed != 0), *["no-" * usual + "propagate"] * (args.propagate != usual)]
-    for option, value in dict(cycles=None, threshold=0.1, sign_check=True, refine_layers="all", calib=text or "c4",
-                              nsamples=128, seqlen=config.window_length()).items():
+    for option, value in named.items():
         if (given := getattr(args, option)) != value:
             name.append(said_of(option, Path(given).name[-40:] if option == "calib" else given).replace(" ", "-"))
     args.out = args.out or str(Path("out") / "-".join(name))
@@ -845,20 +853,19 @@ def needed_memory(args, config, methods, block, whole):
 @torch.inference_mode()
 def needed_seconds(args, config, methods, block):
     """How long pruning takes each process, from a random block on which its steps are timed."""
-    def spent(work):  # short ones again: the first time is longer
-        times = [timed(work, args.device)[0]]
-        while sum(times) < 0.5 and len(times) < 5:
-            times.append(timed(work, args.device)[0])
-        return min(times)
+    def fastest(work):  # `timed`, short work again: the first time is longer
+        taken = [timed(work, args.device)]
+        while sum(seconds for seconds, _ in taken) < 0.5 and len(taken) < 5:
+            taken.append(timed(work, args.device))
+        return min(taken, key=lambda one: one[0])
 
     layers, world, sample = prunable(block), processes()[1], torch.arange(min(args.seqlen, 256), device=args.device)
     step, = steps(block, rotary(config, sample), sample)
     x = torch.randn(1, len(sample), config.hidden_size, device=args.device, dtype=held_dtype(args, config))
     groups = readers(step, x, layers)  # this warms up, too
     gram = any(needs_gram(**method) for method in methods)
-    stats = input_stats(step, [x], layers, groups, gram)
-    watching = spent(lambda: input_stats(step, [x], layers, groups, gram))
-    running = spent(lambda: step(x))
+    watching, stats = fastest(lambda: input_stats(step, [x], layers, groups, gram))
+    running, _ = fastest(lambda: step(x))
     needed = sum(3 * running + 4 * watching if has_goal(**method) else  # each half runs once for each of its stages
                  (1 + method["propagate"]) * running + watching for method in methods)
     tokens = -(-args.nsamples // world) * args.seqlen
@@ -873,7 +880,7 @@ def needed_seconds(args, config, methods, block):
         rows = 64 if part else len(W)
         if args.device != "cpu":
             how(W[:64])  # warms up
-        needed += spent(lambda: how(W[:rows])) * len(W) / rows / (world if rows_apart(**options) else 1)
+        needed += fastest(lambda: how(W[:rows]))[0] * len(W) / rows / (world if rows_apart(**options) else 1)
     return needed * config.num_hidden_layers
 
 
@@ -919,18 +926,19 @@ def prune_and_measure(args, folder, config, amount, passes):
                  files=versions([*source.paths, args.calib]), command="dsnot.py")
     if args.allocate == "sensitivity" and processes()[1] > 1:
         same["processes"] = processes()[1]  # each looks at tokens of its own, so others would find other shares
-    room, notes = 0, []
+    missing, notes = [], []  # missing: bytes, of each folder that is to be filled
     for _, place, how in passes[1:]:
         writer = CheckpointWriter(place, config.raw, source.folder, keep=how | same)  # refuses a folder it can't fill
-        if writer.finished and (noted(Path(place) / "pruning.json") or {}).get("run") == how | same:
+        if finished(place, how | same):
             notes.append(f"{place} is finished, and will be measured again")
         else:
-            check_memory(args, config)
-            room += writer.missing(source.size())
+            missing.append(writer.missing(source.size()))
         if writer.partial.exists():
             with alone_in(writer.partial) if processes()[0] == 0 else nullcontext():  # refuses one that is in use
                 pass
-    check_disk(Path(args.out), room, args.out)
+    if missing:
+        check_memory(args, config)
+    check_disk(Path(args.out), sum(missing), args.out)
     shared = Path(args.data).resolve() == Path(args.calib).resolve()
     split = "test" if shared and not args.split else split_of(args.data, args.split)
     ids = evaluation_ids(args.data, split, tokenizer, args.seqlen)
@@ -970,8 +978,7 @@ def main():
         amount, title = check(args, config, usual_text(folder, None))
         method = {name: getattr(args, name) for name in METHOD}
         method |= dict(pattern=args.pattern and parse_pattern(args.pattern))
-        plain = method | dict(refine="none", refit=False, propagate=False, cycles=None, threshold=0.1, sign_check=True,
-                              refine_layers="all")
+        plain = method | USUAL | dict(refine="none", refit=False, propagate=False)
         if args.dry_run:
             return dry_run(args, config, amount, [method] + [plain] * args.compare)
         out = Path(os.path.normpath(args.out))  # "missing/.." is where it will be written

@@ -58,9 +58,7 @@ def hidden_states(model, batches, label, progress):
     with tqdm(total=sum(map(len, batches)) * c.num_hidden_layers, desc=label, unit="sequence-block", leave=False,
               disable=None if progress else True) as bar:
         for i in range(0, len(batches), together):
-            for ids in batches[i:i + together]:
-                model.check_tokens(ids)
-            hidden = [model.embed(ids.to(device)) for ids in batches[i:i + together]]
+            hidden = [model.embed(ids) for ids in batches[i:i + together]]
             for block in model.blocks():
                 for j, x in enumerate(hidden):
                     T = x.shape[1]

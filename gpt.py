@@ -387,9 +387,11 @@ class GPT(nn.Module):
                              f"the tokenizer is not its own")
 
     def embed(self, ids, positions=None):
-        """ids [B, T] -> x [B, T, C]; learned positions [T] (None: from 0) are added where the model has them."""
-        if not ids.is_cuda:  # there the check would wait for the GPU: it is for whoever moves them
+        """ids [B, T], on a CPU or where the model is -> x [B, T, C]; learned positions [T] (None: from 0) are added
+        where the model has them."""
+        if not ids.is_cuda:  # there the check would wait for the GPU: it is for whoever has moved them
             self.check_tokens(ids)
+        ids = ids.to(self.model.embed_tokens.weight.device)
         x = self.model.embed_tokens(ids)
         if "project_in" in self.model:
             x = self.model.project_in(x)

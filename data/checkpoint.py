@@ -271,7 +271,7 @@ class CheckpointWriter:
     folder with the same one, its files are kept and `done` tells which they are (goes_on=False: they are thrown away).
     run.json stays in the finished folder: one that lacks it was not made here and is never replaced, nor does a command
     (keep["command"]) replace what another one has made, or a command that goes on a finished run with another `keep`.
-    `finished`: whether the folder holds the one with this `keep`; `differs`: what that of another one differs in."""
+    `differs`: what a finished run that the folder holds has otherwise; "" where that is nothing."""
 
     def __init__(self, folder, raw_config, tokenizer_from=None, keep=None, goes_on=True):
         self.folder, self.raw, self.keep = Path(folder).resolve(), raw_config, keep or {}
@@ -297,7 +297,7 @@ class CheckpointWriter:
             raise InputError(f"can't write {folder}: {obstacle}: choose another output folder")
         if taken:
             raise InputError(f"{folder} exists and is no model that was written here: choose another output folder")
-        self.finished, self.differs = there and mark == self.keep, self.differing(mark) if there else ""
+        self.differs = self.differing(mark) if there else ""
         maker, command = mark.get("command"), self.keep.get("command")
         if there and keep is not None and maker != command:
             raise InputError(f"{folder} holds a model that {maker or 'another command'} has made: choose another "

@@ -87,6 +87,20 @@ def key(row, method=None):
     return row["model"], row["data"], row["seqlen"], row["amount"], method or row["method"]
 
 
+def tell_apart(rows):
+    """Where dense models of one name and text differ in perplexity, they are other models, or other texts: `data` then
+    says which."""
+    known = {}  # {(model, data, seqlen): perplexities that differ}
+    for row in rows:
+        if (dense := row.get("dense")) and math.isfinite(dense):
+            found = known.setdefault((row["model"], row["data"], row["seqlen"]), [])
+            row["dense"] = next((other for other in found if math.isclose(dense, other, rel_tol=1e-2)), dense)
+            found += [row["dense"]] * (row["dense"] not in found)
+    for row in rows:
+        if len(known.get((row["model"], row["data"], row["seqlen"]), [])) > 1 and row.get("dense"):
+            row["data"] += f", dense {row['dense']:.4g}"
+
+
 def merge(rows):
     """Rows as they are shown: those that differ in nothing but the seed are averaged (`spread`: their standard
     deviation); where other options differ, the method is named with them; none is shown twice if two files hold it."""
@@ -96,15 +110,8 @@ def merge(rows):
         close |= a is b is None and row["layers"] == other["layers"]
         return close and all(row.get(more) == other.get(more) for more in ("tasks", "speed"))
 
-    methods, groups, merged, texts = {}, {}, [], {}
-    for row in rows:  # where the dense model differs, it is another one, or another text of the same name
-        if (dense := row.get("dense")) and math.isfinite(dense):
-            found = texts.setdefault((row["model"], row["data"], row["seqlen"]), [])
-            row["dense"] = next((other for other in found if math.isclose(dense, other, rel_tol=1e-2)), dense)
-            found += [row["dense"]] * (row["dense"] not in found)
-    for row in rows:
-        if len(texts.get((row["model"], row["data"], row["seqlen"]), [])) > 1 and row.get("dense"):
-            row["data"] += f", dense {row['dense']:.4g}"
+    methods, groups, merged = {}, {}, []
+    tell_apart(rows)
     for row in rows:
         methods.setdefault((row["model"], row["data"], row["seqlen"], row["method"]), []).append(row)
     for group in methods.values():  # of one method at several sparsities, named alike

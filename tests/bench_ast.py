@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from ast_train import AnnealedAdamW, SparseLinear, backward, make_sparse, options, set_up
+from ast_train import SLORB_K, AnnealedAdamW, SparseLinear, backward, make_sparse, options, set_up
 from data.command import record, run, start
 from data.device import timed
 from gpt import GPT
@@ -30,7 +30,7 @@ def main():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     teacher = set_up(GPT.from_pretrained(args.model, args.device, getattr(torch, args.dtype)), args)
     students = {"dense": GPT.from_pretrained(args.model, args.device, torch.float32)}
-    for method, slorb_k in ("ast", None), ("ast-slorb", args.slorb_k or 16):
+    for method, slorb_k in ("ast", None), ("ast-slorb", args.slorb_k or SLORB_K):
         students[method] = GPT.from_pretrained(args.model, args.device, torch.float32)
         make_sparse(students[method], args, slorb_k, None)
     ids = torch.randint(students["dense"].config.vocab_size, (args.batch, args.seqlen + 1), device=args.device)
