@@ -39,7 +39,6 @@ import argparse
 import copy
 import itertools
 import json
-import math
 import os
 import time
 from contextlib import nullcontext
@@ -194,6 +193,9 @@ def _prune_candidates(W, keep, stats, cycles):
 
 # ---------------------------------------------------------------------------------------------------- exact swaps
 
+CHUNK = 2**26  # numbers of a layer's rows that a GPU takes at a time, and of the equations that refit solves
+
+
 def swap_refine(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = None, max_swaps: int | None = None,
                 candidates: int = 16, pattern: tuple[int, int] | None = None) -> Tensor:
     """Refine a mask by swaps that lower the true squared error of each row the most; returns the new mask.
@@ -210,7 +212,8 @@ def swap_refine(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = 
     max_swaps: per row, None: until none helps, or as many as the row is wide. pattern: (n, m) of the mask, which stays.
     """
     new, W, G, goal = keep.clone(), W.float(), gram.float(), None if goal is None else goal.float()
-    for rows in torch.arange(len(W), device=W.device).split(512 if W.device.type == "cpu" else 4096):
+    together = 512 if W.device.type == "cpu" else max(1, CHUNK // W.shape[1])
+    for rows in torch.arange(len(W), device=W.device).split(together):
         w, mask = W[rows], keep[rows]
         g = torch.where(mask, 0, w) @ G if goal is None else goal[rows] - torch.where(mask, w, 0) @ G
         # flipping weight k alone costs square_k + slope_k g_k, its price; a pair costs slope_j slope_i G_ij / 2 more
@@ -223,11 +226,11 @@ def swap_refine(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = 
         while len(rows):
             price = torch.addcmul(square, slope, g)  # [2, rows, in]: of pruning or growing one weight and no other
             column, made = _swap_round(price, mask, slope, G, left, least, candidates, pattern)
-            used, row, at = made.sum(1) // 2, made.nonzero()[:, 0], column[made]
-            if not len(at):
+            (row, which), count = made.nonzero(as_tuple=True), made.sum(1)
+            if not len(row):
                 new[rows] = mask
                 break
-            first = made.sum(1).cumsum(0) - made.sum(1)  # where a row's flips begin in `at`
+            at, used, first = column[row, which], count // 2, count.cumsum(0) - count  # first: a row's flips in `at`
             g += F.embedding_bag(at, G, first, mode="sum", per_sample_weights=slope[row, at] / 2)
             mask[row, at], slope[row, at] = ~mask[row, at], -slope[row, at]
             square[:, row, at] = square[:, row, at].flip(0)
@@ -244,29 +247,30 @@ def _swap_round(price, mask, slope, G, left, least, candidates, pattern):
     (bool, the same). price [2, rows, in] of pruning and of growing, mask, slope [rows, in], G: as in swap_refine."""
     drop, grow = _candidates(price, mask, candidates, pattern)
     (rows, groups, a), b = drop.shape, grow.shape[2]
-    drop, grow, k, columns, made = drop.flatten(1), grow.flatten(1), groups * a, [], []
+    drop, grow, k = drop.flatten(1), grow.flatten(1), groups * a
     both = torch.cat([drop, grow], 1)
     step, cost = slope.gather(1, both), torch.cat([price[0].gather(1, drop), price[1].gather(1, grow)], 1)
-
-    def pairs(x):  # what of each row belongs to the weights of a pair, to be broadcast: [rows, groups, a, 1], [..1, b]
-        return x[:, :k].view(rows, groups, a, 1), x[:, k:].view(rows, groups, 1, b)
-
-    together = math.prod(pairs(step)) / 2 * entries(G, *pairs(both))
+    # what one flip adds to the price of another [rows, all, all], and that for pairs [rows, groups, a, b]
+    added = entries(G, both[:, :, None], both[:, None, :]).mul_(step[:, :, None]).mul_(step[:, None, :] / 2)
+    together = added[:, :k, k:].unflatten(1, (groups, a)).unflatten(3, (groups, b)).diagonal(0, 1, 3).movedim(3, 1)
+    together = together.contiguous()
+    added.diagonal(0, 1, 2).fill_(torch.inf)  # nothing flips twice
+    pair = torch.arange(k * b, device=G.device)
+    flips = torch.stack([pair // b, k + pair // (a * b) * b + pair % b], 1)  # [pairs, 2], of `both`
+    changes, chosen = [], []
     for _ in range(k):
-        change, pair = (sum(pairs(cost)) + together).flatten(1).min(1)
-        better = (change < -least) & (left > len(made))
-        if not better.any():
+        change = cost[:, :k].view(rows, groups, a, 1) + cost[:, k:].view(rows, groups, 1, b)
+        change, best = change.add_(together).flatten(1).min(1)
+        if not (G.is_cuda or (change < -least).any()):  # a GPU would have to wait for the answer
             break
-        chosen = torch.stack([pair // b, k + pair // (a * b) * b + pair % b], 1)  # [rows, 2] of `both`
-        columns.append(both.gather(1, chosen))
-        made.append(better[:, None].expand(-1, 2))
-        row = better.nonzero()[:, 0]
-        flips, others = step.gather(1, chosen)[row, :, None], both[row, None, :]
-        cost[row] += step[row] * (flips / 2 * entries(G, columns[-1][row, :, None], others)).sum(1)
-        cost[row[:, None], chosen[row]] = torch.inf
-    if not made:
+        changes.append(change)
+        chosen.append(flips[best])  # [rows, 2]
+        cost += added.gather(1, chosen[-1][:, :, None].expand(-1, -1, both.shape[1])).sum(1)
+    if not changes:
         return both[:, :1], torch.zeros_like(mask[:, :1])
-    return torch.cat(columns, 1), torch.cat(made, 1)
+    made = (torch.stack(changes, 1) < -least[:, None]).cumprod(1)  # a row that has found none is done
+    made = made.bool() & (torch.arange(len(changes), device=G.device) < left[:, None])
+    return both.gather(1, torch.cat(chosen, 1)), made.repeat_interleave(2, 1)
 
 
 def entries(G, i, j):
@@ -298,9 +302,6 @@ def _candidates(price, keep, candidates, pattern):
     group = group[:, :, None].expand(-1, -1, m)
     member = group * m + keep.view(rows, -1, m).gather(1, group).long().argsort(-1)  # the pruned ones first
     return member[:, :, m - n:], member[:, :, :m - n]
-
-
-CHUNK = 2**26  # numbers of the equations that refit solves at a time
 
 
 def refit_weights(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = None, damp: float = 1e-4) -> Tensor:
@@ -860,16 +861,24 @@ def needed_seconds(args, config, methods, block):
         return min(taken, key=lambda one: one[0])
 
     layers, world, sample = prunable(block), processes()[1], torch.arange(min(args.seqlen, 256), device=args.device)
-    step, = steps(block, rotary(config, sample), sample)
+    where = rotary(config, sample), sample
+    (step,), halves = steps(block, *where), steps(block, *where, halves=True)
     x = torch.randn(1, len(sample), config.hidden_size, device=args.device, dtype=held_dtype(args, config))
-    groups = readers(step, x, layers)  # this warms up, too
+    groups, stages = readers(step, x, layers), [(half, [one]) for half in halves for one in readers(half, x, layers)]
     gram = any(needs_gram(**method) for method in methods)
     watching, stats = fastest(lambda: input_stats(step, [x], layers, groups, gram))
     running, _ = fastest(lambda: step(x))
-    needed = sum(3 * running + 4 * watching if has_goal(**method) else  # each half runs once for each of its stages
-                 (1 + method["propagate"]) * running + watching for method in methods)
+
+    def walking(propagate, goal):  # the text through the block, and to where its layers are seen
+        if not propagate:
+            return running + watching
+        teacher = ([x], layers) if goal else None
+        seen, _ = fastest(lambda: [input_stats(half, [x], layers, one, gram, teacher and (half, *teacher))
+                                   for half, one in stages])
+        return running * (1 + goal) + seen
+
     tokens = -(-args.nsamples // world) * args.seqlen
-    needed *= tokens / len(sample)
+    needed = sum(walking(m["propagate"], has_goal(**m)) for m in methods) * tokens / len(sample)
     if args.allocate != "uniform":  # a pass through the dense model, and for "sensitivity" a trial of each layer
         trials = len(layers) * probe_tokens(args.seqlen) if args.allocate == "sensitivity" else 0
         needed += len(methods) * ((running + watching) * tokens + running * trials) / len(sample)

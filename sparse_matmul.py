@@ -243,10 +243,15 @@ def dense_kernel(pairs, meta, scale, W, N, G, BITS: tl.constexpr, BN: tl.constex
 
 PAIR = {4: torch.int8, 8: torch.int16, 16: torch.int32}  # two values of so many bits as one integer
 # tiles to try: BN, BG (for one row BW), parts of K, warps, stages
-ONE_ROW = [(16, 32, 1, 4, 1), (16, 32, 1, 4, 3), (16, 32, 4, 4, 3), (8, 64, 1, 4, 3), (8, 32, 1, 2, 3)]
-MORE_ROWS = [(64, 32, 1, 4, 3), (64, 32, 4, 4, 3), (32, 32, 4, 2, 3), (128, 32, 1, 8, 3)]
+ONE_ROW = [(2, 64, 1, 2, 1), (2, 64, 1, 2, 3), (4, 64, 1, 2, 1), (4, 128, 1, 2, 1), (4, 128, 1, 4, 1)]
+MORE_ROWS = [(64, 32, 1, 4, 3), (64, 32, 2, 4, 4), (64, 32, 4, 4, 3), (64, 32, 8, 4, 2), (64, 64, 4, 4, 3)]
 MOST_ROWS = 1024  # of x that are tried with the kernel; the dense way should win from about 200 on
 fastest = {}  # (shape, bits, dtype, device, rows of x rounded up) -> tile, or None for the dense way; measured once
+
+
+def tiles(w, M):
+    """Those to try for M rows of x: quantized values have a scale for 32 groups."""
+    return ONE_ROW if M == 1 else [tile for tile in MORE_ROWS if w.scale is None or tile[1] == 32]
 
 
 def parts(w):
@@ -291,7 +296,7 @@ def fastest_tile(x, w):
                 return triton.testing.do_bench(call, warmup=5, rep=20, return_mode="median")
             except (triton.OutOfResources, torch.OutOfMemoryError):  # too little shared memory, or memory
                 return float("inf")
-        fastest[key] = min([*(ONE_ROW if M == 1 else MORE_ROWS), None], key=milliseconds)
+        fastest[key] = min([*tiles(w, M), None], key=milliseconds)
     return fastest.get(key)
 
 
@@ -399,7 +404,7 @@ def check(device, dtypes, largest, rows):
         x = torch.randn(M, step * K + 7, device=device).to(dtype)[:, :step * K:step]
         W = decompress(Sparse24(w.values, w.meta, w.shape, w.scale if bits is None else w.scale.double())).double()
         y, size = x.double() @ W.T, x.double().abs() @ W.abs().T  # of value times scale, not rounded
-        for tile in ONE_ROW if M == 1 else MORE_ROWS:
+        for tile in tiles(w, M):
             error = (matmul(x, w, tile).double() - y).abs()
             assert (error <= torch.finfo(dtype).eps * y.abs() + 2e-6 * size).all(), (dtype, bits, M, N, K, tile)
 

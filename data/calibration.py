@@ -4,7 +4,7 @@ The text is a list `hidden` of hidden states [sequences, tokens, C]. A step (a b
 each of them; while it runs, `watch` sees the input of every linear layer, which `InputStats` sum up.
 """
 
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 
 import torch
@@ -86,12 +86,28 @@ def steps(block, rope, positions, halves=False):
     return [on_its_way(partial(block, positions=positions, rope=rope))]
 
 
+class Enough(Exception):
+    """Everything has been seen."""
+
+
+def inputs_of(step, x, linears):
+    """{name: its input} of linear layers, in the order in which a step calls them for x; what comes after the last one
+    is not computed."""
+    inputs = {}
+
+    def seen(name, tensor):
+        inputs[name] = tensor
+        if len(inputs) == len(linears):
+            raise Enough
+    with watch(linears, seen), suppress(Enough):
+        step(x)
+    return inputs
+
+
 def readers(step, x, linears):
     """The linear layers that a step calls, in order, those that read the same tensor (q, k, v; gate, up) together."""
-    inputs, together = {}, {}
-    with watch(linears, inputs.__setitem__):
-        step(x)
-    for name, tensor in inputs.items():
+    together = {}
+    for name, tensor in inputs_of(step, x, linears).items():
         together.setdefault(id(tensor), []).append(name)
     return list(together.values())
 
@@ -102,12 +118,9 @@ def input_stats(step, hidden, linears, groups, gram=False, teacher=None, adds=Fa
     adds: their output is added to `hidden` and is to make up for what that lacks."""
     names, stats = [group[0] for group in groups], {}
     for i, x in enumerate(hidden):
-        inputs, targets = {}, {}
-        with watch({name: linears[name] for name in names}, inputs.__setitem__):
-            step(x)
+        inputs = inputs_of(step, x, {name: linears[name] for name in names})
         if teacher:
-            with watch({name: teacher[2][name] for name in names}, targets.__setitem__):
-                teacher[0](teacher[1][i])
+            targets = inputs_of(teacher[0], teacher[1][i], {name: teacher[2][name] for name in names})
         for name in names:
             one = stats.setdefault(name, InputStats(inputs[name].shape[-1], gram))
             z = targets[name] if teacher else [None] * len(x)

@@ -144,6 +144,8 @@ def record(args, results):
         "hardware": torch.cuda.get_device_name() if cuda else f"{processor()}, {torch.get_num_threads()} threads",
         "results": results,
     }
+    if cuda:
+        entry["peak_gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     write_atomically(args.json, lambda path: path.write_text(json.dumps(entry, indent=1) + "\n"))
 
 

@@ -8,10 +8,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "error: results/gpu.sh needs a GPU")'
 mkdir -p results/small
-[ -d out/small ] || python -m data.train_tiny --hidden-size 640 --layers 12 --packages --steps 4000 --batch 128 --lr 1e-3 \
-    --compile --save-every 500 --out out/small --json results/train_small.json
+[ -d out/small ] || python -m data.train_tiny --hidden-size 640 --layers 12 --packages --steps 1500 --batch 128 --lr 1e-3 \
+    --compile --save-every 250 --out out/small --json results/train_small.json
 [ -f results/small/ast.json ] || python ast_train.py --model out/small --methods dense ast ast-slorb --out out/ast-small \
-    --data tiny:3 tiny-code:7 --steps 1000 --batch 64 --micro-batch 64 --warmup 50 --decay-steps 250 --json results/small/ast.json
+    --data tiny:3 tiny-code:7 --steps 500 --batch 64 --micro-batch 64 --warmup 25 --decay-steps 125 --json results/small/ast.json
 
 measure() { [ -f "results/small/speed-$1.json" ] || python eval.py --model "$2" --data tiny --speed --json "results/small/speed-$1.json"; }
 measure dense out/small

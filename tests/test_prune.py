@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import dsnot
 from conftest import ROOT, make_checkpoint
-from data.calibration import place_for, watch
+from data.calibration import inputs_of, place_for, watch
 from data.checkpoint import alone_in
 from data.command import run
 from test_gpt import ALL, ids_for, theirs
@@ -125,6 +125,19 @@ def test_a_full_disk_below_the_output_gets_a_sentence():
         words = [sys.executable, "gpt.py", "--max-new-tokens", "1"]
         done = subprocess.run(words, cwd=ROOT, stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == 2 and done.stderr == b"error: the output: No space left on device\n"
+
+
+def test_what_follows_the_last_layer_that_is_seen_is_not_computed(model):
+    """Would catch passes through layers whose inputs nobody asked for, and hooks that stay."""
+    from gpt import GPT
+    block = GPT.from_pretrained(model / "m").model.layers[0]
+    layers, x = dsnot.prunable(block), torch.randn(1, 8, 32)
+    step = dsnot.steps(block, dsnot.rotary(GPT.open(model / "m").config, torch.arange(8)), torch.arange(8))[0]
+    expected = step(x)
+    with watch({"o": layers["self_attn.o_proj"]}, lambda *_: pytest.fail("attention's output was computed")):
+        found = inputs_of(step, x, {name: layers[name] for name in ("self_attn.q_proj", "self_attn.v_proj")})
+    assert list(found) == ["self_attn.q_proj", "self_attn.v_proj"]
+    assert torch.equal(found["self_attn.q_proj"], block.input_layernorm(x)) and torch.equal(step(x), expected)
 
 
 def test_a_finished_folder_is_no_answer_when_the_model_has_changed(monkeypatch, capsys, model, tmp_path):
