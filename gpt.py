@@ -187,24 +187,13 @@ def check_whole(name, value, power):
 
 # ------------------------------------------------------------------------------------------------------ the model
 
-class RMSNorm(nn.Module):
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x):
-        normed = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)  # float32 whatever x is
-        return self.weight * normed.to(x.dtype)
-
-
 def norm(c):
-    return (nn.LayerNorm if c.layer_norm else RMSNorm)(c.hidden_size, eps=c.rms_norm_eps)
+    return (nn.LayerNorm if c.layer_norm else nn.RMSNorm)(c.hidden_size, eps=c.rms_norm_eps)
 
 
 def rotary(config, positions):
-    """cos and sin [T, D] of the angles by which positions [T] turn each pair (i, i + D/2) of a head's features; None
-    for a model whose positions are learned."""
+    """cos and sin [T, D] of the angles by which positions [T] turn each pair (i, i + D/2) of a head's features, sin
+    with the sign that `rotate` needs; None for a model whose positions are learned."""
     if config.positions:
         return None
     pairs = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
@@ -218,13 +207,12 @@ def rotary(config, positions):
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         frequency = frequency * (kept + (1 - kept) / scaling["factor"])
     angle = positions[:, None].float() * frequency  # [T, D/2]
-    return torch.cat([angle, angle], -1).cos(), torch.cat([angle, angle], -1).sin()
+    return torch.cat([angle, angle], -1).cos(), torch.cat([-angle, angle], -1).sin()
 
 
 def rotate(x, cos, sin):
-    """Turn the features of x [..., T, D] by the angles of `rotary`."""
-    left, right = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat([-right, left], -1) * sin.to(x.dtype)
+    """Turn the features of x [..., T, D] by the angles of `rotary`: (left, right) cos + (-right, left) sin."""
+    return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, -1), sin.to(x.dtype))
 
 
 def slorb(x, S, X):
@@ -260,7 +248,7 @@ class Attention(nn.Module):
         self.v_proj = linear(c, c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
         self.o_proj = linear(c, c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.o_bias)
         if c.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps), RMSNorm(c.head_dim, c.rms_norm_eps)
+            self.q_norm, self.k_norm = (nn.RMSNorm(c.head_dim, c.rms_norm_eps) for _ in range(2))
 
     def forward(self, x, positions, rope, cache=None):
         B, T, _ = x.shape
@@ -415,6 +403,7 @@ class GPT(nn.Module):
         """The last block's output [B, T, C] for ids [B, T] at positions [T]. With caches (one per block) only these
         tokens are new."""
         x = self.embed(ids, positions)
+        rope = rope and [angles.to(x.dtype) for angles in rope]  # once, not in every block
         for i, block in enumerate(self.blocks()):
             x = block(x, positions, rope, caches[i] if caches else None)
         return x
