@@ -18,13 +18,13 @@ as 0.0; everything else comes back bit for bit). For W [N, K], K a multiple of 1
 Quantization is symmetric, to nearest, -127..127 or -7..7. A compressed model is a checkpoint folder that holds
 `X.values`, `X.meta` (and `X.scale`) in place of `X.weight` for each 2:4 layer X; `transformers` can't read it.
 
-A token at a time, a matmul waits for its weights: 16 bits each dense, here 8 + 1, so at most 1.78 times as fast; int8
-and int4 values read 5.125 and 3.125 bits (3.1 and 5.1 times), if putting them together does not take longer than
-reading them. For one row of x no W is built: W x = sum v0 x[i0] + v1 x[i1]. For more rows W is put together in
-registers as the left operand of the tensor cores; K is split where N alone can't fill the GPU. Where many rows make
-arithmetic the limit, W is decompressed for the dense matmul. Which tile, or the dense way, is timed at the first call
-for each shape (so call once before capturing a CUDA graph). No GPU has run this yet: the kernels are checked in
-Triton's interpreter and compiled for sm_80 and sm_90, no more.
+A token at a time, a matmul waits for its weights: 16 bits each dense, here 8 + 1, so at most 1.78 times as fast, which
+bf16 reaches on an H100; int8 and int4 values read 5.125 and 3.125 bits (3.1 and 5.1 times), but putting them together
+takes longer than reading them: 2 to 2.5 times. For one row of x no W is built: W x = sum v0 x[i0] + v1 x[i1]. For more
+rows W is put together in registers as the left operand of the tensor cores; K is split where N alone can't fill the
+GPU. Where many rows make arithmetic the limit, W is decompressed for the dense matmul. Which tile, or the dense way, is
+timed at the first call for each shape (so call once before capturing a CUDA graph). From 64 rows of x on, a dense W is
+faster (README has the table).
 
     python sparse_matmul.py                                            # check the kernel and, on a GPU, measure it
     python sparse_matmul.py --model out/llama2-7b-wanda-dsnot-2of4 --bits 8 --out out/small
@@ -245,7 +245,7 @@ PAIR = {4: torch.int8, 8: torch.int16, 16: torch.int32}  # two values of so many
 # tiles to try: BN, BG (for one row BW), parts of K, warps, stages
 ONE_ROW = [(2, 64, 1, 2, 1), (2, 64, 1, 2, 3), (4, 64, 1, 2, 1), (4, 128, 1, 2, 1), (4, 128, 1, 4, 1)]
 MORE_ROWS = [(64, 32, 1, 4, 3), (64, 32, 2, 4, 4), (64, 32, 4, 4, 3), (64, 32, 8, 4, 2), (64, 64, 4, 4, 3)]
-MOST_ROWS = 1024  # of x that are tried with the kernel; the dense way should win from about 200 on
+MOST_ROWS = 1024  # of x that are tried with the kernel; the dense way wins from about 256 on
 fastest = {}  # (shape, bits, dtype, device, rows of x rounded up) -> tile, or None for the dense way; measured once
 
 

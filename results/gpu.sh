@@ -11,7 +11,8 @@ mkdir -p results/small
 [ -d out/small ] || python -m data.train_tiny --hidden-size 640 --layers 12 --packages --steps 1500 --batch 128 --lr 1e-3 \
     --compile --save-every 250 --out out/small --json results/train_small.json
 [ -f results/small/ast.json ] || python ast_train.py --model out/small --methods dense ast ast-slorb --out out/ast-small \
-    --data tiny:3 tiny-code:7 --steps 500 --batch 64 --micro-batch 64 --warmup 25 --decay-steps 125 --json results/small/ast.json
+    --data tiny:3 tiny-code:7 --eval-data tiny --steps 500 --batch 64 --micro-batch 64 --warmup 25 --decay-steps 125 \
+    --json results/small/ast.json
 
 measure() { [ -f "results/small/speed-$1.json" ] || python eval.py --model "$2" --data tiny --speed --json "results/small/speed-$1.json"; }
 measure dense out/small

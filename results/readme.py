@@ -96,6 +96,40 @@ def cost_of_swaps():
          f"{row['ratio']:.2f}", f"{row['error']:.3f}", f"{row['error_of_sparsegpt']:.3f}"] for row in rows], texts=2)
 
 
+def cost_on_a_gpu():
+    """Seconds of a 4096 x 4096 layer."""
+    rows, lines = results("bench_dsnot-h100"), {}
+    for row in rows:
+        if row["against"] == "torch.sort" and row["method"].startswith("wanda"):
+            lines.setdefault("score, mask and 50 cycles of DSnoT", {})[row["amount"]] = row["seconds"]
+        elif row["against"] == "sparsegpt":
+            most = f"at most {row['max_swaps']} in a row" if row["max_swaps"] else "until none helps"
+            lines.setdefault(f"exact swaps, {most}", {})[row["amount"]] = row["seconds"]
+            if not row["max_swaps"]:
+                lines.setdefault("SparseGPT", {})[row["amount"]] = row["seconds"] / row["ratio"]
+    return markdown([f"seconds on one {results('bench_dsnot-h100', 'hardware')}", "70 %", "2:4"], [
+        [said, *(f"{found[amount]:.2f}" for amount in ("70 %", "2:4"))] for said, found in lines.items()])
+
+
+def speed_of_products():
+    """How many times as fast as a dense product each form of a weight is, for some shapes and numbers of rows of x."""
+    kinds = "2:4", "2:4 int8", "2:4 int4", "torch"
+    lines = [[f"{row['N']} x {row['K']}", f"{row['M']}", f"{row['us']['dense']:.1f}",
+              *(f"{row['us']['dense'] / row['us'][kind]:.2f}" for kind in kinds)]
+             for row in results("sparse-matmul")["table"] if row["M"] in (1, 16, 64, 256, 4096)]
+    head = ["weight", "rows of x", "dense bf16, µs", "2:4 bf16", "2:4 int8", "2:4 int4", "PyTorch's own 2:4"]
+    return markdown(head, lines)
+
+
+def decoding():
+    """Tokens a second of one sequence, in a model of LLaMA2-7B's shape."""
+    rates = results("sparse-matmul")["decode_tokens_per_second"]
+    names = {"dense": "dense bf16", "2:4": "2:4 bf16"}
+    return markdown(["LLaMA2-7B's shape", *(names.get(name, name) for name in rates)], [
+        ["tokens a second", *(f"{rate:.0f}" for rate in rates.values())],
+        ["times as fast as dense", *(f"{rate / rates['dense']:.2f}" for rate in rates.values())]])
+
+
 def goal():
     """Perplexity by what the layers of a propagated run aim at, see dsnot.AIM."""
     found = {name: rows for name in MODELS if (rows := results(f"goal-{name}"))}
@@ -187,7 +221,9 @@ def tables():
     return {
         "choices": choices(), "tables": table_by_method(studies()),
         "settings": table_by_method(pruned("settings/*")),
-        "goal": goal(), "cost": cost(), "cost of swaps": cost_of_swaps(), "retrained": retrained(),
+        "goal": goal(), "cost": cost(), "cost of swaps": cost_of_swaps(), "cost on a GPU": cost_on_a_gpu(),
+        "overfit": table_by_method(pruned("overfit/[0-9]*")), "products": speed_of_products(), "decoding": decoding(),
+        "retrained": retrained(),
         "ablation": ablated(), "compressed": compressed(), "streamed": streamed(), "texts": texts()}
 
 

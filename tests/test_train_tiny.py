@@ -35,10 +35,10 @@ def test_a_stopped_training_ends_with_the_same_bytes(tmp_path, train, monkeypatc
     train(tmp_path / "whole")
     draw = train_tiny.draw
 
-    def stop(streams, seed, step, *sizes):
+    def stop(streams, share, seed, step, *sizes):
         if step == 3:
             raise KeyboardInterrupt
-        return draw(streams, seed, step, *sizes)
+        return draw(streams, share, seed, step, *sizes)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train_tiny, "draw", stop)
         train(tmp_path / "cut")
@@ -51,7 +51,7 @@ def test_a_stopped_training_ends_with_the_same_bytes(tmp_path, train, monkeypatc
     with pytest.raises(InputError, match="whole holds a finished model: choose another folder, or delete it"):
         train(tmp_path / "whole")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # at the very end
-        patch.setattr(train_tiny.shutil, "rmtree", lambda path, **_: stop(None, 0, 3))
+        patch.setattr(train_tiny.shutil, "rmtree", lambda path, **_: stop(None, 0, 0, 3))
         train(tmp_path / "late")
     train(tmp_path / "late")
     assert (tmp_path / "late" / "model.safetensors").read_bytes() == whole.read_bytes()
