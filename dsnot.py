@@ -212,8 +212,8 @@ def swap_refine(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = 
     max_swaps: per row, None: until none helps, or as many as the row is wide. pattern: (n, m) of the mask, which stays.
     """
     new, W, G, goal = keep.clone(), W.float(), gram.float(), None if goal is None else goal.float()
-    together = 512 if W.device.type == "cpu" else max(1, CHUNK // W.shape[1])
-    for rows in torch.arange(len(W), device=W.device).split(together):
+    at_a_time = 512 if W.device.type == "cpu" else max(1, CHUNK // max(W.shape[1], (2 * candidates) ** 2))
+    for rows in torch.arange(len(W), device=W.device).split(at_a_time):
         w, mask = W[rows], keep[rows]
         g = torch.where(mask, 0, w) @ G if goal is None else goal[rows] - torch.where(mask, w, 0) @ G
         # flipping weight k alone costs square_k + slope_k g_k, its price; a pair costs slope_j slope_i G_ij / 2 more
@@ -250,10 +250,10 @@ def _swap_round(price, mask, slope, G, left, least, candidates, pattern):
     drop, grow, k = drop.flatten(1), grow.flatten(1), groups * a
     both = torch.cat([drop, grow], 1)
     step, cost = slope.gather(1, both), torch.cat([price[0].gather(1, drop), price[1].gather(1, grow)], 1)
-    # what one flip adds to the price of another [rows, all, all], and that for pairs [rows, groups, a, b]
+    # what one flip adds to the price of another [rows, all, all], and of these what belongs to pairs of a group
     added = entries(G, both[:, :, None], both[:, None, :]).mul_(step[:, :, None]).mul_(step[:, None, :] / 2)
     together = added[:, :k, k:].unflatten(1, (groups, a)).unflatten(3, (groups, b)).diagonal(0, 1, 3).movedim(3, 1)
-    together = together.contiguous()
+    together = together.contiguous()  # [rows, groups, a, b]
     added.diagonal(0, 1, 2).fill_(torch.inf)  # nothing flips twice
     pair = torch.arange(k * b, device=G.device)
     flips = torch.stack([pair // b, k + pair // (a * b) * b + pair % b], 1)  # [pairs, 2], of `both`
@@ -298,7 +298,8 @@ def _candidates(price, keep, candidates, pattern):
         return [lowest(side, min(candidates, width))[:, None] for side in price]
     n, m = pattern
     promise = price.unflatten(2, (-1, m)).amin(3).sum(0)  # a group's best of each side
-    group = promise.topk(min(max(1, candidates // n), width // m), dim=1, largest=False)[1]  # [rows, groups]
+    count = min(max(1, candidates // max(n, m - n)), width // m)
+    group = promise.topk(count, dim=1, largest=False)[1]  # [rows, groups]
     group = group[:, :, None].expand(-1, -1, m)
     member = group * m + keep.view(rows, -1, m).gather(1, group).long().argsort(-1)  # the pruned ones first
     return member[:, :, m - n:], member[:, :, :m - n]
@@ -881,6 +882,7 @@ def needed_seconds(args, config, methods, block):
     needed = sum(walking(m["propagate"], has_goal(**m)) for m in methods) * tokens / len(sample)
     if args.allocate != "uniform":  # a pass through the dense model, and for "sensitivity" a trial of each layer
         trials = len(layers) * probe_tokens(args.seqlen) if args.allocate == "sensitivity" else 0
+        trials *= (config.num_hidden_layers + 1) / 2  # each goes on through the blocks that follow
         needed += len(methods) * ((running + watching) * tokens + running * trials) / len(sample)
     for method, name in itertools.product(methods, layers):
         W, options = layers[name].weight, {k: method[k] for k in LAYER} | dict(refine=refine_of(name, **method))

@@ -3,8 +3,9 @@
     python -m data.train_tiny --compile         (about an hour on two CPU cores; after a stop, run it again: it goes on)
     python -m data.train_tiny --compile --out out/small --hidden-size 640 --layers 12 --packages     (larger, for a GPU)
 
-Windows of text are drawn at random, three in ten from the documentation (fewer in a long training, where it would be
-learned by heart) and the others from source code. AdamW, warm-up and cosine to zero, arithmetic in bf16 (where that is fast) on float32 weights; the folder's are bf16.
+Windows of text are drawn at random, three in ten from the documentation (fewer in a long training, which would learn it
+by heart) and the others from source code. AdamW, warm-up and cosine to zero, arithmetic in bf16 (where that is fast) on
+float32 weights; the folder's are bf16.
 The validation text is read while training, the test text never.
 """
 
@@ -37,7 +38,7 @@ CONFIG = dict(  # what does not depend on the size
 TOKENIZER = dict(  # tokenizer_config.json, without which transformers adds neither BOS nor the first word's space
     tokenizer_class="LlamaTokenizer", add_bos_token=True, add_eos_token=False, bos_token="<s>", eos_token="</s>",
     unk_token="<unk>")
-DOCUMENTATION, MOST_READ = 0.3, 9  # its share of the windows, and how often it is read at most
+DOCUMENTATION, MOST_READ = 0.3, 10  # its share of the windows, and how often it is read at most
 MOST_SOURCE = 200_000_000  # characters of packages that are read: a longer training than ours needs no more
 
 
@@ -101,6 +102,11 @@ def new_optimizer(model, lr):
                              lr=lr, betas=(0.9, 0.95))
 
 
+def documentation_share(tokens, trained):
+    """The share of windows that are documentation, of so many tokens, in a training that reads `trained` tokens."""
+    return min(DOCUMENTATION, MOST_READ * tokens / trained)
+
+
 def draw(streams, share, seed, step, batch, seqlen):
     """The windows [batch, seqlen + 1] of a step, which alone decides them, so that resuming is exact. share: of the
     windows that are of the first stream, the documentation."""
@@ -153,7 +159,7 @@ def train(args, model, streams, held_out, state_file):
     for block in model.model.layers if args.compile else ():
         block.compile()  # one block's code serves all of them
     arithmetic = partial(torch.autocast, torch.device(args.device).type, torch.bfloat16, fast_in_bf16(args.device))
-    share = min(DOCUMENTATION, MOST_READ * len(streams[0]) / (args.steps * args.batch * args.seqlen))
+    share = documentation_share(len(streams[0]), args.steps * args.batch * args.seqlen)
     begin = time.perf_counter()
     for step in range(first, args.steps):
         ids = draw(streams, share, args.seed, step, args.batch, args.seqlen).to(args.device)

@@ -62,8 +62,8 @@ def main():
             error = relative_error(W, W * new, stats.gram)
             results.append({"method": "wanda + swap", "amount": label, "against": "sparsegpt", "max_swaps": most,
                             "seconds": ours, "ratio": ours / theirs, "error": error, "error_of_sparsegpt": goal})
-            print(f"swaps {label:>5}, {most or 'all'}: {ours / theirs:5.2f} x SparseGPT, {ours:.2f} s, error {error:.4f} "
-                  f"(SparseGPT {goal:.4f})", flush=True)
+            print(f"swaps {label:>5}, {most or 'all'}: {ours / theirs:5.2f} x SparseGPT, {ours:.2f} s, "
+                  f"error {error:.4f} (SparseGPT {goal:.4f})", flush=True)
     record(args, results)
 
 

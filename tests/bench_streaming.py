@@ -9,7 +9,7 @@ any time.
 
 On a GPU nothing is killed: the model is pruned from end to end on 128 x 2048 tokens of tiny's text.
 
-    python tests/bench_streaming.py --device cuda --options="--refine swap" --json results/gpu-7b-swap.json
+    python tests/bench_streaming.py --device cuda --options="--refine swap" --json out/gpu-7b.json
 """
 
 import json
@@ -93,15 +93,14 @@ def watch(command, out, kill_after=None):
 
 
 def on_a_gpu(args, folder, out):
-    """Seconds from start to end and of pruning alone, and the peak of the GPU's memory in GB."""
+    """Seconds from start to end and of pruning by each method, and the peak of the GPU's memory in GB."""
     file, begin = Path(args.folder + ".json").absolute(), time.perf_counter()
     subprocess.run([sys.executable, "dsnot.py", "--model", folder, "--out", out, "--calib", "tiny", "--data", "tiny",
-                    "--seqlen", "2048", "--no-compare", "--device", args.device, "--json", file,
-                    *args.options.split()], cwd=ROOT, check=True)
+                    "--nsamples", str(args.nsamples), "--seqlen", str(args.seqlen), "--no-compare",
+                    "--device", args.device, "--json", file, *args.options.split()], cwd=ROOT, check=True)
     seconds, found = time.perf_counter() - begin, json.loads(file.read_text())
-    results = {"method": found["results"]["rows"][-1]["method"], "seconds": seconds,
-               "seconds_of_pruning": found["results"]["rows"][-1]["seconds"],
-               "peak_gpu_memory_gb": found["peak_gpu_memory_gb"]}
+    results = {"seconds": seconds, "peak_gpu_memory_gb": found["peak_gpu_memory_gb"],
+               "seconds_of_pruning": {row["method"]: row["seconds"] for row in found["results"]["rows"][1:]}}
     print(json.dumps(results, indent=1))
     return results
 
@@ -111,22 +110,25 @@ def main():
     p.add_argument("--folder", default="out/random-7b", help="where the model is made; the pruned one lies beside it")
     p.add_argument("--layers", type=int, default=32, help="its blocks")
     p.add_argument("--hidden", type=int, default=4096, help="its width; smaller: to try the script")
-    p.add_argument("--nsamples", type=int, default=2, help="calibration sequences")
-    p.add_argument("--seqlen", type=int, default=512, help="tokens a sequence")
+    p.add_argument("--nsamples", type=int, help="calibration sequences (default: 2, on a GPU 128)")
+    p.add_argument("--seqlen", type=int, help="tokens a sequence (default: 512, on a GPU 2048)")
     p.add_argument("--options", default="", help="of dsnot.py, on a GPU")
     args = p.parse_args()
     start(args)
+    gpu = args.device != "cpu"
+    args.nsamples, args.seqlen = args.nsamples or (128 if gpu else 2), args.seqlen or (2048 if gpu else 512)
     folder, out = Path(args.folder).absolute(), Path(args.folder + "-pruned").absolute()
     text = Path(args.folder + ".txt").absolute()
     raw = RAW | dict(num_hidden_layers=args.layers, hidden_size=args.hidden, intermediate_size=args.hidden * 43 // 16)
     if not (folder / "config.json").exists():
         make(folder, raw, args.device)
+    if gpu:
+        shutil.rmtree(out, ignore_errors=True)
+        return record(args, on_a_gpu(args, folder, out))
     text.write_text("the words of a text are all that a model reads\n" * args.seqlen)
     command = [sys.executable, "dsnot.py", "--model", folder, "--out", out, "--calib", text, "--data", text,
                "--nsamples", args.nsamples, "--seqlen", args.seqlen, "--device", "cpu", "--no-compare"]
     shutil.rmtree(out, ignore_errors=True)
-    if args.device != "cpu":
-        return record(args, on_a_gpu(args, folder, out))
     forget(folder)
     code, killed = watch([str(word) for word in command], out, kill_after=args.layers // 2)
     assert code == -9, f"the run ended with {code} before it could be killed"

@@ -103,6 +103,18 @@ def test_cycles_bound_the_swaps(refine, refit):
     assert flips[0] == 0 and 0 < flips[1] <= 2 * turns and (flips[2] > flips[1] or refine == "dsnot")
 
 
+@pytest.mark.parametrize("amount", AMOUNTS + [dict(pattern=(1, 16))])
+@pytest.mark.parametrize("most", [3, None])
+def test_a_row_does_not_depend_on_others(amount, most):
+    """Would catch swaps of a row that is done while others go on, and sums over rows."""
+    W, *_, gram, _, keep = swap_case(8, amount, False, rows=12, width=128, tokens=64)
+    options = dict(pattern=amount.get("pattern"), max_swaps=most)
+    new = dsnot.swap_refine(W, keep, gram, **options)
+    for row in range(12):
+        one = slice(row, row + 1)
+        assert torch.equal(new[one], dsnot.swap_refine(W[one], keep[one], gram, **options))
+
+
 def test_swaps_of_uneven_rows():
     """Would catch rows of a SparseGPT mask, which keep different numbers of weights, trading theirs; full and empty
     rows."""

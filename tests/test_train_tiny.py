@@ -30,6 +30,12 @@ def train(monkeypatch):
     return run
 
 
+def test_documentation_is_not_learned_by_heart():
+    """Would catch a change of the recipe that ships, and a long training that reads few pages again and again."""
+    assert train_tiny.documentation_share(549_679, 2000 * 32 * 256) == 0.3
+    assert train_tiny.documentation_share(549_679, 1500 * 128 * 256) == pytest.approx(10 * 549_679 / 49_152_000)
+
+
 def test_a_stopped_training_ends_with_the_same_bytes(tmp_path, train, monkeypatch, capsys):
     """Would catch a recipe that no longer runs, and a run that does not go on."""
     train(tmp_path / "whole")
