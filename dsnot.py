@@ -938,7 +938,7 @@ def prune_and_measure(args, folder, config, amount, passes):
     if args.allocate == "sensitivity" and processes()[1] > 1:
         same["processes"] = processes()[1]  # each looks at tokens of its own, so others would find other shares
     missing, notes = [], []  # missing: bytes, of each folder that is to be filled
-    for _, place, how in passes[1:]:
+    for _, place, how in reversed(passes[1:]):  # --out itself is the first to be refused
         writer = CheckpointWriter(place, config.raw, source.folder, keep=how | same)  # refuses a folder it can't fill
         if finished(place, how | same):
             notes.append(f"{place} is finished, and will be measured again")

@@ -6,7 +6,7 @@
 # results/small/speed-*.json` print its tables.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "error: results/gpu.sh needs a GPU")'
+python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "error: results/gpu.sh needs a GPU")' || exit 2
 mkdir -p results/small
 [ -d out/small ] || python -m data.train_tiny --hidden-size 640 --layers 12 --packages --steps 1500 --batch 128 --lr 1e-3 \
     --compile --save-every 250 --out out/small --json results/train_small.json

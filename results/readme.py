@@ -256,7 +256,11 @@ def main():
     argparse.ArgumentParser(description=__doc__).parse_args()
     readme = ROOT / "README.md"
     text = readme.read_text()
-    for name, table in tables().items():
+    try:
+        found = tables()
+    except (KeyError, IndexError, TypeError) as e:
+        sys.exit(f"error: results/ lacks measurements that README.md shows ({e}): make them first, with the scripts there")
+    for name, table in found.items():
         marked = re.compile(rf"(<!-- {name} -->).*?(\n<!-- end -->)", re.DOTALL)
         if not marked.search(text):
             sys.exit(f"README.md has no place for the table {name}")
