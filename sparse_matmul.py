@@ -35,6 +35,7 @@ Letters: M rows of x, N rows of W (outputs), K columns (inputs), G = K/4 groups;
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import os
 import random
@@ -296,6 +297,9 @@ def fastest_tile(x, w):
     return fastest.get(key)
 
 
+capture_stream = functools.cache(torch.cuda.Stream)  # one for each GPU: cuBLAS keeps a workspace for every stream
+
+
 def milliseconds(x, w, tile):
     """Of a product with a tile (None: the dense way), infinite if the GPU can't do it. A CUDA graph launches it, so that
     Python does not count, on so many copies of a large w in turn that no cache holds them."""
@@ -304,7 +308,7 @@ def milliseconds(x, w, tile):
         call = (lambda one: matmul(x, one, tile)) if tile else (lambda one: F.linear(x, dense(one)))
         call(w)  # compiles
         graph, times = torch.cuda.CUDAGraph(), []
-        with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+        with torch.cuda.graph(graph, stream=capture_stream(x.device)):
             for one in copies:
                 call(one)
         for _ in range(5):

@@ -39,6 +39,7 @@ mkdir -p "results/$name"
 
 measured=()
 trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
+trap 'echo "interrupted: the same command goes on from what is finished" >&2; exit 130' INT
 run() {
     local row=${amount/:/of}-$1
     local json=results/$name/$row.json
