@@ -212,7 +212,8 @@ def swap_refine(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = 
     max_swaps: per row, None: until none helps, or as many as the row is wide. pattern: (n, m) of the mask, which stays.
     """
     new, W, G, goal = keep.clone(), W.float(), gram.float(), None if goal is None else goal.float()
-    at_a_time = 512 if W.device.type == "cpu" else max(1, CHUNK // max(W.shape[1], (2 * candidates) ** 2))
+    flips = max(2 * candidates, pattern[1] if pattern else 0)  # that are looked at in a row, with each other
+    at_a_time = min(512 if W.device.type == "cpu" else len(W), max(1, CHUNK // max(W.shape[1], flips ** 2)))
     for rows in torch.arange(len(W), device=W.device).split(at_a_time):
         w, mask = W[rows], keep[rows]
         g = torch.where(mask, 0, w) @ G if goal is None else goal[rows] - torch.where(mask, w, 0) @ G

@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+from data.command import InputError
 from results.compare import COLOURS, LOOK, markdown, merge, plot, read_rows, table_by_method
 
 MODELS = "tiny", "stories260K", "deep"
@@ -256,22 +257,23 @@ def main():
     argparse.ArgumentParser(description=__doc__).parse_args()
     readme = ROOT / "README.md"
     text = readme.read_text()
-    try:
-        found = tables()
-    except (KeyError, IndexError, TypeError) as e:
-        sys.exit(f"error: results/ lacks measurements that README.md shows ({e}): make them first, with the scripts there")
-    for name, table in found.items():
+    for name, table in tables().items():
         marked = re.compile(rf"(<!-- {name} -->).*?(\n<!-- end -->)", re.DOTALL)
         if not marked.search(text):
             sys.exit(f"README.md has no place for the table {name}")
         text = marked.sub(lambda found: f"{found[1]}\n{table}{found[2]}", text)
-    readme.write_text(text)
     plot(opening(), ROOT / "assets/overview.png")
     plot(studies(), ROOT / "assets/dsnot.png")
     plot(pruned("tiny/0.7-wanda-swap-refit*"), ROOT / "assets/layers.png")
     draw_ast(ROOT / "assets/ast.png")
+    readme.write_text(text)
     print("README.md and its pictures hold what results/ holds")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (InputError, AttributeError, IndexError, KeyError, TypeError) as e:
+        print(f"error: results/ lacks measurements that README.md shows ({e}): make them first, with the scripts there",
+              file=sys.stderr)
+        sys.exit(2)

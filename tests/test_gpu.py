@@ -13,7 +13,7 @@ from conftest import make_checkpoint
 from data.calibration import InputStats
 from dsnot import dsnot_refine, keep_mask, magnitude_score, refit_weights, sparsegpt, swap_refine, wanda_score
 from gpt import GPT
-from sparse_matmul import compress, decompress, milliseconds, prune_24, sparse_linear, sparsify, tiles
+from sparse_matmul import compress, decompress, prune_24, sparse_linear, sparsify
 from test_dsnot import golden, random_layer, stats_of
 from test_gpt import ALL, ids_for, ours
 
@@ -100,8 +100,6 @@ def test_sparse_products(dtype, bits):
         W, bias = prune_24(torch.randn(N, K, device="cuda")).to(dtype), torch.randn(N, device="cuda", dtype=dtype)
         w = compress(W, bits)
         dense = decompress(w).double()
-        x = torch.randn(20, K, device="cuda", dtype=dtype)
-        assert all(0 < milliseconds(x, w, tile) < 10 for tile in [*tiles(w, 20), None])
         for shape in (1,), (1, 1), (3,), (2, 20), (1500,):
             x = torch.randn(*shape, K, device="cuda", dtype=dtype)
             expected = x.double() @ dense.T + bias.double()
