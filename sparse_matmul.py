@@ -21,9 +21,9 @@ Quantization is symmetric, to nearest, -127..127 or -7..7. A compressed model is
 A token at a time, a matmul waits for its weights: 16 bits each dense, here 8 + 1, so at most 1.78 times as fast, which
 bf16 reaches on an H100; int8 and int4 values read 5.125 and 3.125 bits (3.1 and 5.1 times), but putting them together
 takes time, too: 2 to 2.5 times. For one row of x no W is built: W x = sum v0 x[i0] + v1 x[i1]. For more rows W is put
-together in registers as the left operand of the tensor cores; K is split where N alone can't fill the GPU. Where many
-rows make arithmetic the limit, W is decompressed for the dense matmul. Which tile, or the dense way, is timed at the
-first call for each shape (so call once before capturing a CUDA graph). From 128 rows of x on, a dense W is faster
+together in registers as the left operand of the tensor cores; K is split, so that a small N fills the GPU, too. Where
+many rows make arithmetic the limit, W is decompressed for the dense matmul. Which tile, or the dense way, is timed at
+the first call for each shape (so call once before capturing a CUDA graph). From 128 rows of x on, a dense W is faster
 (README has the table).
 
     python sparse_matmul.py                                            # check the kernel and, on a GPU, measure it

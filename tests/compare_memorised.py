@@ -1,5 +1,5 @@
-"""Does it harm to calibrate on text that a model knows by heart? `tiny` is trained on for EPOCHS over 128 windows of its
-training text, then pruned, calibrated on these windows or on 128 of validation text, which it has never seen, and
+"""Does it harm to calibrate on text that a model knows by heart? `tiny` is trained on for EPOCHS over 128 windows of
+its training text, then pruned, calibrated on these windows or on 128 of validation text, which it has never seen, and
 measured on the test text.
 
     python tests/compare_memorised.py --json results/memorised.json                 (about eight minutes on two cores)

@@ -106,8 +106,8 @@ def test_cycles_bound_the_swaps(refine, refit):
 @pytest.mark.parametrize("amount", AMOUNTS + [dict(pattern=(1, 16))])
 @pytest.mark.parametrize("most", [3, None])
 def test_a_row_does_not_depend_on_others(amount, most):
-    """Would catch swaps of a row that is done while others go on, and sums over rows. Whole numbers: all sums are exact,
-    whatever their order."""
+    """Would catch swaps of a row that is done while others go on, and sums over rows. Whole numbers: all sums are
+    exact, whatever their order."""
     g = torch.Generator().manual_seed(8)
     W = torch.randint(-8, 9, (12, 128), generator=g) * torch.tensor([1.0, 4.0]).repeat(6)[:, None]  # rows of two sizes
     x = torch.randint(-3, 4, (64, 128), generator=g).float()
