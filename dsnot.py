@@ -552,7 +552,7 @@ def prune(model, samples, out, run, *, batch=8, propagate=False, sparsity=None, 
     source, device, count = model.source, model.place["device"], len(model.model.layers)
     source.check_dense()
     rank, world = processes()
-    if (done := finished(out, run)):
+    if done := finished(out, run):
         return done["layers"]
     positions = torch.arange(samples.shape[1], device=device)
     where, samples = (rotary(model.config, positions), positions), samples[rank::world]
@@ -874,8 +874,7 @@ def needed_seconds(args, config, methods, block):
     def walking(propagate, goal):  # the text through the block, and to where its layers are seen
         if not propagate:
             return running + watching
-        teacher = ([x], layers) if goal else None
-        seen, _ = fastest(lambda: [input_stats(half, [x], layers, one, gram, teacher and (half, *teacher))
+        seen, _ = fastest(lambda: [input_stats(half, [x], layers, one, gram, (half, [x], layers) if goal else None)
                                    for half, one in stages])
         return running * (1 + goal) + seen
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from data.command import InputError
+from data.command import InputError, run
 from results.compare import COLOURS, LOOK, markdown, merge, plot, read_rows, table_by_method
 
 MODELS = "tiny", "stories260K", "deep"
@@ -45,16 +45,26 @@ ABLATION = {  # what a run is called: its file, and the row of its table
     "with SLoRB": ("seed0", "AST + SLoRB")}
 
 
-def results(name, key="results"):
+def made(name, key="results"):
     """What results/NAME.json holds under a key, or None."""
     path = ROOT / "results" / f"{name}.json"
     return json.loads(path.read_text())[key] if path.is_file() else None
 
 
+def results(name, key="results"):
+    """The same of a file that must be there; else raises InputError."""
+    if (found := made(name, key)) is None:
+        raise InputError(f"there is no results/{name}.json, which README.md shows: make it first")
+    return found
+
+
 def pruned(*patterns):
-    """The rows of the files of results/ whose names fit some patterns."""
-    return merge([row for pattern in patterns for path in sorted((ROOT / "results").glob(f"{pattern}.json"))
-                  for row in read_rows(path)])
+    """The rows of the files of results/ whose names fit some patterns. Raises InputError for one that none fits."""
+    files = {pattern: sorted((ROOT / "results").glob(f"{pattern}.json")) for pattern in patterns}
+    for pattern, fit in files.items():
+        if not fit:
+            raise InputError(f"there is no results/{pattern}.json, which README.md shows: make some first")
+    return merge([row for fit in files.values() for path in fit for row in read_rows(path)])
 
 
 def studies():
@@ -90,11 +100,15 @@ def cost():
                                                  for method in dict.fromkeys(row["method"] for row in rows)])
 
 
+def most_swaps(row):
+    return f"at most {row['max_swaps']}" if row["max_swaps"] else "until none helps"
+
+
 def cost_of_swaps():
     rows = [row for row in results("bench_dsnot") if row["against"] == "sparsegpt"]
     return markdown(["amount", "swaps in a row", "x SparseGPT", "error of the output", "SparseGPT's"], [
-        [row["amount"], f"at most {row['max_swaps']}" if row["max_swaps"] else "until none helps",
-         f"{row['ratio']:.2f}", f"{row['error']:.3f}", f"{row['error_of_sparsegpt']:.3f}"] for row in rows], texts=2)
+        [row["amount"], most_swaps(row), f"{row['ratio']:.2f}", f"{row['error']:.3f}",
+         f"{row['error_of_sparsegpt']:.3f}"] for row in rows], texts=2)
 
 
 def cost_on_a_gpu():
@@ -104,8 +118,7 @@ def cost_on_a_gpu():
         if row["against"] == "torch.sort" and row["method"].startswith("wanda"):
             lines.setdefault("score, mask and 50 cycles of DSnoT", {})[row["amount"]] = row["seconds"]
         elif row["against"] == "sparsegpt":
-            most = f"at most {row['max_swaps']} in a row" if row["max_swaps"] else "until none helps"
-            lines.setdefault(f"exact swaps, {most}", {})[row["amount"]] = row["seconds"]
+            lines.setdefault(f"exact swaps of a row, {most_swaps(row)}", {})[row["amount"]] = row["seconds"]
             if not row["max_swaps"]:
                 lines.setdefault("SparseGPT", {})[row["amount"]] = row["seconds"] / row["ratio"]
     return markdown([f"seconds on one {results('bench_dsnot-h100', 'hardware')}", "70 %", "2:4"], [
@@ -133,7 +146,7 @@ def decoding():
 
 def goal():
     """Perplexity by what the layers of a propagated run aim at, see dsnot.AIM."""
-    found = {name: rows for name in MODELS if (rows := results(f"goal-{name}"))}
+    found = {name: rows for name in MODELS if (rows := made(f"goal-{name}"))}
     cells = [(name, amount) for name, rows in found.items() for amount in dict.fromkeys(row["amount"] for row in rows)]
     said = {(0.0, 0.0): "what dense weights make of its inputs", (0.5, 0.0): "half-way",
             (1.0, 0.0): "the dense model's output", (0.5, 0.5): "half-way, and half of what the hidden state lacks",
@@ -154,9 +167,9 @@ def gap_closed(table, perplexity):
 def ast_tables():
     """The tables of ast_train.py for seeds 0, 1, 2 as far as they have been run, with their controls; beside the first
     the longer run and its control."""
-    tables = [found["table"] | (results(f"ast-control{seed}") or {"table": {}})["table"]
-              for seed in range(3) if (found := results(f"ast-seed{seed}"))]
-    for long in filter(None, map(results, ("ast-long", "ast-control-long"))):
+    tables = [found["table"] | (made(f"ast-control{seed}") or {"table": {}})["table"]
+              for seed in range(3) if (found := made(f"ast-seed{seed}"))]
+    for long in filter(None, map(made, ("ast-long", "ast-control-long"))):
         tables[0] |= {f"{name}, longer": row for name, row in long["table"].items() if name != "dense"}
     return tables
 
@@ -176,8 +189,8 @@ def ablation():
     """{variant: (its perplexity, its share of the gap)} of seed 0."""
     first, found = results("ast-seed0")["table"], {}
     for said, (name, row) in ABLATION.items():
-        if run := results(f"ast-{name}"):
-            perplexity = run["table"][row]["perplexity"]
+        if trained := made(f"ast-{name}"):
+            perplexity = trained["table"][row]["perplexity"]
             found[said] = perplexity, gap_closed(first, perplexity)
     return found
 
@@ -203,10 +216,10 @@ def texts():
 def streamed():
     """What pruning a checkpoint of LLaMA2-7B's shape took, phase by phase."""
     lines, found = [], results("streaming-7b")
-    for run, phases in found.items():
+    for name, phases in found.items():
         for phase, now in phases.items() if isinstance(phases, dict) else ():
-            lines.append([run, phase, *(f"{now[key]:.1f}" for key in ("peak_rss", "peak_allocated", "read", "written")),
-                          f"{now['seconds'] / 60:.1f}"])
+            numbers = [now[key] for key in ("peak_rss", "peak_allocated", "read", "written")]
+            lines.append([name, phase, *(f"{number:.1f}" for number in [*numbers, now["seconds"] / 60])])
     head = ["run", "phase", "resident, peak GB", "allocated, peak GB", "read GB", "written GB", "minutes"]
     return markdown(head, lines, texts=2)
 
@@ -237,9 +250,9 @@ def draw_ast(path):
     with pyplot.rc_context(LOOK | {"axes.prop_cycle": cycler(color=COLOURS)}):
         figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
         for name in "seed0", "long":
-            found, options = results(f"ast-{name}"), results(f"ast-{name}", "options")
-            for method, run in found["runs"].items() if found else ():
-                steps, values = zip(*run["validation"])
+            found, options = made(f"ast-{name}"), made(f"ast-{name}", "options")
+            for method, trained in found["runs"].items() if found else ():
+                steps, values = zip(*trained["validation"])
                 left.plot([step * options["batch"] * options["seqlen"] / 1000 for step in steps], values, marker=".",
                           label={"ast": "AST", "ast-slorb": "AST + SLoRB"}[method] + ", longer" * (name == "long"))
         left.set(xlabel="thousand training tokens", ylabel="validation perplexity", xscale="log")
@@ -271,9 +284,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, AttributeError, IndexError, KeyError, TypeError) as e:
-        print(f"error: results/ lacks measurements that README.md shows ({e}): make them first, with the scripts there",
-              file=sys.stderr)
-        sys.exit(2)
+    run(main)

@@ -92,12 +92,11 @@ def watch(command, out, kill_after=None):
     return code, phases
 
 
-def on_a_gpu(args, folder, out):
-    """Seconds from start to end and of pruning by each method, and the peak of the GPU's memory in GB."""
-    file, begin = Path(args.folder + ".json").absolute(), time.perf_counter()
-    subprocess.run([sys.executable, "dsnot.py", "--model", folder, "--out", out, "--calib", "tiny", "--data", "tiny",
-                    "--nsamples", str(args.nsamples), "--seqlen", str(args.seqlen), "--no-compare",
-                    "--device", args.device, "--json", file, *args.options.split()], cwd=ROOT, check=True)
+def on_a_gpu(command, file):
+    """Seconds of the command from start to end and of pruning by each method, and the peak of the GPU's memory in GB.
+    file: where it records its results."""
+    begin = time.perf_counter()
+    subprocess.run([*command, "--json", file], cwd=ROOT, check=True)
     seconds, found = time.perf_counter() - begin, json.loads(file.read_text())
     results = {"seconds": seconds, "peak_gpu_memory_gb": found["peak_gpu_memory_gb"],
                "seconds_of_pruning": {row["method"]: row["seconds"] for row in found["results"]["rows"][1:]}}
@@ -112,28 +111,29 @@ def main():
     p.add_argument("--hidden", type=int, default=4096, help="its width; smaller: to try the script")
     p.add_argument("--nsamples", type=int, help="calibration sequences (default: 2, on a GPU 128)")
     p.add_argument("--seqlen", type=int, help="tokens a sequence (default: 512, on a GPU 2048)")
-    p.add_argument("--options", default="", help="of dsnot.py, on a GPU")
+    p.add_argument("--options", default="", help="more options of dsnot.py")
     args = p.parse_args()
     start(args)
     gpu = args.device != "cpu"
     args.nsamples, args.seqlen = args.nsamples or (128 if gpu else 2), args.seqlen or (2048 if gpu else 512)
     folder, out = Path(args.folder).absolute(), Path(args.folder + "-pruned").absolute()
-    text = Path(args.folder + ".txt").absolute()
+    text = "tiny" if gpu else Path(args.folder + ".txt").absolute()
     raw = RAW | dict(num_hidden_layers=args.layers, hidden_size=args.hidden, intermediate_size=args.hidden * 43 // 16)
     if not (folder / "config.json").exists():
         make(folder, raw, args.device)
-    if gpu:
-        shutil.rmtree(out, ignore_errors=True)
-        return record(args, on_a_gpu(args, folder, out))
-    text.write_text("the words of a text are all that a model reads\n" * args.seqlen)
     command = [sys.executable, "dsnot.py", "--model", folder, "--out", out, "--calib", text, "--data", text,
-               "--nsamples", args.nsamples, "--seqlen", args.seqlen, "--device", "cpu", "--no-compare"]
+               "--nsamples", args.nsamples, "--seqlen", args.seqlen, "--device", args.device, "--no-compare",
+               *args.options.split()]
+    command = [str(word) for word in command]
     shutil.rmtree(out, ignore_errors=True)
+    if gpu:
+        return record(args, on_a_gpu(command, Path(args.folder + ".json").absolute()))
+    text.write_text("the words of a text are all that a model reads\n" * args.seqlen)
     forget(folder)
-    code, killed = watch([str(word) for word in command], out, kill_after=args.layers // 2)
+    code, killed = watch(command, out, kill_after=args.layers // 2)
     assert code == -9, f"the run ended with {code} before it could be killed"
     forget(folder)
-    code, resumed = watch([str(word) for word in command], out)
+    code, resumed = watch(command, out)
     assert code == 0, f"the resumed run ended with {code}"
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e9
     activations = args.nsamples * args.seqlen * args.hidden * 4 / 1e9

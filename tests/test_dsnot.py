@@ -179,10 +179,10 @@ def test_dsnot_equals_slow_loop(case, kind):
             assert (new.view(len(W), -1, pattern[1]).sum(-1) == pattern[0]).all()
 
 
-def test_dsnot_golden():
-    """The published implementation's masks, bit for bit: would catch a method that only resembles DSnoT."""
+def published_dsnot(device="cpu"):
+    """Yield each case of the published implementation: what it is, our mask on a device, and theirs."""
     f, cases = golden("dsnot.safetensors")
-    W, stats = f.get_tensor("weight"), stats_of(f.get_tensor("inputs"))
+    W, stats = f.get_tensor("weight").to(device), stats_of(f.get_tensor("inputs").to(device))
     assert len(cases) == 16
     for i, case in enumerate(cases):
         score = wanda_score(W, stats) if case["init"] == "wanda" else magnitude_score(W)
@@ -190,7 +190,13 @@ def test_dsnot_golden():
         keep = keep_mask(score, pattern=pattern) if pattern else keep_mask(score, case["sparsity"])
         new = dsnot_refine(W, keep, stats, score, cycles=case["cycles"], threshold=case["threshold"],
                            var_power=case["pow_var"], sign_check=case["sign_check"], pattern=pattern)
-        assert torch.equal(~new, f.get_tensor(f"pruned.{i}")), case
+        yield case, ~new.cpu(), f.get_tensor(f"pruned.{i}")
+
+
+def test_dsnot_golden():
+    """The published implementation's masks, bit for bit: would catch a method that only resembles DSnoT."""
+    for case, found, expected in published_dsnot():
+        assert torch.equal(found, expected), case
 
 
 def test_dsnot_lowers_the_expected_error():
@@ -240,13 +246,18 @@ def test_sparsegpt_survives_dead_inputs():
     assert new.isfinite().all() and (new[:, 3:9] == 0).all()
 
 
-def test_sparsegpt_golden():
-    """The published implementation: masks identical, weights to 1e-4."""
+def published_sparsegpt(device="cpu"):
+    """Yield each case of the published implementation: what it is, our weights from a device, and theirs."""
     f, cases = golden("sparsegpt.safetensors")
-    W, stats = f.get_tensor("weight"), stats_of(f.get_tensor("inputs"), gram=True)
+    W, stats = f.get_tensor("weight").to(device), stats_of(f.get_tensor("inputs").to(device), gram=True)
     for i, case in enumerate(cases):
         amount = dict(pattern=(case["n"], case["m"])) if case["n"] else dict(sparsity=case["sparsity"])
         new = sparsegpt(W, stats.gram, **amount, damp=case["damp"], block=case["block"])
-        expected = f.get_tensor(f"result.{i}")
+        yield case, new.cpu(), f.get_tensor(f"result.{i}")
+
+
+def test_sparsegpt_golden():
+    """The published implementation: masks identical, weights to 1e-4."""
+    for case, new, expected in published_sparsegpt():
         assert torch.equal(new == 0, expected == 0), case
         torch.testing.assert_close(new, expected, rtol=0, atol=1e-4)

@@ -10,11 +10,10 @@ import torch
 import ast_train
 import dsnot
 from conftest import make_checkpoint
-from data.calibration import InputStats
 from dsnot import dsnot_refine, keep_mask, magnitude_score, refit_weights, sparsegpt, swap_refine, wanda_score
 from gpt import GPT
 from sparse_matmul import compress, decompress, prune_24, sparse_linear, sparsify
-from test_dsnot import golden, random_layer, stats_of
+from test_dsnot import published_dsnot, published_sparsegpt, random_layer, stats_of
 from test_gpt import ALL, ids_for, ours
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -32,9 +31,7 @@ def test_masks_and_weights_are_those_of_a_cpu(amount):
     W, inputs = random_layer(7, rows=96, width=256, tokens=128)
     found, pattern = {}, amount.get("pattern")
     for device in "cpu", "cuda":
-        w, stats = W.to(device), InputStats(256, gram=True)
-        for x in inputs.to(device):
-            stats.add(x)
+        w, stats = W.to(device), stats_of(inputs.to(device), gram=True)
         score = wanda_score(w, stats)
         keep = keep_mask(score, **amount)
         swapped = swap_refine(w, keep, stats.gram, pattern=pattern)
@@ -56,24 +53,20 @@ def test_masks_and_weights_are_those_of_a_cpu(amount):
 
 def test_published_masks():
     """DSnoT's published implementation, on a GPU; SparseGPT's masks and weights."""
-    f, cases = golden("dsnot.safetensors")
-    W, stats = f.get_tensor("weight").cuda(), stats_of(f.get_tensor("inputs").cuda())
-    for i, case in enumerate(cases):
-        score = wanda_score(W, stats) if case["init"] == "wanda" else magnitude_score(W)
-        pattern = (case["n"], case["m"]) if "n" in case else None
-        keep = keep_mask(score, pattern=pattern) if pattern else keep_mask(score, case["sparsity"])
-        new = dsnot_refine(W, keep, stats, score, cycles=case["cycles"], threshold=case["threshold"],
-                           var_power=case["pow_var"], sign_check=case["sign_check"], pattern=pattern)
-        assert same(~new, f.get_tensor(f"pruned.{i}")), case
-    f, cases = golden("sparsegpt.safetensors")
-    W, stats = f.get_tensor("weight").cuda(), stats_of(f.get_tensor("inputs").cuda(), gram=True)
-    for i, case in enumerate(cases):
-        amount = dict(pattern=(case["n"], case["m"])) if case["n"] else dict(sparsity=case["sparsity"])
-        new = sparsegpt(W, stats.gram, **amount, damp=case["damp"], block=case["block"]).cpu()
-        expected = f.get_tensor(f"result.{i}")
+    for case, found, expected in published_dsnot("cuda"):
+        assert same(found, expected), case
+    for case, new, expected in published_sparsegpt("cuda"):
         assert same(new == 0, expected == 0), case
         alike = (new - expected).abs() <= 1e-3  # where a mask differs, so do the weights to its right
         assert alike.float().mean() > 0.99
+
+
+def check_greedy(model, ids, slack):
+    """That the text which a model adds, token by token, is what it finds most likely when it reads all of it."""
+    text = model.generate(ids, 12, temperature=0)
+    for length in range(ids.shape[1], text.shape[1]):
+        logits = model(text[:, :length])[:, -1].float()
+        assert (logits.gather(1, text[:, length:length + 1])[:, 0] >= logits.amax(1) - slack).all()
 
 
 @pytest.mark.parametrize("family, changes", ALL)
@@ -85,11 +78,7 @@ def test_logits_and_text(family, changes):
     expected = model(ids)
     model, ids = model.cuda(), ids.cuda()
     torch.testing.assert_close(model(ids).cpu(), expected, rtol=1e-3, atol=1e-3)
-    text = model.generate(ids, 12, temperature=0)
-    for length in range(9, 21):
-        logits = model(text[:, :length])[:, -1]
-        chosen = logits.gather(1, text[:, length:length + 1])[:, 0]
-        assert (chosen >= logits.amax(1) - 1e-4).all()
+    check_greedy(model, ids, 1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -120,10 +109,7 @@ def test_a_compressed_model_writes_the_same_text(tmp_path):
     assert sum(sparsify(block) for block in small.model.layers) >= 8
     ids = torch.randint(3, 96, (1, 9), device="cuda")
     torch.testing.assert_close(small(ids).float(), model(ids).float(), rtol=0.05, atol=0.05)
-    text = small.generate(ids, 12, temperature=0)
-    for length in range(9, 21):
-        logits = small(text[:, :length])[:, -1].float()
-        assert (logits.gather(1, text[:, length:length + 1])[:, 0] >= logits.amax(1) - 0.1).all()
+    check_greedy(small, ids, 0.1)
 
 
 def test_commands(monkeypatch, tmp_path):
