@@ -37,6 +37,7 @@ from data.checkpoint import Checkpoint, CheckpointWriter
 from data.command import InputError, at_least, parser, record, run, start
 from data.device import free_memory
 from data.hub import model_folder
+from data.tokenizer import encode_open
 
 TANH = partial(F.gelu, approximate="tanh")
 ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_python": F.gelu, "gelu_new": TANH,
@@ -599,13 +600,13 @@ def main():
     args = p.parse_args()
     start(args)
     at_least(args, max_new_tokens=1, top_k=1)
-    if not 0 <= args.temperature < math.inf:
-        raise InputError(f"--temperature {args.temperature} must be a number from 0")
+    if args.temperature and not 1e-6 <= args.temperature < math.inf:
+        raise InputError(f"--temperature {args.temperature} must be 0 or a number from 1e-6")
     if args.prompt != args.prompt.encode(errors="replace").decode():
         raise InputError(f"--prompt {ascii(args.prompt)} is no UTF-8 text")
     model = GPT.from_pretrained(args.model, device=args.device, sparse=args.sparse)
     tokenizer = load_tokenizer(model.source.folder)
-    ids = tokenizer.encode(args.prompt)
+    ids = encode_open(tokenizer, args.prompt)
     if not ids:
         raise InputError(f"--prompt {args.prompt!r} has no tokens")
     begin, shown = time.perf_counter(), len(tokenizer.decode(ids))

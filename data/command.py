@@ -71,8 +71,8 @@ def start(args, together=False):
         raise InputError(f"--device {args.device} can't be used ({str(e).splitlines()[0]}): give {usable}") from None
     if args.json and (obstacle := what_keeps_from_writing(args.json)):
         raise InputError(f"--json {args.json} can't be written: {obstacle}")
-    if args.json and Path(args.json).is_dir():
-        raise InputError(f"--json {args.json} is a folder: give a file")
+    if args.json and Path(args.json).exists() and not Path(args.json).is_file():
+        raise InputError(f"--json {args.json} is no regular file: give another name")
 
 
 def at_least(args, **lowest):
@@ -114,8 +114,8 @@ def versions(paths):
 
 def write_atomically(path, write):
     """Call `write(beside)` on a path beside `path`, then rename: the file is either whole or not there. Makes its
-    folder."""
-    path = Path(path)
+    folder; a link stays one."""
+    path = Path(path).resolve()
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,7 @@ def model_folder(name, weights=True, config_only=False):
     """The local folder of a model: a folder, a preset, or a Hub id (downloaded to the Hub's cache; weights=False: only
     the configuration and the tokenizer; config_only: config.json alone). Raises InputError with the way out where there
     is none."""
-    target = PRESETS.get(str(name), str(name))
+    target = PRESETS.get(name, str(name))  # a Path is no preset, such as that of "./tiny"
     if Path(target).is_dir():
         if not (Path(target) / "config.json").is_file():
             inside = sorted(str(file.parent) for file in Path(target).glob("*/config.json"))

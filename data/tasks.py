@@ -18,6 +18,7 @@ from typing import Callable
 
 from data.command import InputError
 from data.text import hub_rows
+from data.tokenizer import encode_open
 
 
 @dataclass
@@ -132,6 +133,9 @@ def read_split(name, split, folder):
     if not files:
         raise InputError(f"--tasks-dir {folder} has no data of {name}: neither {name}/{split}*.jsonl nor .parquet"
                          + f", nor {name}.jsonl or .parquet" * (split == task.split))
+    if len(places := sorted({str(path.parent) for path in files})) > 1:  # a snapshot of the Hub has all configurations
+        raise InputError(f"--tasks-dir {folder} has {split} data of {name} in {' and in '.join(places[:3])}: leave in "
+                         f"{Path(folder) / name} that of {task.name or 'one'} alone")
     return [row for path in files for row in read_file(path)], files[0] if len(files) == 1 else Path(folder) / name
 
 
@@ -184,7 +188,7 @@ def encode_pair(tokenizer, context, continuation):
     """The ids of a context and of what continues it. Spaces at the context's end belong to the continuation, and the
     two are cut where the context alone would end: a token that reaches across counts as the continuation's."""
     text = context.rstrip()
-    before, whole = tokenizer.encode(text), tokenizer.encode(context + continuation)
+    before, whole = encode_open(tokenizer, text), encode_open(tokenizer, context + continuation)
     if not text or len(whole) <= len(before):
         raise InputError(f"the context {context[-40:]!r} or its continuation {continuation!r} has no tokens")
     return before, whole[len(before):]

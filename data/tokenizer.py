@@ -81,7 +81,7 @@ class SentencePiece:
 
 
 class HubTokenizer:
-    """A tokenizer of the `tokenizers` library, `model`. end: what EOS looks like, None: there is none."""
+    """A tokenizer of the `tokenizers` library, `model`. end: [id of EOS], [] where there is none."""
 
     def __init__(self, model, end):
         model.no_truncation()
@@ -89,9 +89,8 @@ class HubTokenizer:
         marked = model.encode("a")
         text = [i for i, sequence in enumerate(marked.sequence_ids) if sequence is not None]
         self.first, self.last = (marked.ids[:text[0]], marked.ids[text[-1] + 1:]) if text else (marked.ids, [])
-        self.end = [i for i in [end and model.token_to_id(end)] if i is not None]
         self.vocab_size = max(model.get_vocab().values()) + 1
-        self.model = model
+        self.model, self.end = model, end
 
     def encode(self, text):
         """text -> list of ids, with BOS where the model's own tokenizer puts it."""
@@ -144,11 +143,20 @@ def load_hub_tokenizer(folder):
             path = folder / "vocab.json"
             roles = dict.fromkeys(["bos_token", "eos_token", "unk_token"], "<|endoftext|>") | roles
             model = gpt2_tokenizer(folder, config, roles)
-        return HubTokenizer(model, roles.get("eos_token"))
+        end = model.token_to_id(roles["eos_token"]) if "eos_token" in roles else None
+        if end is None:  # GPT-2's small files leave it to config.json; some have several, the usual one first
+            end = read_json(folder / "config.json").get("eos_token_id")
+        return HubTokenizer(model, [end] if isinstance(end, int) else list(end or [])[:1])
     except InputError:
         raise
     except Exception as e:  # the library raises nothing more special, whatever is damaged
         raise InputError(f"{path} is not a tokenizer: {type(e).__name__} {e}") from None
+
+
+def encode_open(tokenizer, text):
+    """The ids of a text that goes on: without the EOS that some tokenizers put after each."""
+    ids = tokenizer.encode(text)
+    return ids[:len(ids) - len(tokenizer.last)]
 
 
 def load_tokenizer(name_or_dir: str | Path):
@@ -161,6 +169,9 @@ def load_tokenizer(name_or_dir: str | Path):
         except InputError:
             if "tokenizer.json" not in files:
                 raise
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
+            raise InputError(f"{folder}: the small files beside tokenizer.model are damaged ({type(e).__name__} {e}); "
+                             f"fetch them again") from None
     if "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files:
         return load_hub_tokenizer(folder)
     raise InputError(f"{folder} has no tokenizer: no tokenizer.model, no tokenizer.json, no vocab.json and merges.txt")

@@ -115,7 +115,7 @@ def odd_options(command, rng):
     names, words = OPTIONS[command].split(), []
     for name in rng.sample(names, rng.choice([1, 1, 2, 3])):
         word = rng.choice(WORDS)
-        if name in ("out", "json") and word in ("", "tiny", "x", "2:4", "0.5", "../.."):
+        if name in ("out", "json") and word in ("", "tiny", "x", "2:4", "0.5", "../..", "/dev/null"):
             word = "/dev/null/x"
         words.append(f"--{name}={word}")
     return words

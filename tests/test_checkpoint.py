@@ -362,6 +362,15 @@ def test_unknown_model(folder, monkeypatch, capsys):
     assert f"config.json is missing; give {folder}" in refused(monkeypatch, capsys, folder.parent)
 
 
+def test_a_folder_named_like_a_preset(folder, tmp_path, monkeypatch):
+    """Would catch "./tiny" that gets the weights of that folder and the tokenizer of the model that ships."""
+    folder.rename(tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    for name in "./tiny", "tiny/", Path("tiny"):
+        assert model_folder(model_folder(name)) == Path("tiny")
+    assert model_folder("tiny") != Path("tiny")
+
+
 def test_hub_unreachable(tmp_path):
     """The real command without a network: one sentence that says what to do, soon."""
     environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}

@@ -316,6 +316,20 @@ def test_bad_input_is_one_sentence(arguments, said, monkeypatch, capsys, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_json_is_a_file(monkeypatch, tmp_path):
+    """Would catch a device that a result replaces, which root may do, and a link that becomes a file."""
+    import gpt
+    words = ["gpt.py", "--device=cpu", "--max-new-tokens=1", "--json"]
+    for name, said in ("/dev/null", "--json /dev/null is no regular file"), (tmp_path, "is no regular file"):
+        monkeypatch.setattr(sys, "argv", [*words, str(name)])
+        with pytest.raises(InputError, match=said):
+            gpt.main()
+    (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
+    monkeypatch.setattr(sys, "argv", [*words, str(tmp_path / "link.json")])
+    gpt.main()
+    assert (tmp_path / "link.json").is_symlink() and json.loads((tmp_path / "real.json").read_text())["results"]
+
+
 def test_a_table_of_nothing_is_refused(tmp_path):
     run = dict(model="m", score="wanda", refine="none", pattern=None, sparsity=0.5)
     (tmp_path / "pruning.json").write_text(json.dumps({"run": run, "layers": []}))

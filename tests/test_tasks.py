@@ -110,6 +110,7 @@ def test_pairs_are_those_of_transformers(tasks_dir):
     pytest.importorskip("google.protobuf", reason="transformers reads tokenizer.model with it")
     folder = ROOT / "data" / "tiny"
     ours, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    theirs.last = []  # what it puts after a text
     for pair in [pair for name in ROWS for example in load_task(name, tasks_dir) for pair in example.pairs]:
         assert encode_pair(ours, *pair) == encode_pair(theirs, *pair)
 
@@ -148,6 +149,10 @@ def test_tasks_from_parquet_and_from_folders(tasks_dir, tmp_path):
         (tmp_path / "piqa" / "data" / f"validation-{i:05d}-of-00002.jsonl").write_text(json.dumps(row))
     for name in "arc_easy", "piqa":
         assert load_task(name, tmp_path) == load_task(name, tasks_dir)
+    (tmp_path / "piqa" / "other").mkdir()
+    (tmp_path / "piqa" / "other" / "validation.jsonl").write_text(json.dumps(ROWS["piqa"][0]))
+    with pytest.raises(InputError, match="validation data of piqa in .*data and in .*other: leave"):
+        load_task("piqa", tmp_path)  # a data set's configurations, which would be mixed
 
 
 def test_accuracy_and_its_standard_error():

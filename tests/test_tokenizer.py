@@ -3,12 +3,15 @@
 import json
 import random
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, SHARED
 
 from data import load_tokenizer
 from data.command import InputError
+from data.tasks import encode_pair
+from data.tokenizer import encode_open
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -302,3 +305,37 @@ def test_refused_sentencepiece(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"not a model")
     with pytest.raises(InputError, match="SentencePiece"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("file, text", [
+    ("tokenizer_config.json", '{"added_tokens_decoder": {"5000": "<x>"}}'),
+    ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "<x>"}}}'),
+    ("special_tokens_map.json", '{"bos_token": {"lstrip": false}}')])
+def test_damaged_files_beside_sentencepiece(file, text, tmp_path):
+    """A traceback."""
+    (tmp_path / "tokenizer.model").write_bytes(Path(ROOT, "data/tiny/tokenizer.model").read_bytes())
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / file).write_text(text)
+    with pytest.raises(InputError, match="are damaged"):
+        load_tokenizer(tmp_path)
+
+
+def test_the_end_that_config_json_alone_tells(tmp_path):
+    """Would catch documents that run into each other: GPT-2's tokenizer_config.json leaves EOS out."""
+    train("gpt2", tmp_path)
+    for name in "tokenizer_config.json", "special_tokens_map.json":
+        (tmp_path / name).unlink(missing_ok=True)
+    for said, end in ((3, [3]), ([4, 3], [4]), (None, [])):
+        (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": said}))
+        assert load_tokenizer(tmp_path).end == end
+
+
+def test_a_text_that_goes_on_has_no_end(tmp_path):
+    """Would catch a prompt, or the context of a task, that ends in EOS where the folder asks for one."""
+    (tmp_path / "tokenizer.model").write_bytes(Path(ROOT, "data/tiny/tokenizer.model").read_bytes())
+    (tmp_path / "config.json").write_text("{}")
+    plain = encode_open(load_tokenizer(tmp_path), "Return the value")
+    (tmp_path / "tokenizer_config.json").write_text('{"add_eos_token": true}')
+    ours = load_tokenizer(tmp_path)
+    assert ours.encode("Return the value") == plain + ours.end and encode_open(ours, "Return the value") == plain
+    assert encode_pair(ours, "Return the value", " of") == encode_pair(load_tokenizer("tiny"), "Return the value", " of")
