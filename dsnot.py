@@ -40,6 +40,7 @@ import copy
 import itertools
 import json
 import os
+import shutil
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -51,7 +52,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import calibration_windows, load_tokenizer, windows
-from data.calibration import InputStats, input_stats, move, place_for, readers, steps
+from data.calibration import (InputStats, add_product, input_stats, move, place_for, readers, steps,
+                              watch_gradients)
 from data.checkpoint import CheckpointWriter, alone_in, noted, pruned_here, shard
 from data.command import InputError, at_least, check_disk, parser, record, run, versions, write_atomically
 from data.device import free_memory, timed
@@ -601,6 +603,143 @@ def prune(model, samples, out, run, *, batch=8, propagate=False, sparsity=None, 
     return records
 
 
+# ----------------------------------------------------------------------------- swaps by the output of the whole model
+
+ROUND = 8192  # tokens of a round
+
+
+def swap_globally(model: GPT, dense: GPT, samples: Tensor, rounds: int, pattern: tuple[int, int] | None = None):
+    """Swap weights of a pruned model, in place, by what the output of the whole model loses. Returns the loss before
+    and after each round, in nats a token.
+
+    The loss L is KL(dense || model) of the next token. By its gradient at all weights, pruned ones too, a weight that
+    changes by d (pruned: -w; grown: w of the dense model) changes it by about
+        d dL/dw + damping / 2 * f q d^2,
+    where f is the mean square of -log P's gradient at the row's output, for tokens that the model itself draws, and q
+    that of the weight's input: the curvature as K-FAC (arXiv 1503.05671) takes it apart, and of that the diagonal. In a
+    round each row makes the swap that promises most, if one promises anything. Where all together don't lower the loss
+    on the round's own text, they are taken back, and the damping grows until they do (Levenberg-Marquardt).
+
+    samples [n, seqlen]: calibration ids, ROUND tokens a round by turns, which processes share. Both models are whole in
+    memory, on one device. pattern: (n, m) of the masks, which stays; None: each row keeps as many as it has."""
+    (rank, world), device = processes(), model.lm_head.weight.device
+    layers, known = ({f"{i}.{name}": layer for i, block in enumerate(one.blocks())
+                      for name, layer in prunable(block).items()} for one in (model, dense))
+    texts = samples[rank::world].split(max(1, ROUND // samples.shape[1] // world))
+    texts = [[ids.to(device) for ids in text.split(max(1, 2048 // samples.shape[1]))] for text in texts]
+    with torch.no_grad():
+        drawn = [torch.distributions.Categorical(logits=model(ids).float()).sample() for ids in texts[0]]
+    _, curvature = output_gradients(model, layers, texts[0], drawn, log_loss)
+    damping, losses = 16.0, []
+    for _, text in tqdm(zip(range(rounds), itertools.cycle(texts)), desc="global swaps", unit="round", total=rounds,
+                        leave=False, disable=rank or None):
+        with torch.no_grad():
+            expected = [dense(ids).float().log_softmax(-1) for ids in text]
+        before, found = output_gradients(model, layers, text, expected, divergence)
+        for attempt in range(10):
+            undone = {name: swap_one(layer.weight, known[name].weight, found[name][0], *curvature[name][1:], damping,
+                                     pattern) for name, layer in layers.items()}
+            with torch.no_grad():
+                after = mean(sum(divergence(model(ids), x) for ids, x in zip(text, expected)), text)
+            if after < before:
+                break
+            for name, (at, values) in undone.items():
+                layers[name].weight.data[at] = values
+            damping, after = 2 * damping, before
+        if attempt == 0:
+            damping /= 1.5
+        losses.append((before, after))
+    return losses
+
+
+def divergence(logits, expected):
+    """KL(expected || what logits [B, T, V] say), summed over tokens; expected: log-probabilities."""
+    return F.kl_div(logits.float().log_softmax(-1), expected, reduction="sum", log_target=True)
+
+
+def log_loss(logits, ids):
+    """-log P of ids [B, T] by logits [B, T, V], summed over tokens."""
+    return F.cross_entropy(logits.float().flatten(0, 1), ids.flatten(), reduction="sum")
+
+
+def mean(total, text):
+    """A total over the tokens of a text, by their number, over all processes."""
+    both = torch.stack([total.detach().double(), total.new_tensor(sum(ids.numel() for ids in text)).double()])
+    add_up(both)
+    return (both[0] / both[1]).item()
+
+
+def output_gradients(model, layers, text, expected, loss):
+    """The mean of loss(logits, expected) over the tokens of a text, a list of ids [B, T], and {layer's name: its
+    gradient (dL/dW [out, in], f [out], q [in])}, as in swap_globally."""
+    found, total = {}, torch.zeros((), device=text[0].device)
+
+    def seen(name, x, g):
+        x, g = x.flatten(0, 1), g.flatten(0, 1)  # [tokens, in], [tokens, out]
+        gradient, f, q = found.get(name, (None, 0, 0))
+        found[name] = add_product(gradient, g, x), f + g.float().square().sum(0), q + x.float().square().sum(0)
+
+    model.requires_grad_(False)
+    with watch_gradients(model.model.embed_tokens, layers, seen):
+        for ids, x in zip(text, expected):
+            part = loss(model(ids), x)
+            part.backward()
+            total += part.detach()
+    tokens = torch.tensor(sum(ids.numel() for ids in text), device=total.device)
+    add_up(tokens)
+    for sums in found.values():
+        for one in sums:
+            add_up(one.div_(tokens))
+    return mean(total, text), found
+
+
+def swap_one(W, dense, gradient, f, q, damping, pattern):
+    """Make in every row of W [out, in], in place, the swap that promises most, if one does; the arguments are those of
+    swap_globally. Returns what undoes it: (places, values)."""
+    keep = W != 0
+    d = torch.where(keep, -W, dense).float()
+    price = d * (gradient + damping / 2 * f[:, None] * q * d)
+    m = pattern[1] if pattern else W.shape[1]
+    (prune, p), (grow, g) = (price.masked_fill(other, torch.inf).unflatten(1, (-1, m)).min(-1)
+                             for other in (~keep, keep | (d == 0)))  # [out, groups]
+    change, group = (prune + grow).min(1)
+    row = (change < 0).nonzero()[:, 0]
+    p, g = (x[row, group[row]] + group[row] * m for x in (p, g))
+    at = torch.cat([row, row]), torch.cat([p, g])
+    values = W[at]
+    W.data[at] = torch.cat([torch.zeros_like(dense[row, p]), dense[row, g]])
+    return at, values
+
+
+def blocks_of(out):
+    """The folder beside `out` in which global swaps find what was pruned block by block."""
+    return Path(out).with_name(f"{Path(out).name}.blocks")
+
+
+def prune_globally(model, samples, out, run, *, global_swaps, pattern=None, **options):
+    """`prune` into blocks_of(out), which goes when `out` is there, then so many rounds of `swap_globally`, for which
+    the dense and the pruned model are held whole in memory. The arguments are those of `prune`."""
+    if done := finished(out, run):
+        return done["layers"]
+    start, local = blocks_of(out), {name: value for name, value in run.items() if name != "global_swaps"}
+    prune(model, samples, start, local, pattern=pattern, **options)
+    begin, before = time.perf_counter(), noted(start / "pruning.json")
+    dense, pruned = (GPT.from_pretrained(folder, **model.place) for folder in (model.source.folder, start))
+    losses = swap_globally(pruned, dense, samples, global_swaps, pattern)
+    records = [{"layer": f"model.layers.{i}.{name}", "weights": layer.weight.numel(),
+                "sparsity": (layer.weight == 0).double().mean().item()}
+               for i, block in enumerate(pruned.blocks()) for name, layer in prunable(block).items()]
+    if processes()[0] == 0:
+        with CheckpointWriter(out, model.config.raw, start, keep=run) as writer:
+            seconds = before["seconds"] + time.perf_counter() - begin
+            text = json.dumps({"run": run, "seconds": seconds, "losses": losses, "layers": records}, indent=1)
+            write_atomically(writer.partial / "pruning.json", lambda path: path.write_text(text))
+            writer.write("model.safetensors", {k: v.to(model.source.stored(k)) for k, v in pruned.tensors().items()})
+        shutil.rmtree(start)
+    wait()
+    return records
+
+
 MOST = 0.99  # the largest share of a layer that an allocation prunes
 
 
@@ -731,6 +870,9 @@ def options():
     group.add_argument("--propagate", action=argparse.BooleanOptionalAction, default=None,
                        help="prune layer after layer on what the pruned ones leave, and make up for it "
                             "(default: with swap or --refit)")
+    group.add_argument("--global-swaps", type=int, default=0, metavar="ROUNDS",
+                       help="at the end so many rounds of swaps by the output of the whole model, which has to fit "
+                            "into memory about three times")
     group.add_argument("--cycles", type=int,
                        help="swaps per row at most, of DSnoT and of each turn of exact ones (default: of DSnoT's as "
                             "many as 50 are to 4096 inputs, of exact ones until none helps)")
@@ -760,7 +902,7 @@ def check(args, config, text):
     measure on if none is given, None: C4 and WikiText-2."""
     if not 0 <= args.sparsity < 1:
         raise InputError(f"--sparsity {args.sparsity} must be at least 0 and below 1 (0.7 prunes 70 %)")
-    at_least(args, nsamples=processes()[1], seqlen=2, cycles=0, threshold=0)
+    at_least(args, nsamples=processes()[1], seqlen=2, cycles=0, threshold=0, global_swaps=0)
     if args.pattern:
         with torch.device("meta"):
             for layer in prunable(Block(config)).values():
@@ -788,13 +930,14 @@ def check(args, config, text):
     args.seqlen = args.seqlen or named["seqlen"]
     usual = propagates(method_of(vars(args)))
     args.propagate = usual if args.propagate is None else args.propagate
-    refined = args.refit or args.refine != "none"
+    refined = args.refit or args.refine != "none" or args.global_swaps > 0
     if args.compare and not (refined or args.propagate):
         raise InputError("--compare prunes once more without refinement, and there is none: leave it out")
     args.compare = text is not None and refined if args.compare is None else args.compare
     amount = args.pattern or percent(args.sparsity)
     name = [Path(args.model).name, args.score, args.refine + "+refit" * args.refit,
-            amount.replace(":", "of").rstrip("%"), *[args.allocate] * (args.allocate != "uniform"),
+            *[f"global-{args.global_swaps}"] * (args.global_swaps > 0), amount.replace(":", "of").rstrip("%"),
+            *[args.allocate] * (args.allocate != "uniform"),
             *[f"seed{args.seed}"] * (args.seed != 0), *["no-" * usual + "propagate"] * (args.propagate != usual)]
     for option, value in named.items():
         if (given := getattr(args, option)) != value:
@@ -804,11 +947,15 @@ def check(args, config, text):
 
 
 def check_memory(args, config):
-    """Raise InputError where the calibration text's activations don't fit into memory."""
+    """Raise InputError where the calibration text's activations, or what global swaps need, don't fit into memory."""
     need, world, device = state_bytes(args, config), processes()[1], torch.device(args.device)
     free = free_memory(torch.device("cpu")) / world
     if device.type == "cuda":
         free = max(free, free_memory(device) / 2)  # all are in one place: see place_for
+    if (whole := args.global_swaps and global_bytes(args, config)) > free_memory(device):
+        raise InputError(f"--global-swaps needs {whole / 1e9:,.1f} GB of memory, for two models and a gradient, and "
+                         f"{free_memory(device) / 1e9:,.1f} GB are free on {args.device}: leave it out, or take a "
+                         f"larger machine")
     if need > free:
         raise InputError(f"--nsamples {args.nsamples} of --seqlen {args.seqlen} make {world * need / 1e9:,.1f} GB of "
                          f"activations, and {world * free / 1e9:,.1f} GB of memory are free for them: give fewer or "
@@ -834,6 +981,19 @@ def state_bytes(args, config):
     return states * config.hidden_size * held_dtype(args, config).itemsize
 
 
+def global_bytes(args, config):
+    """Bytes of memory that global swaps take at most: the dense and the pruned model, the gradient in float32, what
+    2048 tokens leave behind on their way through the model, their logits and those that a round compares with."""
+    with torch.device("meta"):
+        model = GPT(config)
+    weights = sum(layer.weight.numel() for block in model.model.layers for layer in prunable(block).values())
+    passing = 16 * config.hidden_size + 5 * config.intermediate_size  # activations of a token in a block
+    tokens = max(2048, args.seqlen)
+    itemsize = held_dtype(args, config).itemsize
+    return (itemsize * (2 * sum(p.numel() for p in model.parameters()) + tokens * passing * config.num_hidden_layers)
+            + 4 * weights + 4 * config.vocab_size * (max(ROUND, args.seqlen) + 4 * tokens))
+
+
 def needed_memory(args, config, methods, block, whole):
     """{what for: GB of memory} that each process of a run takes at most, beside what a program with PyTorch takes.
     whole: the number of the model's parameters."""
@@ -850,6 +1010,8 @@ def needed_memory(args, config, methods, block, whole):
         "Gram matrices": gram * (24 if args.score == "sparsegpt" else 16) * widest ** 2,
         "refit's equations": args.refit * 20 * min(max(CHUNK, (widest * n / m) ** 2), equations),
         "the logits of trials": sensitivity * 16 * probe_tokens(args.seqlen) * config.vocab_size}
+    if args.global_swaps and (size := global_bytes(args, config)) > sum(needed.values()):  # when all else is gone
+        needed = {"global swaps": size}
     return {name: size / 1e9 for name, size in needed.items() if size}
 
 
@@ -884,6 +1046,8 @@ def needed_seconds(args, config, methods, block):
         trials = len(layers) * probe_tokens(args.seqlen) if args.allocate == "sensitivity" else 0
         trials *= (config.num_hidden_layers + 1) / 2  # each goes on through the blocks that follow
         needed += len(methods) * ((running + watching) * tokens + running * trials) / len(sample)
+    # the dense model's output, the pruned one's with a gradient, which takes three passes more, and a check or two
+    needed += args.global_swaps * max(ROUND, args.seqlen * world) * 6 * running / len(sample) / world
     for method, name in itertools.product(methods, layers):
         W, options = layers[name].weight, {k: method[k] for k in LAYER} | dict(refine=refine_of(name, **method))
         how = partial(prune_layer, stats=stats[name], **options)
@@ -938,10 +1102,12 @@ def prune_and_measure(args, folder, config, amount, passes):
     if args.allocate == "sensitivity" and processes()[1] > 1:
         same["processes"] = processes()[1]  # each looks at tokens of its own, so others would find other shares
     missing, notes = [], []  # missing: bytes, of each folder that is to be filled
-    for _, place, how in reversed(passes[1:]):  # --out itself is the first to be refused
+    blocks = [(None, blocks_of(place), {k: v for k, v in how.items() if k != "global_swaps"})
+              for _, place, how in passes[1:] if "global_swaps" in how and not finished(place, how | same)]
+    for name, place, how in reversed(blocks + passes[1:]):  # --out itself is the first to be refused
         writer = CheckpointWriter(place, config.raw, source.folder, keep=how | same)  # refuses a folder it can't fill
         if finished(place, how | same):
-            notes.append(f"{place} is finished, and will be measured again")
+            notes.append(f"{place} is finished" + ", and will be measured again" * (name is not None))
         else:
             missing.append(writer.missing(source.size()))
         if writer.partial.exists():
@@ -971,7 +1137,8 @@ def prune_and_measure(args, folder, config, amount, passes):
     for name, place, how in passes:
         seconds, layers = 0.0, []
         if how:
-            layers = prune(load(folder), calibration, place, how | same, batch=batch, **how)
+            make = prune_globally if "global_swaps" in how else prune
+            layers = make(load(folder), calibration, place, how | same, batch=batch, **how)
             seconds = noted(Path(place) / "pruning.json")["seconds"]
         weights = max(1, sum(layer["weights"] for layer in layers))
         zeros = sum(layer["weights"] * layer["sparsity"] for layer in layers) / weights
@@ -990,6 +1157,7 @@ def main():
         method = {name: getattr(args, name) for name in METHOD}
         method |= dict(pattern=args.pattern and parse_pattern(args.pattern))
         plain = method | USUAL | dict(refine="none", refit=False, propagate=False)
+        method |= dict(global_swaps=args.global_swaps) if args.global_swaps else {}
         if args.dry_run:
             return dry_run(args, config, amount, [method] + [plain] * args.compare)
         out = Path(os.path.normpath(args.out))  # "missing/.." is where it will be written

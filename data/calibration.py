@@ -77,6 +77,24 @@ def watch(linears, seen):
             hook.remove()
 
 
+@contextmanager
+def watch_gradients(embedding, linears, seen):
+    """While it is open, a backward pass calls `seen(name, x, g)` for the input x [B, T, in] of each layer and the
+    gradient g [B, T, out] at its output; no parameter has to require one. embedding: the module where the text enters.
+    """
+    def output(name):
+        def hook(_, inputs, output):
+            output.register_hook(lambda g: seen(name, inputs[0], g))
+        return hook
+    hooks = [layer.register_forward_hook(output(name)) for name, layer in linears.items()]
+    hooks.append(embedding.register_forward_hook(lambda _, inputs, x: x.requires_grad_()))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def steps(block, rope, positions, halves=False):
     """A block as one function of x [sequences, tokens, C], or as its two halves; x comes and goes where it lives."""
     def on_its_way(function):

@@ -54,7 +54,8 @@ def read_rows(path):
 
 def method_of(run):
     """The name of a method of dsnot.py, from its options."""
-    steps = [run["score"], *run["refine"].replace("none", "").split("+"), "refit" * run.get("refit", False)]
+    steps = [run["score"], *run["refine"].replace("none", "").split("+"), "refit" * run.get("refit", False),
+             "global" * bool(run.get("global_swaps"))]
     return " + ".join(filter(None, steps))
 
 

@@ -96,6 +96,8 @@ for amount in $amounts; do
     run wanda-propagate --refine none --propagate --no-compare
     run wanda-swap-no-propagate --refine swap --no-propagate --no-compare
     run wanda-swap-refit --refine swap --refit --no-compare
+    run wanda-swap-global --refine swap --global-swaps 16 --no-compare
+    run wanda-swap-refit-global --refine swap --refit --global-swaps 16 --no-compare
     run sparsegpt-propagate --score sparsegpt --refine none --propagate --no-compare
     run sparsegpt-refit --score sparsegpt --refine none --refit --no-compare
     run sparsegpt-swap-refit --score sparsegpt --refine swap --refit --no-compare

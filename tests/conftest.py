@@ -1,6 +1,7 @@
 """What the tests share: the repository's root on the path, and where files beside the repository would be."""
 
 import os
+import random
 import sys
 import weakref
 from pathlib import Path
@@ -53,4 +54,15 @@ def checkpoint(tmp_path_factory):
     """A folder that make_checkpoint made."""
     folder = tmp_path_factory.mktemp("model") / "random"
     make_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A folder with a small model, m, and text.txt to calibrate and measure on."""
+    folder = tmp_path_factory.mktemp("model")
+    make_checkpoint(folder / "m")
+    words = "the model reads words and the words are few so it can learn them by heart in no time at all".split()
+    rng = random.Random(0)
+    (folder / "text.txt").write_text("\n".join(" ".join(rng.choices(words, k=12)) for _ in range(400)))
     return folder

@@ -5,7 +5,6 @@ import contextlib
 import json
 import math
 import os
-import random
 import resource
 import shutil
 import subprocess
@@ -22,16 +21,6 @@ from data.calibration import inputs_of, place_for, watch
 from data.checkpoint import alone_in
 from data.command import run
 from test_gpt import ALL, ids_for, theirs
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    make_checkpoint(folder / "m")
-    words = "the model reads words and the words are few so it can learn them by heart in no time at all".split()
-    rng = random.Random(0)
-    (folder / "text.txt").write_text("\n".join(" ".join(rng.choices(words, k=12)) for _ in range(400)))
-    return folder
 
 
 def command(monkeypatch, model, out, *options):
@@ -435,7 +424,7 @@ def test_activations_lie_in_one_place(monkeypatch, gpu, cpu, fits):
     for module in dsnot, sys.modules["data.calibration"]:
         monkeypatch.setattr(module, "free_memory", free)
     monkeypatch.setattr(dsnot, "state_bytes", lambda *_: 150e9)
-    args = argparse.Namespace(device="cuda", nsamples=1, seqlen=1)
+    args = argparse.Namespace(device="cuda", nsamples=1, seqlen=1, global_swaps=0)
     with contextlib.nullcontext() if fits else pytest.raises(dsnot.InputError, match="make 150.0 GB of activations"):
         dsnot.check_memory(args, None)
     place = place_for(argparse.Namespace(hidden_size=1), 75e9, torch.device("cuda"), torch.float16)

@@ -1,0 +1,147 @@
+"""Swaps by the output of the whole model: their pieces against autograd and slow loops, and the command."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import dsnot
+from conftest import make_checkpoint
+from gpt import GPT, prunable
+from test_prune import command, tensors
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """A pruned model, its dense self, ids."""
+    torch.manual_seed(0)
+    make_checkpoint(tmp_path / "m")
+    dense, pruned = (GPT.from_pretrained(tmp_path / "m") for _ in range(2))
+    for block in pruned.blocks():
+        for layer in prunable(block).values():
+            W = layer.weight.data
+            W *= dsnot.keep_mask(torch.rand_like(W), pattern=(2, 4))
+    return pruned, dense, torch.randint(0, 64, (12, 16))
+
+
+def layers_of(one):
+    return {f"{i}.{name}": layer for i, block in enumerate(one.blocks()) for name, layer in prunable(block).items()}
+
+
+def test_gradients(pair):
+    """dL/dW, f and q of every layer against autograd, whole and in parts; would catch a sum that is no mean, hooks on
+    the wrong layer, and hooks that stay."""
+    pruned, dense, ids = pair
+    layers, seen, outputs = layers_of(pruned), {}, {}
+    expected = dense(ids).log_softmax(-1).detach()
+    loss, found = dsnot.output_gradients(pruned, layers, ids.split(5), expected.split(5), dsnot.divergence)
+    for name, layer in layers.items():
+        def keep(_, inputs, y, name=name):
+            seen[name], outputs[name] = inputs[0], y
+        layer.register_forward_hook(keep)
+    pruned.requires_grad_(True)
+    whole = F.kl_div(pruned(ids).log_softmax(-1), expected, reduction="sum", log_target=True) / ids.numel()
+    assert math.isclose(loss, whole.item(), rel_tol=1e-5) and loss > 0
+    at_outputs = torch.autograd.grad(whole, list(outputs.values()), retain_graph=True)
+    for (name, layer), g in zip(layers.items(), at_outputs):
+        (W,) = torch.autograd.grad(whole, layer.weight, retain_graph=True)
+        f = (g * ids.numel()).square().flatten(0, 1).mean(0)
+        for ours, theirs in zip(found[name], (W, f, seen[name].square().flatten(0, 1).mean(0))):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("pattern", [None, (2, 4)])
+def test_one_swap(pattern):
+    """Against a loop over all pairs; would catch a pair of two groups or rows, a sign, what can't be undone, and a swap
+    that promises nothing."""
+    torch.manual_seed(1)
+    dense, gradient, f, q = torch.randn(6, 16), torch.randn(6, 16), torch.rand(6), torch.rand(16)
+    gradient[5] = 0  # no swap helps here
+    keep = dsnot.keep_mask(torch.rand(6, 16), pattern=(2, 4))
+    W = torch.where(keep, torch.randn(6, 16), 0)
+    before, want = W.clone(), W.clone()
+    for r in range(6):
+        best = (0.0, None, None)
+        for p, g in itertools.product(keep[r].nonzero()[:, 0].tolist(), (~keep[r]).nonzero()[:, 0].tolist()):
+            change = sum(d * gradient[r, k] + 3.0 / 2 * f[r] * q[k] * d ** 2
+                         for k, d in ((p, -W[r, p]), (g, dense[r, g]))).item()
+            if (pattern is None or p // 4 == g // 4) and change < best[0]:
+                best = change, p, g
+        assert (best[1] is None) == (r == 5)
+        if best[1] is not None:
+            want[r, best[1]], want[r, best[2]] = 0, dense[r, best[2]]
+    at, values = dsnot.swap_one(W, dense, gradient, f, q, 3.0, pattern)
+    assert torch.equal(W, want) and not torch.equal(W, before)
+    W[at] = values
+    assert torch.equal(W, before)
+
+
+def test_the_loss_falls_and_masks_keep_their_size(pair):
+    """On text of its own, round by round; would catch swaps that harm, a broken 2:4 and values that nobody has."""
+    pruned, dense, ids = pair
+    before = {name: layer.weight.clone() for name, layer in layers_of(pruned).items()}
+    losses = dsnot.swap_globally(pruned, dense, ids, 5, (2, 4))
+    assert len(losses) == 5 and losses[-1][1] < losses[0][0]
+    assert all(after < begin for begin, after in losses)
+    for (name, layer), known in zip(layers_of(pruned).items(), layers_of(dense).values()):
+        assert ((layer.weight != 0).unflatten(1, (-1, 4)).sum(-1) == 2).all()
+        assert ((layer.weight == 0) | (layer.weight == known.weight)).all()
+        assert not torch.equal(layer.weight, before[name])
+
+
+def test_swaps_that_harm_are_taken_back(pair, monkeypatch):
+    """Bit for bit, however often they are tried."""
+    pruned, dense, ids = pair
+    before = {name: layer.weight.clone() for name, layer in layers_of(pruned).items()}
+    swap, tried = dsnot.swap_one, []
+
+    def wrong(W, dense, gradient, f, q, damping, pattern):
+        tried.append(damping)
+        return swap(W, dense, -gradient, 0 * f, q, damping, pattern)
+    monkeypatch.setattr(dsnot, "swap_one", wrong)
+    losses = dsnot.swap_globally(pruned, dense, ids, 1, (2, 4))
+    assert losses[0][0] == losses[0][1] and len(set(tried)) == 10
+    assert all(torch.equal(layer.weight, before[name]) for name, layer in layers_of(pruned).items())
+
+
+@pytest.mark.parametrize("options", [("--pattern", "2:4", "--refine", "swap"), ("--sparsity", "0.6", "--refit"),
+                                     ("--sparsity", "0.5", "--refine", "none")])
+def test_command(monkeypatch, capsys, model, tmp_path, options):
+    """Masks of the same size as without global swaps, another output, a table that names them, no folder left; a run
+    that was stopped in between goes on from its blocks, and one that is finished is only measured."""
+    command(monkeypatch, model, tmp_path / "local", *options)
+    whole = dsnot.swap_globally
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(dsnot, "swap_globally", stopped)
+    words = *options, "--compare", "--global-swaps", "3", "--json", str(tmp_path / "r.json")
+    with pytest.raises(SystemExit):
+        command(monkeypatch, model, tmp_path / "out", *words)
+    assert (tmp_path / "out.blocks" / "config.json").exists() and not (tmp_path / "out").exists()
+    monkeypatch.setattr(dsnot, "swap_globally", whole)
+    command(monkeypatch, model, tmp_path / "out", *words)
+    assert "out.blocks is finished\n" in capsys.readouterr().out
+    local, ours = tensors(tmp_path / "local"), tensors(tmp_path / "out")
+    assert local.keys() == ours.keys() and any(not torch.equal(W, ours[name]) for name, W in local.items())
+    for name, W in local.items():
+        assert torch.equal((W != 0).sum(1), (ours[name] != 0).sum(1)) if "proj" in name else torch.equal(W, ours[name])
+    noted = json.loads((tmp_path / "out" / "pruning.json").read_text())
+    first, last = noted["losses"][0][0], noted["losses"][-1][1]
+    assert len(noted["losses"]) == 3 and last < first
+    rows = json.loads((tmp_path / "r.json").read_text())["results"]["rows"]
+    assert rows[-1]["method"].endswith(" + global") and len(rows) == 3 and not (tmp_path / "out.blocks").exists()
+    monkeypatch.setattr(dsnot, "swap_globally", stopped)
+    command(monkeypatch, model, tmp_path / "out", *words)
+    assert json.loads((tmp_path / "r.json").read_text())["results"]["rows"] == rows
+
+
+def test_memory_is_asked_for_first(monkeypatch, capsys, model, tmp_path):
+    monkeypatch.setattr(dsnot, "free_memory", lambda _: 10**6)
+    with pytest.raises(SystemExit) as end:
+        command(monkeypatch, model, tmp_path / "out", "--global-swaps", "3")
+    assert end.value.code == 2 and "--global-swaps needs 0.0 GB" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
