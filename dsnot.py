@@ -15,8 +15,9 @@ and lets pruned weights grow back while others are pruned in their place, one pa
 
 Starting masks: magnitude |W|; Wanda |W| sqrt(q) (Sun et al. 2023); SparseGPT (Frantar & Alistarh 2023), which also
 corrects the weights that remain. Beyond the paper: swaps by the exact error instead of its mean (`swap_refine`), the
-best weights for a mask (`refit_weights`), goals that make up for what the layers before have lost (`layer_goal`), and
-shares of their own for layers (`allocation`).
+best weights for a mask (`refit_weights`), target outputs that make up for what earlier layers have lost (`layer_goal`),
+a sparsity of its own for every layer (`allocation`), and at last swaps by the output of the whole model
+(`swap_globally`).
 
 Where this differs from the authors' code: every linear layer is refined unless you ask for `--refine-layers attn`
 (their default silently skips the MLP); the sign check is an option (theirs is on with a pattern, off without one,
@@ -26,8 +27,9 @@ the starting mask really uses its Hessian, and corrects the weights for the refi
 are pruned by the lowest Wanda score (theirs: w^2 over the diagonal of the inverse Hessian).
 The threshold is in units of s, so its meaning depends on the sequence length, as in the paper.
 
-One block of the model is in memory at a time, with propagation also its dense self. A finished block on disk is the
-record of progress: start an interrupted run again and it goes on.
+One block of the model is in memory at a time, with propagation also its dense self; for swaps by the whole model's
+output it is all of it. A finished block on disk is the record of progress: start an interrupted run again and it goes
+on.
 
     python dsnot.py                                             (the model that ships, 70 %)
     python dsnot.py --model llama2-7b --sparsity 0.7
@@ -111,7 +113,7 @@ def keep_mask(score: Tensor, sparsity: float | None = None, pattern: tuple[int, 
             return torch.ones_like(score, dtype=torch.bool)
         kth = score.kthvalue(k, dim=1, keepdim=True)[0]
         keep = score > kth
-        tied = keep.sum(1, dtype=torch.int32) < width - k  # more entries than needed are as low as the k-th
+        tied = keep.sum(1, dtype=torch.int32) < width - k  # several equal the k-th, and `>` has dropped them all
         if tied.any():
             equal, more = score[tied] == kth[tied], width - k - keep[tied].sum(1, keepdim=True)
             keep[tied] |= equal & (equal.cumsum(1, dtype=torch.int32) > equal.sum(1, keepdim=True) - more)
@@ -195,7 +197,7 @@ def _prune_candidates(W, keep, stats, cycles):
 
 # ---------------------------------------------------------------------------------------------------- exact swaps
 
-CHUNK = 2**26  # numbers of a layer's rows that a GPU takes at a time, and of the equations that refit solves
+CHUNK = 2**26  # elements of the rows that swaps take at a time on a GPU, and of the systems that refit solves at a time
 
 
 def swap_refine(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = None, max_swaps: int | None = None,
@@ -407,10 +409,10 @@ def sparsegpt(W: Tensor, gram: Tensor, *, sparsity: float | None = None, pattern
 
 # --------------------------------------------------------------------------------------------- walking the blocks
 
-# What a layer's output should be with --propagate, (a, b). a: between what its dense weights make of the inputs that it
-# now gets (0) and what it is in the dense model (1). b, for o_proj and down_proj alone, whose outputs are added to the
-# hidden state: the share of the hidden state's error so far (dense less pruned) that they also try to repair. Weights
-# can make up for all of it, a mask alone can't (tests/compare_goal.py).
+# What a layer's output should be with --propagate, (a, b). a mixes two targets: at 0 what the dense weights make of the
+# inputs that the layer now gets, at 1 its output in the dense model. b, for o_proj and down_proj alone, whose outputs
+# are added to the hidden state: the share of the hidden state's error so far (dense less pruned) that they also try to
+# repair. Weights can make up for all of it, a mask alone can't (tests/compare_goal.py).
 AIM = {"mask": (0.5, 0.0), "weights": (1.0, 1.0)}
 
 
@@ -457,8 +459,8 @@ def prune_layer(W, stats, *, score, refine, goal=None, sparsity=None, pattern=No
 
 
 def rows_apart(score, pattern=None, **_):
-    """Whether a method, given by these options of `prune`, can take some rows without the others: all but unstructured
-    SparseGPT, whose threshold spans them."""
+    """Whether a method, given by these options of `prune`, prunes each row independently, so that processes can share
+    the rows: all but unstructured SparseGPT, whose threshold spans them."""
     return score != "sparsegpt" or pattern is not None
 
 
@@ -486,7 +488,7 @@ def needs_gram(score, refine, refit=False, **_):
 
 
 def has_goal(propagate=False, **method):
-    """Whether its layers aim at what they are in the dense model, which then flows beside the pruned one."""
+    """Whether layers aim at the dense model's outputs; its hidden states are then computed beside the pruned ones."""
     return propagate and needs_gram(**method)
 
 
@@ -567,21 +569,24 @@ def prune(model, samples, out, run, *, batch=8, propagate=False, sparsity=None, 
     with writer if rank == 0 else nullcontext():
         if rank == 0:
             check_disk(writer.partial, writer.missing(source.size()), out)
-            if done := sum(writer.done(shard(i, count)) for i in range(count)):
-                say(f"going on after {done} of {count} blocks")
         wait()  # the folder is there
+        log = writer.partial / "pruning.json"
+        known = noted(log) or {"layers": [], "seconds": 0}
+        recorded = {record["layer"].split(".")[2] for record in known["layers"]}
+        done = [i for i in range(count) if writer.done(shard(i, count)) and str(i) in recorded]
+        if done:
+            say(f"going on after {len(done)} of {count} blocks")
 
         def embedded():
             return (model.embed(ids).to(home) for ids in samples.split(batch))
 
         shares = allocation(model, where, embedded(), sparsity, allocate)
         hidden = list(embedded())  # the input of the next block
-        dense, records, log = list(hidden) if aims else [], [], writer.partial / "pruning.json"
-        known = noted(log) or {"layers": [], "seconds": 0}
+        dense, records = list(hidden) if aims else [], []
         for i in tqdm(range(count), desc="pruning", unit="block", leave=False, disable=rank or None):
             block = model.block(i)
             prefix, file = f"model.layers.{i}", shard(i, count)
-            if writer.done(file):
+            if i in done:
                 move(steps(block, *where)[0], dense)
                 writer.load(file, block, prefix)
                 move(steps(block, *where)[0], hidden)
@@ -749,9 +754,8 @@ def probe_tokens(seqlen):
 
 
 def held_states(nsamples, seqlen, layers, aims, allocate):
-    """Of how many tokens a process of `prune` holds hidden states at a time: of its calibration text, twice if it
-    aims at the dense model's; before that, with "sensitivity", of the text and of a trial for each of the model's
-    layers."""
+    """The most tokens whose hidden states a process holds at once: its calibration text, twice when it aims at the
+    dense model; while "sensitivity" allocates, that text and one trial for every layer."""
     trials = probe_tokens(seqlen) * layers if allocate == "sensitivity" else 0
     return nsamples * seqlen + max(nsamples * seqlen * aims, trials)
 
@@ -765,8 +769,8 @@ def allocation(model, where, hidden, sparsity, kind):
                    block's mean (Yin et al. 2024, arXiv 2310.05175)
     "sensitivity"  each layer alone is pruned by Wanda; its damage is the KL divergence of the model's output on up to
                    2048 tokens of each process's first batch (one window, if that is longer). For other shares it is
-                   scaled by the layer's squared error, known from the Wanda scores. Of the shares within 0.1 of
-                   `sparsity` those with the least total damage are taken."""
+                   scaled by the layer's squared error, known from the Wanda scores. Of the shares less than 0.1
+                   from `sparsity` those with the least total damage are taken."""
     names = [f"model.layers.{i}.{name}" for i, block in enumerate(model.model.layers) for name in prunable(block)]
     if kind == "uniform":
         return dict.fromkeys(names, sparsity)
@@ -964,7 +968,8 @@ def check_memory(args, config):
 
 def stored_dtype(config):
     """The dtype of a checkpoint's tensors, as far as config.json tells it."""
-    return getattr(torch, config.raw.get("dtype") or config.raw.get("torch_dtype") or "", torch.float32)
+    found = getattr(torch, str(config.raw.get("dtype") or config.raw.get("torch_dtype")), None)
+    return found if isinstance(found, torch.dtype) else torch.float32
 
 
 def held_dtype(args, config):

@@ -84,7 +84,7 @@ def complete(row):
 
 
 def key(row, method=None):
-    """What a row is about, or its like of another method."""
+    """The key of a row among others; with `method`, that of the same measurement for that method."""
     return row["model"], row["data"], row["seqlen"], row["amount"], method or row["method"]
 
 
@@ -219,7 +219,8 @@ def table_by_method(rows):
     for (model, data, seqlen), methods in tables.items():
         amounts = [a for a in dict.fromkeys(a for found in methods.values() for a in found) if a != "0%"]
         dense = next((found["0%"]["perplexity"] for found in methods.values() if "0%" in found), None)
-        pruned = {method: found for method, found in methods.items() if "0%" not in found}
+        pruned = {method: {a: found[a] for a in amounts if a in found} for method, found in methods.items()
+                  if found.keys() - {"0%"}}
         lines = [[method, *(f"{pruned[method][a]['perplexity']:.2f}" if a in pruned[method] else "" for a in amounts)]
                  for method in from_the_worst(pruned, dense)]
         told = f", dense {dense:.2f}" if dense else ""

@@ -204,6 +204,14 @@ def test_table(tmp_path):
         assert (tmp_path / f"picture.{kind}").read_bytes().startswith(start)
 
 
+def test_a_method_that_prunes_nothing_keeps_its_place(tmp_path):
+    """Would catch --sparsity 0 that takes the method out of the table by methods."""
+    files = [result_file(tmp_path, str(s), [("dense", 5.0, []), ("wanda", 5.0 + 10 * s, [])], sparsity=s)
+             for s in (0.0, 0.5)]
+    assert table_by_method(merge([row for path in files for row in read_rows(path)])).split("\n") == [
+        "| llama on wikitext2 (2048), dense 5.00 | 50% |", "| :-- | --: |", "| wanda | 10.00 |"]
+
+
 def test_texts_of_one_name_are_kept_apart(tmp_path):
     """Would catch a table of two texts: the dense model tells them apart."""
     files = [result_file(tmp_path, name, [("dense", dense, []), ("wanda", 9.0 + share, [])], sparsity=share)

@@ -99,6 +99,33 @@ def test_interrupted_run_goes_on(monkeypatch, capsys, model, tmp_path, after, me
     assert (seconds > 1000) == stopped_late == (after > 7), "the time before the stop counts, too"
 
 
+def test_a_block_without_its_records_is_pruned_again(monkeypatch, capsys, model, tmp_path):
+    """Would catch a table and a pruning.json of some of the layers, after the disk has lost the file."""
+    real, blocks = dsnot.prune_block, []
+
+    def stop(*args, **options):
+        blocks.append(args[4])
+        if len(blocks) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    monkeypatch.setattr(dsnot, "prune_block", stop)
+    with pytest.raises(SystemExit):
+        command(monkeypatch, model, tmp_path / "out")
+    (tmp_path / "out.partial" / "pruning.json").write_text("")
+    monkeypatch.setattr(dsnot, "prune_block", real)
+    command(monkeypatch, model, tmp_path / "out")
+    assert blocks == ["model.layers.0", "model.layers.1"] and "going on" not in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "out" / "pruning.json").read_text())["layers"]) == 14
+
+
+@pytest.mark.parametrize("said, dtype", [({"torch_dtype": 5}, torch.float32), ({"dtype": "nn"}, torch.float32),
+                                         ({}, torch.float32), ({"torch_dtype": "bfloat16"}, torch.bfloat16)])
+def test_stored_dtype(said, dtype):
+    """A traceback of the dry run."""
+    assert dsnot.stored_dtype(argparse.Namespace(raw=said)) == dtype
+
+
 @pytest.mark.parametrize("goes_on", [False, True])
 def test_an_interruption_says_whether_the_command_goes_on(capsys, goes_on):
     def main():
