@@ -61,6 +61,30 @@ def test_published_masks():
         assert alike.float().mean() > 0.99
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_global_swaps(dtype, tmp_path):
+    """Would catch gradients that a CPU finds otherwise, and swaps that don't lower the loss in 16 bits."""
+    make_checkpoint(tmp_path)
+    ids, found = torch.randint(0, 64, (12, 16)), {}
+    for device in "cpu", "cuda":
+        dense, pruned = (GPT.from_pretrained(tmp_path, device=device, dtype=dtype) for _ in range(2))
+        layers = {f"{i}.{name}": layer for i, block in enumerate(pruned.blocks())
+                  for name, layer in dsnot.prunable(block).items()}
+        for layer in layers.values():
+            layer.weight.data *= keep_mask(layer.weight, pattern=(2, 4))
+        text = [ids.to(device)]
+        with torch.no_grad():
+            expected = [dense(text[0]).float().log_softmax(-1)]
+        _, found[device] = dsnot.output_gradients(pruned, layers, text, expected, dsnot.divergence)
+        losses = dsnot.swap_globally(pruned, dense, ids, 4, (2, 4))
+        assert losses[-1][1] < losses[0][0]
+        assert all(((layer.weight != 0).unflatten(1, (-1, 4)).sum(-1) <= 2).all() for layer in layers.values())
+    slack = 1e-3 if dtype == torch.float32 else 0.1
+    for name, sums in found["cpu"].items():
+        for a, b in zip(sums, found["cuda"][name]):
+            torch.testing.assert_close(b.cpu(), a, rtol=slack, atol=slack * a.abs().max().item())
+
+
 def check_greedy(model, ids, slack):
     """That the text which a model adds, token by token, is what it finds most likely when it reads all of it."""
     text = model.generate(ids, 12, temperature=0)

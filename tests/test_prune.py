@@ -239,6 +239,7 @@ def test_layers_aim_at_the_dense_model(monkeypatch, family, changes, refit, tmp_
     (("--sparsity", "0.6", "--allocate", "sensitivity"), 0.9),  # a layer's share may move a step
     (("--pattern", "2:4", "--score", "sparsegpt", "--refine", "swap"), 0.99),
     (("--sparsity", "0.5", "--score", "sparsegpt", "--refine", "none"), 0.99),
+    (("--sparsity", "0.5", "--refine", "none", "--global-swaps", "3"), 0.9),  # each draws tokens of its own
 ])
 def test_two_processes_prune_as_one(monkeypatch, capsys, model, tmp_path, options, alike):
     """Would catch statistics that are not those of all sequences, rows that nobody or two prune, and two writers."""
@@ -264,7 +265,7 @@ def test_dry_run_writes_nothing(monkeypatch, capsys, model, tmp_path):
     only.mkdir()
     (only / "config.json").write_bytes((model / "m" / "config.json").read_bytes())
     for options in (["--refine", "swap", "--refit"], ["--score", "sparsegpt", "--pattern", "2:4"],
-                    ["--refine", "swap", "--no-propagate"]):
+                    ["--refine", "swap", "--no-propagate"], ["--global-swaps", "4"]):
         command(monkeypatch, model, tmp_path / "out", "--model", str(only), "--dry-run", *options)
         printed = capsys.readouterr().out
         assert all(f"{name}_proj" in printed for name in "q k v o gate up down".split()) and "memory" in printed
