@@ -75,7 +75,7 @@ from data.stream import CUTS, HALVES, Mixture, tokens, weighted
 from data.text import SOURCES, evaluation_ids, usual_text
 from dsnot import keep_mask, magnitude_score, parse_pattern, prune, wanda_score
 from eval import perplexity
-from gpt import GPT, Block, Config, prunable
+from gpt import GPT, Block, prunable
 
 RECIPES = {  # ours for the model that ships, the paper's for the others
     "tiny": dict(
@@ -648,7 +648,7 @@ def options():
     g = p.add_argument_group("data")
     g.add_argument("--data", nargs="+", metavar="SOURCE[:WEIGHT]",
                    help=f"{', '.join(SOURCES)}, a text file or a .bin of data.stream; of c4 one file of its 1024 "
-                        f"(default: tiny for tiny's relatives, else c4)")
+                        f"(default: tiny where the model has tiny's tokenizer, else c4)")
     g.add_argument("--eval-data", metavar="SOURCE",
                    help="validation and test text, one of the same; of a file half for each, or half of its last tenth "
                         "if it, or a .bin, is trained on (default: tiny or wikitext2)")
@@ -751,8 +751,8 @@ def train_all(args, held):
     check(args)
     amount(args)
     folder = model_folder(args.model)
-    config, tokenizer = Config.read(folder), load_tokenizer(folder)
-    model = GPT.open(folder)
+    model, tokenizer = GPT.open(folder), load_tokenizer(folder)
+    config = model.config
     model.source.check_dense()
     if config.slorb_k:
         raise InputError(f"{args.model} has been through AST and has SLoRB parameters: give the dense model")

@@ -57,7 +57,7 @@ from data import calibration_windows, load_tokenizer, windows
 from data.calibration import (InputStats, add_product, input_stats, move, place_for, readers, steps,
                               watch_gradients)
 from data.checkpoint import CheckpointWriter, alone_in, noted, pruned_here, shard
-from data.command import InputError, at_least, check_disk, parser, record, run, versions, write_atomically
+from data.command import InputError, at_least, check_disk, parser, record, run, told_bytes, versions, write_atomically
 from data.device import free_memory, timed
 from data.hub import model_folder
 from data.processes import add_up, from_first, process_group, processes, say, wait
@@ -889,7 +889,8 @@ def options():
                        help="refine the masks of attention alone, or of the MLP, too")
     group = p.add_argument_group("calibration and evaluation")
     group.add_argument("--calib",
-                       help=f"text: {', '.join(SOURCES)} or a file (default: tiny for tiny's relatives, else c4)")
+                       help=f"text: {', '.join(SOURCES)} or a file (default: tiny where the model has tiny's "
+                            f"tokenizer, else c4)")
     group.add_argument("--nsamples", type=int, default=NSAMPLES, help="calibration sequences")
     group.add_argument("--seqlen", type=int, help="tokens a sequence (default: 2048, or the model's limit if lower)")
     group.add_argument("--data", help="evaluation text, one of the same (default: tiny or wikitext2)")
@@ -897,7 +898,7 @@ def options():
                        help="of the evaluation text (default: test); of a file its last tenth (default: all of it, if "
                             "calibration reads none of it)")
     group.add_argument("--compare", action=argparse.BooleanOptionalAction, default=None,
-                       help="prune a second time without refinement, for comparison (default: for tiny's relatives)")
+                       help="prune a second time without refinement, for comparison (default: where the text is tiny)")
     return p.parse_args()
 
 
@@ -957,12 +958,12 @@ def check_memory(args, config):
     if device.type == "cuda":
         free = max(free, free_memory(device) / 2)  # all are in one place: see place_for
     if (whole := args.global_swaps and global_bytes(args, config)) > free_memory(device):
-        raise InputError(f"--global-swaps needs {whole / 1e9:,.1f} GB of memory, for two models and a gradient, and "
-                         f"{free_memory(device) / 1e9:,.1f} GB are free on {args.device}: leave it out, or take a "
-                         f"larger machine")
+        raise InputError(f"--global-swaps needs {told_bytes(whole)} of memory, for two models and a gradient, and "
+                         f"{told_bytes(free_memory(device))} are free on {args.device}: leave it out, or take a larger "
+                         f"machine")
     if need > free:
-        raise InputError(f"--nsamples {args.nsamples} of --seqlen {args.seqlen} make {world * need / 1e9:,.1f} GB of "
-                         f"activations, and {world * free / 1e9:,.1f} GB of memory are free for them: give fewer or "
+        raise InputError(f"--nsamples {args.nsamples} of --seqlen {args.seqlen} make {told_bytes(world * need)} of "
+                         f"activations, and {told_bytes(world * free)} of memory are free for them: give fewer or "
                          f"shorter ones")
 
 
@@ -1067,9 +1068,6 @@ def needed_seconds(args, config, methods, block):
 def dry_run(args, config, amount, methods):
     """Print what a run with these methods (the options of prune, each) would take: from the configuration, and from a
     random block."""
-    def gb(size):
-        return f"{size:,.1f}" if size >= 1 else f"{size:.2g}"
-
     with torch.device("meta"):
         whole = sum(p.numel() for p in GPT(config).parameters())
     stored, blocks, (rank, world) = stored_dtype(config), config.num_hidden_layers, processes()
@@ -1082,9 +1080,9 @@ def dry_run(args, config, amount, methods):
     for name, W in weights.items():
         say(f"    {name:<18} {W.shape[0]:>6} x {W.shape[1]}")
     each = f" in each of {world} processes" * (world > 1)
-    say(f"memory    {gb(sum(gigabytes.values()))} GB on {args.device}{each}: "
-        + ", ".join(f"{name} {gb(size)}" for name, size in gigabytes.items()))
-    say(f"disk      {gb(size)} GB to read, {gb(len(methods) * size)} GB to write")
+    say(f"memory    {told_bytes(1e9 * sum(gigabytes.values()))} on {args.device}{each}: "
+        + ", ".join(f"{name} {told_bytes(1e9 * size)}" for name, size in gigabytes.items()))
+    say(f"disk      {told_bytes(1e9 * size)} to read, {told_bytes(1e9 * len(methods) * size)} to write")
     unit, seconds = next((u for u in (("days", 86400), ("hours", 3600), ("minutes", 60)) if needed > 2 * u[1]),
                          ("seconds", 1))
     say(f"time      {needed / seconds:,.1f} {unit} on {args.device}, estimated from a part of one of the {blocks} "
@@ -1126,9 +1124,10 @@ def prune_and_measure(args, folder, config, amount, passes):
     ids = evaluation_ids(args.data, split, tokenizer, args.seqlen)
     calibration = calibration_windows(args.calib, tokenizer, args.nsamples, args.seqlen, args.seed)
     count = len(windows(ids, args.seqlen))
-    say(f"{args.model}: {amount} pruned, calibration {args.nsamples} x {args.seqlen} tokens of {args.calib}, "
-        f"perplexity on {told(args.data, split)} ({count} window{'s' * (count != 1)} of {args.seqlen} tokens"
-        f"{config.remark(args.seqlen)})")
+    allocated = f" (allocate {args.allocate})" * (args.allocate != "uniform")
+    say(f"{args.model}: {amount} pruned{allocated}, calibration {args.nsamples} x {args.seqlen} tokens of "
+        f"{args.calib}, perplexity on {told(args.data, split)} ({count} window{'s' * (count != 1)} of {args.seqlen} "
+        f"tokens{config.remark(args.seqlen)})")
     if pruned_here(source.folder):
         notes.append(f"{args.model} has been pruned before; it is what is called dense here")
     if (args.refit or args.score == "sparsegpt") and calibration.numel() < config.intermediate_size:

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from data import load_tokenizer
 from data.checkpoint import Checkpoint, CheckpointWriter
-from data.command import InputError, at_least, parser, record, run, start
+from data.command import InputError, at_least, parser, record, run, start, told_bytes
 from data.device import free_memory
 from data.hub import model_folder
 from data.tokenizer import encode_open
@@ -487,8 +487,8 @@ class GPT(nn.Module):
         if not stream:
             need = model.source.size(dtype) // (2 if sparse and not model.source.compressed else 1)  # 2:4: about half
             if need > (free := free_memory(torch.device(device))):
-                raise InputError(f"{name_or_dir} takes {need / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} GB are "
-                                 f"free on {device}: take a smaller or a compressed model, or a larger machine")
+                raise InputError(f"{name_or_dir} takes {told_bytes(need)} of memory, and {told_bytes(free)} are free "
+                                 f"on {device}: take a smaller or a compressed model, or a larger machine")
         for name, part in model.model.items():
             if name != "layers":
                 model.source.load(part, f"model.{name}", **model.place)

@@ -316,8 +316,8 @@ class CheckpointWriter:
 
     def differing(self, other):
         """The names of what another run's `keep` has otherwise, as text."""
-        return ", ".join(name + " (sizes or dates)" * (name == "files") for name in {**other, **self.keep}
-                         if other.get(name) != self.keep.get(name))
+        return ", ".join(name + " of model or texts (sizes or dates)" * (name == "files")
+                         for name in {**other, **self.keep} if other.get(name) != self.keep.get(name))
 
     def __enter__(self):
         with ExitStack() as held:

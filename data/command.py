@@ -87,11 +87,16 @@ def existing(path):
     return next(above for above in (path, *path.absolute().parents) if above.exists())
 
 
+def told_bytes(size):
+    """A number of bytes in words: 13.5 GB, 0.15 MB."""
+    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.2f} MB"
+
+
 def check_disk(place, need, name):
     """Raise InputError, which speaks of `name`, if the disk of a place has no room for `need` bytes more."""
     if need > (free := shutil.disk_usage(existing(place)).free):
-        raise InputError(f"{name} will need {need / 1e9:,.1f} GB more and its disk has {free / 1e9:,.1f} GB free: "
-                         f"make room or choose another output folder")
+        raise InputError(f"{name} will need {told_bytes(need)} more and its disk has {told_bytes(free)} free: make "
+                         f"room or choose another output folder")
 
 
 def what_keeps_from_writing(path):

@@ -148,8 +148,9 @@ def calibration_windows(source: str, tokenizer, nsamples: int, seqlen: int, seed
         else:
             short.add(i)
             if len(short) == len(texts):
-                raise InputError(f"no document of the calibration text {source} is long enough: one has {len(ids)} "
-                                 f"tokens, fewer than one window of --seqlen {seqlen}: give a longer text or a smaller "
-                                 f"--seqlen")
+                which = (f"no document of the calibration text {source} is long enough: one" if len(texts) > 1 else
+                         f"the part of {source} to calibrate on")
+                raise InputError(f"{which} has {len(ids)} tokens, fewer than one window of --seqlen {seqlen}: give a "
+                                 f"longer text or a smaller --seqlen")
     bar.close()
     return torch.tensor(samples)

@@ -235,7 +235,7 @@ def test_a_run_killed_between_its_first_model_and_its_first_state_begins_anew(tm
 
 def test_a_full_disk_is_told_and_leaves_the_state_before(tmp_path, train, monkeypatch):
     usage = type(shutil.disk_usage(tmp_path))
-    with monkeypatch.context() as patch, pytest.raises(InputError, match="0.0 GB free: make room"):
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="0.10 MB free: make room"):
         patch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 10**5, 10**5))
         train(tmp_path / "small")
     assert not (tmp_path / "small").exists()

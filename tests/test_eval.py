@@ -131,7 +131,7 @@ def test_a_model_that_does_not_fit_is_not_loaded_whole(checkpoint, monkeypatch, 
     eval.main()
     assert "perplexity" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--speed"])
-    with pytest.raises(InputError, match="random takes 0.0 GB of memory, and 0.0 GB are free"):
+    with pytest.raises(InputError, match="random takes 0.15 MB of memory, and 0.10 MB are free"):
         eval.main()
 
 
