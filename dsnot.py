@@ -51,6 +51,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import calibration_windows, load_tokenizer, windows
@@ -632,6 +633,8 @@ def swap_globally(model: GPT, dense: GPT, samples: Tensor, rounds: int, pattern:
                       for name, layer in prunable(block).items()} for one in (model, dense))
     texts = samples[rank::world].split(max(1, ROUND // samples.shape[1] // world))
     texts = [[ids.to(device) for ids in text.split(max(1, 2048 // samples.shape[1]))] for text in texts]
+    for block in model.blocks():
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     with torch.no_grad():
         drawn = [torch.distributions.Categorical(logits=model(ids).float()).sample() for ids in texts[0]]
     _, curvature = output_gradients(model, layers, texts[0], drawn, log_loss)
@@ -645,7 +648,7 @@ def swap_globally(model: GPT, dense: GPT, samples: Tensor, rounds: int, pattern:
             undone = {name: swap_one(layer.weight, known[name].weight, found[name][0], *curvature[name][1:], damping,
                                      pattern) for name, layer in layers.items()}
             with torch.no_grad():
-                after = mean(sum(divergence(model(ids), x) for ids, x in zip(text, expected)), text)
+                after = mean_loss(sum(divergence(model(ids), x) for ids, x in zip(text, expected)), text)
             if after < before:
                 break
             for name, (at, values) in undone.items():
@@ -667,7 +670,7 @@ def log_loss(logits, ids):
     return F.cross_entropy(logits.float().flatten(0, 1), ids.flatten(), reduction="sum")
 
 
-def mean(total, text):
+def mean_loss(total, text):
     """A total over the tokens of a text, by their number, over all processes."""
     both = torch.stack([total.detach().double(), total.new_tensor(sum(ids.numel() for ids in text)).double()])
     add_up(both)
@@ -688,14 +691,14 @@ def output_gradients(model, layers, text, expected, loss):
     with watch_gradients(model.model.embed_tokens, layers, seen):
         for ids, x in zip(text, expected):
             part = loss(model(ids), x)
-            part.backward()
+            part.backward()  # computes each block again, of which only the layers' inputs are kept
             total += part.detach()
     tokens = torch.tensor(sum(ids.numel() for ids in text), device=total.device)
     add_up(tokens)
     for sums in found.values():
         for one in sums:
             add_up(one.div_(tokens))
-    return mean(total, text), found
+    return mean_loss(total, text), found
 
 
 def swap_one(W, dense, gradient, f, q, damping, pattern):
@@ -989,15 +992,17 @@ def state_bytes(args, config):
 
 def global_bytes(args, config):
     """Bytes of memory that global swaps take at most: the dense and the pruned model, the gradient in float32, what
-    2048 tokens leave behind on their way through the model, their logits and those that a round compares with."""
+    2048 tokens leave behind in each block and in the one that is computed again, their logits and those that a round
+    compares with."""
     with torch.device("meta"):
         model = GPT(config)
     weights = sum(layer.weight.numel() for block in model.model.layers for layer in prunable(block).values())
-    passing = 16 * config.hidden_size + 5 * config.intermediate_size  # activations of a token in a block
-    tokens = max(2048, args.seqlen)
-    itemsize = held_dtype(args, config).itemsize
-    return (itemsize * (2 * sum(p.numel() for p in model.parameters()) + tokens * passing * config.num_hidden_layers)
-            + 4 * weights + 4 * config.vocab_size * (max(ROUND, args.seqlen) + 4 * tokens))
+    C, M, tokens = config.hidden_size, config.intermediate_size, max(2048, args.seqlen)
+    held = 2 * sum(p.numel() for p in model.parameters())
+    kept = 3 if args.device == "cpu" else 1  # as measured: malloc does not give everything back at once
+    held += kept * tokens * (config.num_hidden_layers * (4 * C + M) + 32 * C + 11 * M)
+    return (held * held_dtype(args, config).itemsize + 4 * weights
+            + 4 * config.vocab_size * (max(ROUND, args.seqlen) + 4 * tokens))
 
 
 def needed_memory(args, config, methods, block, whole):

@@ -6,20 +6,20 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 write() { python gpt.py --model "$2" --prompt "Help on module json" --max-new-tokens 60 --json "results/text-$1.json"; }
 compress() {
-    rm -rf "out/tiny-2of4-$1"
-    python sparse_matmul.py --model out/tiny-2of4 "${@:2}" --out "out/tiny-2of4-$1" --json "results/sparse-bytes-$1.json"
-    python eval.py --model "out/tiny-2of4-$1" --data tiny --json "results/sparse-tiny-$1.json"
+    rm -rf "out/models/$1"
+    python sparse_matmul.py --model out/models/2of4 "${@:2}" --out "out/models/$1" --json "results/sparse-bytes-$1.json"
+    python eval.py --model "out/models/$1" --data tiny --json "results/sparse-tiny-$1.json"
 }
 python eval.py --json results/sparse-tiny-dense.json
-python dsnot.py --pattern 2:4 --refine swap --refit --no-compare --out out/tiny-2of4
-python eval.py --model out/tiny-2of4 --data tiny --json results/sparse-tiny-2of4.json
+python dsnot.py --pattern 2:4 --refine swap --refit --no-compare --out out/models/2of4
+python eval.py --model out/models/2of4 --data tiny --json results/sparse-tiny-2of4.json
 compress bf16
 compress int8 --bits 8
 compress int4 --bits 4
-python dsnot.py --no-compare
+python dsnot.py --no-compare --out out/models/70
 write dense tiny
-write 70 out/tiny-wanda-dsnot-70
-write 2of4 out/tiny-2of4
+write 70 out/models/70
+write 2of4 out/models/2of4
 if [ -d out/ast-seed0/ast ]; then
     write ast out/ast-seed0/ast
 else

@@ -21,7 +21,8 @@ MODELS = "tiny", "stories260K", "deep"
 OPENING = {  # the methods of the first picture, as compare.py names them and as they are called there
     "dense": "dense", "magnitude": "magnitude", "wanda": "Wanda",
     "wanda + dsnot (refine layers all, sign check)": "Wanda + DSnoT", "sparsegpt": "SparseGPT",
-    "wanda + swap": "Wanda + swaps", "sparsegpt + swap": "SparseGPT + swaps",
+    "wanda + swap": "Wanda + swaps", "wanda + swap + global": "Wanda + swaps + global swaps",
+    "sparsegpt + swap": "SparseGPT + swaps",
     "wanda + swap + refit": "Wanda + swaps + refit",
     "wanda + swap + refit (allocate sensitivity)": "Wanda + swaps + refit, by sensitivity",
     "AST": "AST", "AST + SLoRB": "AST + SLoRB"}
@@ -31,10 +32,14 @@ CHOICES = [  # what a reader wants, the command that does it, and its names in c
     ("DSnoT as published", "dsnot.py --cycles 50 --refine-layers attn",  # at 70 % with --no-sign-check
      "wanda + dsnot (cycles 50, refine layers attn, no sign check)",
      "wanda + dsnot (cycles 50, refine layers attn, sign check)"),
-    ("the best mask, weights as they are", "dsnot.py --refine swap", "wanda + swap"),
-    ("the best weights for it, too", "dsnot.py --refine swap --refit", "wanda + swap + refit"),
+    ("the best mask a block at a time, weights as they are", "dsnot.py --refine swap", "wanda + swap"),
+    ("the best mask with the whole model in memory", "dsnot.py --refine swap --global-swaps 16",
+     "wanda + swap + global"),
+    ("the best weights for a mask, too", "dsnot.py --refine swap --refit", "wanda + swap + refit"),
     ("and layers that differ in sparsity", "dsnot.py --refine swap --refit --allocate sensitivity",
      "wanda + swap + refit (allocate sensitivity)"),
+    ("or the whole model in memory", "dsnot.py --refine swap --refit --global-swaps 16",
+     "wanda + swap + refit + global"),
     ("the best 2:4, with training", "ast_train.py --methods ast", "AST"),
     ("and SLoRB, a few dense parameters beside it", "ast_train.py --methods ast-slorb", "AST + SLoRB")]
 ABLATION = {  # what a run is called: its file, and the row of its table

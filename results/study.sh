@@ -102,6 +102,7 @@ for amount in $amounts; do
     run sparsegpt-refit --score sparsegpt --refine none --refit --no-compare
     run sparsegpt-swap-refit --score sparsegpt --refine swap --refit --no-compare
     if [ $option = --sparsity ]; then
+        run wanda-swap-refit-sensitivity-global --refine swap --refit --allocate sensitivity --global-swaps 16 --no-compare
         run wanda-swap-sensitivity --refine swap --no-compare --allocate sensitivity
         for allocate in owl sensitivity; do
             run wanda-swap-refit-$allocate --refine swap --refit --no-compare --allocate $allocate
