@@ -624,7 +624,8 @@ def swap_globally(model: GPT, dense: GPT, samples: Tensor, rounds: int, pattern:
     where f is the mean square of -log P's gradient at the row's output, for tokens that the model itself draws, and q
     that of the weight's input: the curvature as K-FAC (arXiv 1503.05671) takes it apart, and of that the diagonal. In a
     round each row makes the swap that promises most, if one promises anything. Where all together don't lower the loss
-    on the round's own text, they are taken back, and the damping grows until they do (Levenberg-Marquardt).
+    on the round's own text, they are taken back, and the damping doubles until they do, ten times at most
+    (Levenberg-Marquardt).
 
     samples [n, seqlen]: calibration ids, ROUND tokens a round by turns, which processes share. Both models are whole in
     memory, on one device. pattern: (n, m) of the masks, which stays; None: each row keeps as many as it has."""
@@ -637,7 +638,9 @@ def swap_globally(model: GPT, dense: GPT, samples: Tensor, rounds: int, pattern:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     with torch.no_grad():
         drawn = [torch.distributions.Categorical(logits=model(ids).float()).sample() for ids in texts[0]]
-    _, curvature = output_gradients(model, layers, texts[0], drawn, log_loss)
+    _, found = output_gradients(model, layers, texts[0], drawn, log_loss)
+    curvature = {name: (f, q) for name, (_, f, q) in found.items()}
+    del found  # as large as the model, and so is the next one
     damping, losses = 16.0, []
     for _, text in tqdm(zip(range(rounds), itertools.cycle(texts)), desc="global swaps", unit="round", total=rounds,
                         leave=False, disable=rank or None):
@@ -645,8 +648,8 @@ def swap_globally(model: GPT, dense: GPT, samples: Tensor, rounds: int, pattern:
             expected = [dense(ids).float().log_softmax(-1) for ids in text]
         before, found = output_gradients(model, layers, text, expected, divergence)
         for attempt in range(10):
-            undone = {name: swap_one(layer.weight, known[name].weight, found[name][0], *curvature[name][1:], damping,
-                                     pattern) for name, layer in layers.items()}
+            undone = {name: swap_one(layer.weight, known[name].weight, found[name][0], *curvature[name], damping, pattern)
+                      for name, layer in layers.items()}
             with torch.no_grad():
                 after = mean_loss(sum(divergence(model(ids), x) for ids, x in zip(text, expected)), text)
             if after < before:
@@ -657,6 +660,7 @@ def swap_globally(model: GPT, dense: GPT, samples: Tensor, rounds: int, pattern:
         if attempt == 0:
             damping /= 1.5
         losses.append((before, after))
+        del found
     return losses
 
 
