@@ -648,8 +648,8 @@ def swap_globally(model: GPT, dense: GPT, samples: Tensor, rounds: int, pattern:
             expected = [dense(ids).float().log_softmax(-1) for ids in text]
         before, found = output_gradients(model, layers, text, expected, divergence)
         for attempt in range(10):
-            undone = {name: swap_one(layer.weight, known[name].weight, found[name][0], *curvature[name], damping, pattern)
-                      for name, layer in layers.items()}
+            undone = {name: swap_one(layer.weight, known[name].weight, found[name][0], *curvature[name], damping,
+                                     pattern) for name, layer in layers.items()}
             with torch.no_grad():
                 after = mean_loss(sum(divergence(model(ids), x) for ids, x in zip(text, expected)), text)
             if after < before:
