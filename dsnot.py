@@ -661,6 +661,8 @@ def swap_globally(model: GPT, dense: GPT, samples: Tensor, rounds: int, pattern:
             damping /= 1.5
         losses.append((before, after))
         del found
+    for block in model.blocks():
+        del block.forward
     return losses
 
 
@@ -697,6 +699,7 @@ def output_gradients(model, layers, text, expected, loss):
             part = loss(model(ids), x)
             part.backward()  # computes each block again, of which only the layers' inputs are kept
             total += part.detach()
+            del part  # which holds them
     tokens = torch.tensor(sum(ids.numel() for ids in text), device=total.device)
     add_up(tokens)
     for sums in found.values():
@@ -705,6 +708,7 @@ def output_gradients(model, layers, text, expected, loss):
     return mean_loss(total, text), found
 
 
+@torch.no_grad()
 def swap_one(W, dense, gradient, f, q, damping, pattern):
     """Make in every row of W [out, in], in place, the swap that promises most, if one does; the arguments are those of
     swap_globally. Returns what undoes it: (places, values)."""
@@ -719,35 +723,49 @@ def swap_one(W, dense, gradient, f, q, damping, pattern):
     p, g = (x[row, group[row]] + group[row] * m for x in (p, g))
     at = torch.cat([row, row]), torch.cat([p, g])
     values = W[at]
-    W.data[at] = torch.cat([torch.zeros_like(dense[row, p]), dense[row, g]])
+    W[at] = torch.cat([torch.zeros_like(dense[row, p]), dense[row, g]])
     return at, values
 
 
-def blocks_of(out):
-    """The folder beside `out` in which global swaps find what was pruned block by block."""
-    return Path(out).with_name(f"{Path(out).name}.blocks")
+def blocks_of(out, run):
+    """The folder beside `out` in which global swaps find what was pruned block by block, and what names its run."""
+    out = Path(out)
+    local = {name: value for name, value in run.items() if name != "global_swaps"}
+    return out.with_name(f"{out.name}.blocks"), local | {"blocks_of": out.name}
+
+
+def remove(folder):
+    """Remove a folder, which is whole under its name or not there."""
+    gone = folder.with_name(f".{folder.name}.gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    folder.rename(gone)
+    shutil.rmtree(gone)
 
 
 def prune_globally(model, samples, out, run, *, global_swaps, pattern=None, **options):
-    """`prune` into blocks_of(out), which goes when `out` is there, then so many rounds of `swap_globally`, for which
-    the dense and the pruned model are held whole in memory. The arguments are those of `prune`."""
+    """`prune` into the folder of blocks_of, which goes when `out` is there, then so many rounds of `swap_globally`, for
+    which the dense and the pruned model are held whole in memory. The arguments are those of `prune`."""
+    (start, local), first, source = blocks_of(out, run), processes()[0] == 0, model.source
     if done := finished(out, run):
+        if first and finished(start, local):  # a run was killed before it was removed
+            remove(start)
         return done["layers"]
-    start, local = blocks_of(out), {name: value for name, value in run.items() if name != "global_swaps"}
     prune(model, samples, start, local, pattern=pattern, **options)
     begin, before = time.perf_counter(), noted(start / "pruning.json")
-    dense, pruned = (GPT.from_pretrained(folder, **model.place) for folder in (model.source.folder, start))
-    losses = swap_globally(pruned, dense, samples, global_swaps, pattern)
-    records = [{"layer": f"model.layers.{i}.{name}", "weights": layer.weight.numel(),
-                "sparsity": (layer.weight == 0).double().mean().item()}
-               for i, block in enumerate(pruned.blocks()) for name, layer in prunable(block).items()]
-    if processes()[0] == 0:
-        with CheckpointWriter(out, model.config.raw, start, keep=run) as writer:
+    with CheckpointWriter(out, model.config.raw, start, keep=run) if first else nullcontext() as writer:
+        dense, pruned = (GPT.from_pretrained(folder, **model.place) for folder in (source.folder, start))
+        losses = swap_globally(pruned, dense, samples, global_swaps, pattern)
+        records = [{"layer": f"model.layers.{i}.{name}", "weights": layer.weight.numel(),
+                    "sparsity": (layer.weight == 0).double().mean().item()}
+                   for i, block in enumerate(pruned.blocks()) for name, layer in prunable(block).items()]
+        if first:
             seconds = before["seconds"] + time.perf_counter() - begin
             text = json.dumps({"run": run, "seconds": seconds, "losses": losses, "layers": records}, indent=1)
             write_atomically(writer.partial / "pruning.json", lambda path: path.write_text(text))
-            writer.write("model.safetensors", {k: v.to(model.source.stored(k)) for k, v in pruned.tensors().items()})
-        shutil.rmtree(start)
+            tensors = {name: W.to(source.stored(name)) for name, W in pruned.tensors().items()}
+            writer.write("model.safetensors", tensors | source.rest())
+    if first:
+        remove(start)
     wait()
     return records
 
@@ -883,7 +901,7 @@ def options():
                             "(default: with swap or --refit)")
     group.add_argument("--global-swaps", type=int, default=0, metavar="ROUNDS",
                        help="at the end so many rounds of swaps by the output of the whole model, which has to fit "
-                            "into memory about three times")
+                            "into memory three times (in 16 bits four times)")
     group.add_argument("--cycles", type=int,
                        help="swaps per row at most, of DSnoT and of each turn of exact ones (default: of DSnoT's as "
                             "many as 50 are to 4096 inputs, of exact ones until none helps)")
@@ -959,15 +977,11 @@ def check(args, config, text):
 
 
 def check_memory(args, config):
-    """Raise InputError where the calibration text's activations, or what global swaps need, don't fit into memory."""
+    """Raise InputError where the calibration text's activations don't fit into memory."""
     need, world, device = state_bytes(args, config), processes()[1], torch.device(args.device)
     free = free_memory(torch.device("cpu")) / world
     if device.type == "cuda":
         free = max(free, free_memory(device) / 2)  # all are in one place: see place_for
-    if (whole := args.global_swaps and global_bytes(args, config)) > free_memory(device):
-        raise InputError(f"--global-swaps needs {told_bytes(whole)} of memory, for two models and a gradient, and "
-                         f"{told_bytes(free_memory(device))} are free on {args.device}: leave it out, or take a larger "
-                         f"machine")
     if need > free:
         raise InputError(f"--nsamples {args.nsamples} of --seqlen {args.seqlen} make {told_bytes(world * need)} of "
                          f"activations, and {told_bytes(world * free)} of memory are free for them: give fewer or "
@@ -992,6 +1006,14 @@ def state_bytes(args, config):
     nsamples = -(-args.nsamples // processes()[1])
     states = held_states(nsamples, args.seqlen, layers, has_goal(**vars(args)), args.allocate)
     return states * config.hidden_size * held_dtype(args, config).itemsize
+
+
+def check_whole(args, config):
+    """Raise InputError where what global swaps hold does not fit into memory."""
+    need, world, device = global_bytes(args, config), processes()[1], torch.device(args.device)
+    if need > (free := free_memory(device) / (1 if device.type == "cuda" else world)):
+        raise InputError(f"--global-swaps needs {told_bytes(need)} of memory, for two models and a gradient, and "
+                         f"{told_bytes(free)} are free on {args.device}: leave it out, or take a larger machine")
 
 
 def global_bytes(args, config):
@@ -1088,16 +1110,17 @@ def dry_run(args, config, amount, methods):
         f"prune in each, {whole:,} parameters")
     for name, W in weights.items():
         say(f"    {name:<18} {W.shape[0]:>6} x {W.shape[1]}")
+    written = (len(methods) + (args.global_swaps > 0)) * size  # what is pruned block by block is written before
     each = f" in each of {world} processes" * (world > 1)
     say(f"memory    {told_bytes(1e9 * sum(gigabytes.values()))} on {args.device}{each}: "
         + ", ".join(f"{name} {told_bytes(1e9 * size)}" for name, size in gigabytes.items()))
-    say(f"disk      {told_bytes(1e9 * size)} to read, {told_bytes(1e9 * len(methods) * size)} to write")
+    say(f"disk      {told_bytes(1e9 * size)} to read, {told_bytes(1e9 * written)} to write")
     unit, seconds = next((u for u in (("days", 86400), ("hours", 3600), ("minutes", 60)) if needed > 2 * u[1]),
                          ("seconds", 1))
     say(f"time      {needed / seconds:,.1f} {unit} on {args.device}, estimated from a part of one of the {blocks} "
         f"blocks and as busy as the machine is now; reading, writing and evaluation come on top")
     if rank == 0:
-        record(args, {"memory_gb": gigabytes, "read_gb": size, "written_gb": len(methods) * size, "seconds": needed})
+        record(args, {"memory_gb": gigabytes, "read_gb": size, "written_gb": written, "seconds": needed})
 
 
 def prune_and_measure(args, folder, config, amount, passes):
@@ -1114,8 +1137,8 @@ def prune_and_measure(args, folder, config, amount, passes):
     if args.allocate == "sensitivity" and processes()[1] > 1:
         same["processes"] = processes()[1]  # each looks at tokens of its own, so others would find other shares
     missing, notes = [], []  # missing: bytes, of each folder that is to be filled
-    blocks = [(None, blocks_of(place), {k: v for k, v in how.items() if k != "global_swaps"})
-              for _, place, how in passes[1:] if "global_swaps" in how and not finished(place, how | same)]
+    blocks = [(None, *blocks_of(place, how)) for _, place, how in passes[1:]
+              if "global_swaps" in how and not finished(place, how | same)]
     for name, place, how in reversed(blocks + passes[1:]):  # --out itself is the first to be refused
         writer = CheckpointWriter(place, config.raw, source.folder, keep=how | same)  # refuses a folder it can't fill
         if finished(place, how | same):
@@ -1127,6 +1150,8 @@ def prune_and_measure(args, folder, config, amount, passes):
                 pass
     if missing:
         check_memory(args, config)
+    if blocks:
+        check_whole(args, config)
     check_disk(Path(args.out), sum(missing), args.out)
     shared = Path(args.data).resolve() == Path(args.calib).resolve()
     split = "test" if shared and not args.split else split_of(args.data, args.split)

@@ -1,8 +1,11 @@
 """Swaps by the output of the whole model: their pieces against autograd and slow loops, and the command."""
 
+import copy
+import gc
 import itertools
 import json
 import math
+import weakref
 
 import pytest
 import torch
@@ -10,6 +13,8 @@ import torch.nn.functional as F
 
 import dsnot
 from conftest import make_checkpoint
+from data.checkpoint import alone_in
+from data.command import InputError
 from gpt import GPT, prunable
 from test_gpt import ALL, ids_for, theirs
 from test_prune import command, tensors
@@ -154,6 +159,47 @@ def test_command(monkeypatch, capsys, model, tmp_path, options):
     monkeypatch.setattr(dsnot, "swap_globally", stopped)
     command(monkeypatch, model, tmp_path / "out", *words)
     assert json.loads((tmp_path / "r.json").read_text())["results"]["rows"] == rows
+
+
+def test_the_folders_of_a_run(monkeypatch, capsys, model, tmp_path):
+    """Would catch a second run that takes the first one's place while weights are swapped, blocks that a run killed at
+    its end leaves behind, and a finished run of the user's that is taken for such blocks."""
+    whole, removed, words = dsnot.swap_globally, dsnot.remove, ("--refine", "none", "--global-swaps", "1")
+
+    def locked(*args):
+        with pytest.raises(InputError, match="another run is writing"), alone_in(tmp_path / "out.partial"):
+            pass
+        return whole(*args)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(dsnot, "swap_globally", locked)
+    monkeypatch.setattr(dsnot, "remove", killed)
+    with pytest.raises(SystemExit):
+        command(monkeypatch, model, tmp_path / "out", *words)
+    assert (tmp_path / "out").exists() and (tmp_path / "out.blocks").exists()
+    monkeypatch.setattr(dsnot, "remove", removed)
+    command(monkeypatch, model, tmp_path / "out", *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    command(monkeypatch, model, tmp_path / "mine.blocks", "--refine", "none")
+    with pytest.raises(SystemExit) as end:
+        command(monkeypatch, model, tmp_path / "mine", *words)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and "mine.blocks holds a finished run, which differs in blocks_of" in error
+
+
+def test_nothing_is_held_afterwards(pair):
+    """Would catch weights of gigabytes that wait for the garbage collector, and a gradient that nobody asked for."""
+    (_, dense, ids), pruned = pair, copy.deepcopy(pair[0])
+    gc.disable()
+    try:
+        dsnot.swap_globally(pruned, dense, ids, 1, (2, 4))
+        weight = weakref.ref(pruned.model.layers[0].mlp.up_proj.weight)
+        assert not any(layer.weight.requires_grad for layer in layers_of(pruned).values())
+        del pruned
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 def test_memory_is_asked_for_first(monkeypatch, capsys, model, tmp_path):
