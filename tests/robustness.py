@@ -36,7 +36,7 @@ from data.command import parser, record, run, start
 COMMANDS = {"dsnot": dsnot, "ast_train": ast_train, "sparse_matmul": sparse_matmul, "eval": eval, "gpt": gpt}
 OPTIONS = {  # those whose values are tried
     "dsnot": "sparsity pattern nsamples seqlen cycles threshold seed device calib data score refine allocate split "
-             "json out",
+             "global-swaps json out",
     "ast_train": "pattern sparsity score mask-every decay decay-steps kl-weight temperature slorb-k data eval-data "
                  "seqlen batch micro-batch lr lr-end average warmup clip save-every seed device dtype shard start-from "
                  "json out",
