@@ -75,7 +75,7 @@ from data.stream import CUTS, HALVES, Mixture, tokens, weighted
 from data.text import SOURCES, evaluation_ids, usual_text
 from dsnot import keep_mask, magnitude_score, parse_pattern, prune, wanda_score
 from eval import perplexity
-from gpt import GPT, Block, prunable
+from gpt import GPT, Block, all_prunable, prunable
 
 RECIPES = {  # ours for the model that ships, the paper's for the others
     "tiny": dict(
@@ -337,7 +337,7 @@ def make_sparse(model, args, slorb_k, calibration):
             stats[linear].add(sequence)
 
     if args.score == "wanda":
-        linears = [linear for block in blocks for linear in prunable(block).values()]
+        linears = all_prunable(model).values()
         with watch(dict(zip(linears, linears)), seen), torch.no_grad():
             for ids in calibration.split(args.micro_batch):
                 model(ids.to(args.device))

@@ -64,7 +64,7 @@ from data.hub import model_folder
 from data.processes import add_up, from_first, process_group, processes, say, wait
 from data.text import SOURCES, evaluation_ids, split_of, told, usual_text
 from eval import perplexity
-from gpt import GPT, Block, Config, prunable, rotary
+from gpt import GPT, Block, Config, all_prunable, prunable, rotary
 from results.compare import method_of, percent, propagates, said_of
 
 
@@ -529,7 +529,7 @@ def prune_block(block, where, hidden, dense, prefix, stored, *, score, refine, s
                                      f"alike to fit its weights to them: give more --nsamples, or another --calib "
                                      f"text") from None
                 W = W.to(stored(f"{layer}.weight"))  # rounded as it will be read again
-                records.append({"layer": layer, "weights": W.numel(), "sparsity": (W == 0).double().mean().item()})
+                records.append(layer_record(layer, W))
                 if gram:
                     records[-1]["error"] = relative_error(weight, W, stats[name].gram)
                 weight.copy_(W)
@@ -537,6 +537,16 @@ def prune_block(block, where, hidden, dense, prefix, stored, *, score, refine, s
         if dense:
             move(teacher[0], dense)
     return records
+
+
+def layer_record(name, W):
+    return {"layer": name, "weights": W.numel(), "sparsity": (W == 0).double().mean().item()}
+
+
+def note(writer, **what):
+    """Write the pruning.json of an unfinished folder: its run, the seconds so far, the records of its layers."""
+    text = json.dumps(what, indent=1)
+    write_atomically(writer.partial / "pruning.json", lambda path: path.write_text(text))
 
 
 def finished(out, run):
@@ -571,8 +581,7 @@ def prune(model, samples, out, run, *, batch=8, propagate=False, sparsity=None, 
         if rank == 0:
             check_disk(writer.partial, writer.missing(source.size()), out)
         wait()  # the folder is there
-        log = writer.partial / "pruning.json"
-        known = noted(log) or {"layers": [], "seconds": 0}
+        known = noted(writer.partial / "pruning.json") or {"layers": [], "seconds": 0}
         recorded = {record["layer"].split(".")[2] for record in known["layers"]}
         done = [i for i in range(count) if writer.done(shard(i, count)) and str(i) in recorded]
         if done:
@@ -597,8 +606,7 @@ def prune(model, samples, out, run, *, batch=8, propagate=False, sparsity=None, 
                                        propagate=propagate, **options)
                 if rank == 0:
                     spent = known["seconds"] + time.perf_counter() - begin
-                    text = json.dumps({"run": run, "seconds": spent, "layers": records}, indent=1)
-                    write_atomically(log, lambda path: path.write_text(text))
+                    note(writer, run=run, seconds=spent, layers=records)
                     names = {k: f"{prefix}.{k}" for k in block.state_dict()}
                     writer.write(file, {names[k]: v.to(source.stored(names[k])) for k, v in block.state_dict().items()})
             del block  # before the next one is read
@@ -630,10 +638,10 @@ def swap_globally(model: GPT, dense: GPT, samples: Tensor, rounds: int, pattern:
     samples [n, seqlen]: calibration ids, ROUND tokens a round by turns, which processes share. Both models are whole in
     memory, on one device. pattern: (n, m) of the masks, which stays; None: each row keeps as many as it has."""
     (rank, world), device = processes(), model.lm_head.weight.device
-    layers, known = ({f"{i}.{name}": layer for i, block in enumerate(one.blocks())
-                      for name, layer in prunable(block).items()} for one in (model, dense))
-    texts = samples[rank::world].split(max(1, ROUND // samples.shape[1] // world))
-    texts = [[ids.to(device) for ids in text.split(max(1, 2048 // samples.shape[1]))] for text in texts]
+    layers, known = all_prunable(model), all_prunable(dense)
+    seqlen = samples.shape[1]
+    texts = samples[rank::world].split(max(1, ROUND // seqlen // world))
+    texts = [[ids.to(device) for ids in text.split(probe_tokens(seqlen) // seqlen)] for text in texts]
     for block in model.blocks():
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     with torch.no_grad():
@@ -755,13 +763,10 @@ def prune_globally(model, samples, out, run, *, global_swaps, pattern=None, **op
     with CheckpointWriter(out, model.config.raw, start, keep=run) if first else nullcontext() as writer:
         dense, pruned = (GPT.from_pretrained(folder, **model.place) for folder in (source.folder, start))
         losses = swap_globally(pruned, dense, samples, global_swaps, pattern)
-        records = [{"layer": f"model.layers.{i}.{name}", "weights": layer.weight.numel(),
-                    "sparsity": (layer.weight == 0).double().mean().item()}
-                   for i, block in enumerate(pruned.blocks()) for name, layer in prunable(block).items()]
+        records = [layer_record(name, layer.weight) for name, layer in all_prunable(pruned).items()]
         if first:
             seconds = before["seconds"] + time.perf_counter() - begin
-            text = json.dumps({"run": run, "seconds": seconds, "losses": losses, "layers": records}, indent=1)
-            write_atomically(writer.partial / "pruning.json", lambda path: path.write_text(text))
+            note(writer, run=run, seconds=seconds, losses=losses, layers=records)
             tensors = {name: W.to(source.stored(name)) for name, W in pruned.tensors().items()}
             writer.write("model.safetensors", tensors | source.rest())
     if first:
@@ -774,7 +779,8 @@ MOST = 0.99  # the largest share of a layer that an allocation prunes
 
 
 def probe_tokens(seqlen):
-    """How many tokens "sensitivity" looks at, at most: those of whole windows."""
+    """How many tokens "sensitivity" looks at and global swaps take through the model at a time, at most: those of
+    whole windows."""
     return max(2048, seqlen)
 
 
@@ -796,7 +802,7 @@ def allocation(model, where, hidden, sparsity, kind):
                    2048 tokens of each process's first batch (one window, if that is longer). For other shares it is
                    scaled by the layer's squared error, known from the Wanda scores. Of the shares less than 0.1
                    from `sparsity` those with the least total damage are taken."""
-    names = [f"model.layers.{i}.{name}" for i, block in enumerate(model.model.layers) for name in prunable(block)]
+    names = list(all_prunable(model))
     if kind == "uniform":
         return dict.fromkeys(names, sparsity)
     hidden = list(hidden)
@@ -841,8 +847,7 @@ def damage(model, probe, trials):
     """The KL divergence [trials] from the output that the hidden states `probe` give to that of each trial."""
     device = model.lm_head.weight.device
     expected = model.head(probe.to(device)).float().log_softmax(-1)
-    found = torch.stack([F.kl_div(model.head(x.to(device)).float().log_softmax(-1), expected, reduction="sum",
-                                  log_target=True) for x in trials])
+    found = torch.stack([divergence(model.head(x.to(device)), expected) for x in trials])
     add_up(found)
     return found.double().cpu()
 
@@ -1018,12 +1023,12 @@ def check_whole(args, config):
 
 def global_bytes(args, config):
     """Bytes of memory that global swaps take at most: the dense and the pruned model, the gradient in float32, what
-    2048 tokens leave behind in each block and in the one that is computed again, their logits and those that a round
+    probe_tokens leave behind in each block and in the one that is computed again, their logits and those that a round
     compares with."""
     with torch.device("meta"):
         model = GPT(config)
-    weights = sum(layer.weight.numel() for block in model.model.layers for layer in prunable(block).values())
-    C, M, tokens = config.hidden_size, config.intermediate_size, max(2048, args.seqlen)
+    weights = sum(layer.weight.numel() for layer in all_prunable(model).values())
+    C, M, tokens = config.hidden_size, config.intermediate_size, probe_tokens(args.seqlen)
     held = 2 * sum(p.numel() for p in model.parameters())
     kept = 3 if args.device == "cpu" else 1  # as measured: malloc does not give everything back at once
     held += kept * tokens * (config.num_hidden_layers * (4 * C + M) + 32 * C + 11 * M)
@@ -1158,7 +1163,7 @@ def prune_and_measure(args, folder, config, amount, passes):
     ids = evaluation_ids(args.data, split, tokenizer, args.seqlen)
     calibration = calibration_windows(args.calib, tokenizer, args.nsamples, args.seqlen, args.seed)
     count = len(windows(ids, args.seqlen))
-    allocated = f" (allocate {args.allocate})" * (args.allocate != "uniform")
+    allocated = f" ({said_of('allocate', args.allocate)})" * (args.allocate != "uniform")
     say(f"{args.model}: {amount} pruned{allocated}, calibration {args.nsamples} x {args.seqlen} tokens of "
         f"{args.calib}, perplexity on {told(args.data, split)} ({count} window{'s' * (count != 1)} of {args.seqlen} "
         f"tokens{config.remark(args.seqlen)})")

@@ -321,6 +321,12 @@ def prunable(block):
     return {name: layer for name, layer in block.named_modules() if isinstance(layer, nn.Linear)}
 
 
+def all_prunable(model):
+    """The same of all blocks of a model, by their full names; those of a streamed one are on the meta device."""
+    return {f"model.layers.{i}.{name}": layer for i, block in enumerate(model.model.layers)
+            for name, layer in prunable(block).items()}
+
+
 def graphed(step, *inputs):
     """step as a CUDA graph: launched at once for every later call, so that Python is out of the way. The tensors of a
     call are copied into those of the first, and the result is overwritten by the next call."""

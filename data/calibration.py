@@ -66,10 +66,8 @@ def add_product(total, a, b):
 
 
 @contextmanager
-def watch(linears, seen):
-    """While it is open, `seen(name, x)` is called for the input x [sequences, tokens, in] of each layer."""
-    hooks = [layer.register_forward_pre_hook(lambda _, inputs, name=name: seen(name, inputs[0]))
-             for name, layer in linears.items()]
+def held(hooks):
+    """Inside, PyTorch's hooks are in place."""
     try:
         yield
     finally:
@@ -77,7 +75,12 @@ def watch(linears, seen):
             hook.remove()
 
 
-@contextmanager
+def watch(linears, seen):
+    """While it is open, `seen(name, x)` is called for the input x [sequences, tokens, in] of each layer."""
+    return held([layer.register_forward_pre_hook(lambda _, inputs, name=name: seen(name, inputs[0]))
+                 for name, layer in linears.items()])
+
+
 def watch_gradients(embedding, linears, seen):
     """While it is open, a backward pass calls `seen(name, x, g)` for the input x [B, T, in] of each layer and the
     gradient g [B, T, out] at its output; no parameter has to require one. embedding: the module where the text enters.
@@ -87,12 +90,7 @@ def watch_gradients(embedding, linears, seen):
             output.register_hook(lambda g: seen(name, inputs[0], g))
         return hook
     hooks = [layer.register_forward_hook(output(name)) for name, layer in linears.items()]
-    hooks.append(embedding.register_forward_hook(lambda _, inputs, x: x.requires_grad_()))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return held([*hooks, embedding.register_forward_hook(lambda _, inputs, x: x.requires_grad_())])
 
 
 def steps(block, rope, positions, halves=False):

@@ -15,7 +15,7 @@ import dsnot
 from conftest import make_checkpoint
 from data.checkpoint import alone_in
 from data.command import InputError
-from gpt import GPT, prunable
+from gpt import GPT, all_prunable
 from test_gpt import ALL, ids_for, theirs
 from test_prune import command, tensors
 
@@ -26,22 +26,17 @@ def pair(tmp_path):
     torch.manual_seed(0)
     make_checkpoint(tmp_path / "m")
     dense, pruned = (GPT.from_pretrained(tmp_path / "m") for _ in range(2))
-    for block in pruned.blocks():
-        for layer in prunable(block).values():
-            W = layer.weight.data
-            W *= dsnot.keep_mask(torch.rand_like(W), pattern=(2, 4))
+    for layer in all_prunable(pruned).values():
+        W = layer.weight.data
+        W *= dsnot.keep_mask(torch.rand_like(W), pattern=(2, 4))
     return pruned, dense, torch.randint(0, 64, (12, 16))
-
-
-def layers_of(one):
-    return {f"{i}.{name}": layer for i, block in enumerate(one.blocks()) for name, layer in prunable(block).items()}
 
 
 def test_gradients(pair):
     """dL/dW, f and q of every layer against autograd, whole and in parts; would catch a sum that is no mean, hooks on
     the wrong layer, and hooks that stay."""
     pruned, dense, ids = pair
-    layers, seen, outputs = layers_of(pruned), {}, {}
+    layers, seen, outputs = all_prunable(pruned), {}, {}
     expected = dense(ids).log_softmax(-1).detach()
     loss, found = dsnot.output_gradients(pruned, layers, ids.split(5), expected.split(5), dsnot.divergence)
     for name, layer in layers.items():
@@ -88,11 +83,11 @@ def test_one_swap(pattern):
 def test_the_loss_falls_and_masks_keep_their_size(pair):
     """On text of its own, round by round; would catch swaps that harm, a broken 2:4 and values that nobody has."""
     pruned, dense, ids = pair
-    before = {name: layer.weight.clone() for name, layer in layers_of(pruned).items()}
+    before = {name: layer.weight.clone() for name, layer in all_prunable(pruned).items()}
     losses = dsnot.swap_globally(pruned, dense, ids, 5, (2, 4))
     assert len(losses) == 5 and losses[-1][1] < losses[0][0]
     assert all(after < begin for begin, after in losses)
-    for (name, layer), known in zip(layers_of(pruned).items(), layers_of(dense).values()):
+    for (name, layer), known in zip(all_prunable(pruned).items(), all_prunable(dense).values()):
         assert ((layer.weight != 0).unflatten(1, (-1, 4)).sum(-1) == 2).all()
         assert ((layer.weight == 0) | (layer.weight == known.weight)).all()
         assert not torch.equal(layer.weight, before[name])
@@ -101,7 +96,7 @@ def test_the_loss_falls_and_masks_keep_their_size(pair):
 def test_swaps_that_harm_are_taken_back(pair, monkeypatch):
     """Bit for bit, however often they are tried."""
     pruned, dense, ids = pair
-    before = {name: layer.weight.clone() for name, layer in layers_of(pruned).items()}
+    before = {name: layer.weight.clone() for name, layer in all_prunable(pruned).items()}
     swap, tried = dsnot.swap_one, []
 
     def wrong(W, dense, gradient, f, q, damping, pattern):
@@ -110,7 +105,7 @@ def test_swaps_that_harm_are_taken_back(pair, monkeypatch):
     monkeypatch.setattr(dsnot, "swap_one", wrong)
     losses = dsnot.swap_globally(pruned, dense, ids, 1, (2, 4))
     assert losses[0][0] == losses[0][1] and len(set(tried)) == 10
-    assert all(torch.equal(layer.weight, before[name]) for name, layer in layers_of(pruned).items())
+    assert all(torch.equal(layer.weight, before[name]) for name, layer in all_prunable(pruned).items())
 
 
 @pytest.mark.parametrize("family, changes", ALL)
@@ -118,12 +113,12 @@ def test_every_family(family, changes, tmp_path):
     """Learned positions, tied heads, biases, norms behind a layer: the loss falls wherever the text enters."""
     theirs(family, changes).save_pretrained(tmp_path)
     dense, pruned = (GPT.from_pretrained(tmp_path) for _ in range(2))
-    for layer in layers_of(pruned).values():
+    for layer in all_prunable(pruned).values():
         layer.weight.data *= dsnot.keep_mask(layer.weight.abs(), sparsity=0.5)
-    before = {name: (layer.weight != 0).sum(1) for name, layer in layers_of(pruned).items()}
+    before = {name: (layer.weight != 0).sum(1) for name, layer in all_prunable(pruned).items()}
     losses = dsnot.swap_globally(pruned, dense, ids_for(batch=6), 4)
     assert losses[-1][1] < losses[0][0]
-    assert all(torch.equal(before[name], (layer.weight != 0).sum(1)) for name, layer in layers_of(pruned).items())
+    assert all(torch.equal(before[name], (layer.weight != 0).sum(1)) for name, layer in all_prunable(pruned).items())
 
 
 @pytest.mark.parametrize("options", [("--pattern", "2:4", "--refine", "swap"), ("--sparsity", "0.6", "--refit"),
@@ -195,7 +190,7 @@ def test_nothing_is_held_afterwards(pair):
     try:
         dsnot.swap_globally(pruned, dense, ids, 1, (2, 4))
         weight = weakref.ref(pruned.model.layers[0].mlp.up_proj.weight)
-        assert not any(layer.weight.requires_grad for layer in layers_of(pruned).values())
+        assert not any(layer.weight.requires_grad for layer in all_prunable(pruned).values())
         del pruned
         assert weight() is None
     finally:

@@ -11,7 +11,7 @@ import ast_train
 import dsnot
 from conftest import make_checkpoint
 from dsnot import dsnot_refine, keep_mask, magnitude_score, refit_weights, sparsegpt, swap_refine, wanda_score
-from gpt import GPT
+from gpt import GPT, all_prunable
 from sparse_matmul import compress, decompress, prune_24, sparse_linear, sparsify
 from test_dsnot import published_dsnot, published_sparsegpt, random_layer, stats_of
 from test_gpt import ALL, ids_for, ours
@@ -68,8 +68,7 @@ def test_global_swaps(dtype, tmp_path):
     ids, found = torch.randint(0, 64, (12, 16)), {}
     for device in "cpu", "cuda":
         dense, pruned = (GPT.from_pretrained(tmp_path, device=device, dtype=dtype) for _ in range(2))
-        layers = {f"{i}.{name}": layer for i, block in enumerate(pruned.blocks())
-                  for name, layer in dsnot.prunable(block).items()}
+        layers = all_prunable(pruned)
         for layer in layers.values():
             layer.weight.data *= keep_mask(layer.weight, pattern=(2, 4))
         text = [ids.to(device)]
