@@ -69,11 +69,12 @@ from data.checkpoint import CheckpointWriter, alone_in, noted, pruned_here
 from data.command import InputError, Parser, parser, record, run, versions, write_atomically
 from data.device import fast_in_bf16
 from data.hub import model_folder
+from data.method import parse_pattern
 from data.processes import add_up, mean_over_processes, process_group, processes, say, side_by_side
 from data.state import check_room, load_state, save_state
 from data.stream import CUTS, HALVES, Mixture, tokens, weighted
 from data.text import SOURCES, evaluation_ids, usual_text
-from dsnot import keep_mask, magnitude_score, parse_pattern, prune, wanda_score
+from dsnot import keep_mask, magnitude_score, prune, wanda_score
 from eval import perplexity
 from gpt import GPT, Block, all_prunable, prunable
 

@@ -42,7 +42,6 @@ import copy
 import itertools
 import json
 import os
-import shutil
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -55,17 +54,17 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import calibration_windows, load_tokenizer, windows
-from data.calibration import (InputStats, add_product, input_stats, move, place_for, readers, steps,
-                              watch_gradients)
-from data.checkpoint import CheckpointWriter, alone_in, noted, pruned_here, shard
-from data.command import InputError, at_least, check_disk, parser, record, run, told_bytes, versions, write_atomically
-from data.device import free_memory, timed
+from data.calibration import InputStats, add_product, input_stats, move, place_for, readers, steps, watch_gradients
+from data.checkpoint import CheckpointWriter, alone_in, noted, pruned_here, remove, shard
+from data.command import InputError, at_least, check_disk, parser, record, run, versions, write_atomically
+from data.estimate import CHUNK, ROUND, check_memory, check_whole, dry_run, held_states, probe_tokens
 from data.hub import model_folder
+from data.method import METHOD, USUAL, has_goal, method_of, needs_gram, parse_pattern, propagates, refine_of, rows_apart
 from data.processes import add_up, from_first, process_group, processes, say, wait
 from data.text import SOURCES, evaluation_ids, split_of, told, usual_text
 from eval import perplexity
 from gpt import GPT, Block, Config, all_prunable, prunable, rotary
-from results.compare import method_of, percent, propagates, said_of
+from results.compare import percent, said_of
 
 
 # ------------------------------------------------------------------------------------------------ scores and masks
@@ -197,9 +196,6 @@ def _prune_candidates(W, keep, stats, cycles):
 
 
 # ---------------------------------------------------------------------------------------------------- exact swaps
-
-CHUNK = 2**26  # elements of the rows that swaps take at a time on a GPU, and of the systems that refit solves at a time
-
 
 def swap_refine(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = None, max_swaps: int | None = None,
                 candidates: int = 16, pattern: tuple[int, int] | None = None) -> Tensor:
@@ -459,12 +455,6 @@ def prune_layer(W, stats, *, score, refine, goal=None, sparsity=None, pattern=No
     return settle(keep=swap_refine(W, keep, stats.gram, goal=goal, **swap))
 
 
-def rows_apart(score, pattern=None, **_):
-    """Whether a method, given by these options of `prune`, prunes each row independently, so that processes can share
-    the rows: all but unstructured SparseGPT, whose threshold spans them."""
-    return score != "sparsegpt" or pattern is not None
-
-
 def prune_rows(W, stats, goal, **options):
     """prune_layer, each process taking its share of the rows where they are apart, else all taking the first one's."""
     rank, world = processes()
@@ -481,21 +471,6 @@ def relative_error(W, pruned, gram):
     """||(W - pruned) X||^2 / ||W X||^2 of a layer, from its inputs' Gram matrix; 0 where nothing comes out."""
     lost, whole = (((W @ gram) * W).sum().item() for W in (W.float() - pruned.float(), W.float()))
     return max(0.0, lost / whole) if whole > 0 else 0.0
-
-
-def needs_gram(score, refine, refit=False, **_):
-    """Whether a method, given by these options of `prune`, needs the Gram matrices of the inputs."""
-    return refit or score == "sparsegpt" or "swap" in refine
-
-
-def has_goal(propagate=False, **method):
-    """Whether layers aim at the dense model's outputs; its hidden states are then computed beside the pruned ones."""
-    return propagate and needs_gram(**method)
-
-
-def refine_of(name, refine, refine_layers="all", **_):
-    """How a block's layer of that name is refined, given these options of `prune`."""
-    return refine if refine_layers == "all" or "self_attn" in name else "none"
 
 
 def prune_block(block, where, hidden, dense, prefix, stored, *, score, refine, sparsity, refit=False, propagate=False,
@@ -619,9 +594,6 @@ def prune(model, samples, out, run, *, batch=8, propagate=False, sparsity=None, 
 
 # ----------------------------------------------------------------------------- swaps by the output of the whole model
 
-ROUND = 8192  # tokens of a round
-
-
 def swap_globally(model: GPT, dense: GPT, samples: Tensor, rounds: int, pattern: tuple[int, int] | None = None):
     """Swap weights of a pruned model, in place, by what the output of the whole model loses. Returns the loss before
     and after each round, in nats a token.
@@ -742,14 +714,6 @@ def blocks_of(out, run):
     return out.with_name(f"{out.name}.blocks"), local | {"blocks_of": out.name}
 
 
-def remove(folder):
-    """Remove a folder, which is whole under its name or not there."""
-    gone = folder.with_name(f".{folder.name}.gone")
-    shutil.rmtree(gone, ignore_errors=True)
-    folder.rename(gone)
-    shutil.rmtree(gone)
-
-
 def prune_globally(model, samples, out, run, *, global_swaps, pattern=None, **options):
     """`prune` into the folder of blocks_of, which goes when `out` is there, then so many rounds of `swap_globally`, for
     which the dense and the pruned model are held whole in memory. The arguments are those of `prune`."""
@@ -778,19 +742,6 @@ def prune_globally(model, samples, out, run, *, global_swaps, pattern=None, **op
 MOST = 0.99  # the largest share of a layer that an allocation prunes
 
 
-def probe_tokens(seqlen):
-    """How many tokens "sensitivity" looks at and global swaps take through the model at a time, at most: those of
-    whole windows."""
-    return max(2048, seqlen)
-
-
-def held_states(nsamples, seqlen, layers, aims, allocate):
-    """The most tokens whose hidden states a process holds at once: its calibration text, twice when it aims at the
-    dense model; while "sensitivity" allocates, that text and one trial for every layer."""
-    trials = probe_tokens(seqlen) * layers if allocate == "sensitivity" else 0
-    return nsamples * seqlen + max(nsamples * seqlen * aims, trials)
-
-
 def allocation(model, where, hidden, sparsity, kind):
     """{layer's name: the share of it to prune}, over all weights `sparsity` (but for what keep_mask rounds down in each
     layer), from one pass of `hidden`, batches [sequences, tokens, C], through the dense model. where: (rope, positions)
@@ -805,10 +756,9 @@ def allocation(model, where, hidden, sparsity, kind):
     names = list(all_prunable(model))
     if kind == "uniform":
         return dict.fromkeys(names, sparsity)
-    hidden = list(hidden)
+    hidden, trials, found, sizes = list(hidden), [], [], []
     grid = torch.arange(max(0.0, sparsity - 0.1), min(MOST + 0.005, sparsity + 0.1), 0.01, dtype=torch.double)
-    seqlen, trials, outliers, growth, sizes = hidden[0].shape[1], [], [], [], []
-    probe = hidden[0][:probe_tokens(seqlen) // seqlen]
+    probe = hidden[0][:probe_tokens(seqlen := hidden[0].shape[1]) // seqlen]
     for i in tqdm(range(model.config.num_hidden_layers), desc="allocating", unit="block", leave=False, disable=None):
         block = model.block(i)
         (step,), linears = steps(block, *where), prunable(block)
@@ -816,31 +766,46 @@ def allocation(model, where, hidden, sparsity, kind):
         scores = {name: wanda_score(layer.weight, stats[name]) for name, layer in linears.items()}
         sizes += [score.numel() for score in scores.values()]
         if kind == "owl":
-            mean = sum(score.sum().item() for score in scores.values()) / sum(sizes[-len(scores):])
-            found = sum((score > 5 * mean).sum().item() for score in scores.values()) / sum(sizes[-len(scores):])
-            outliers += [found] * len(scores)
+            found += [outliers(scores.values())] * len(scores)
         else:
             move(step, trials)
-            for name, layer in linears.items():
-                W = layer.weight.data
-                layer.weight.data = torch.where(keep_mask(scores[name], sparsity=sparsity), W, 0)
-                trials.append(step(probe))
-                layer.weight.data = W
-                lost = F.pad(scores[name].square_().sort(1)[0].sum(0).double().cumsum(0).cpu(), (1, 0))
-                width = len(lost) - 1  # lost[j]: by pruning j weights of each row
-                growth.append(lost[(grid * width).long()] / lost[int(sparsity * width)].clamp(min=1e-30))
+            trials += [pruned_alone(step, probe, layer, scores[name], sparsity) for name, layer in linears.items()]
+            found += [growth(score, sparsity, grid) for score in scores.values()]
             probe = step(probe)
         move(step, hidden)
         del block, linears, step  # before the next one is read
     sizes = torch.tensor(sizes, dtype=torch.double)
     if kind == "owl":
-        many = torch.tensor(outliers, dtype=torch.double)
+        many = torch.tensor(found, dtype=torch.double)
         shares = sparsity + 0.08 - 0.16 * (many - many.min()) / (many.max() - many.min()).clamp(min=1e-30)
     else:
-        shares = cheapest(torch.stack(growth) * damage(model, probe, trials)[:, None], grid, sizes, sparsity)
+        shares = cheapest(torch.stack(found) * damage(model, probe, trials)[:, None], grid, sizes, sparsity)
     for _ in range(100):  # a share stays between 0 and MOST, so one step may not be enough
         shares = (shares + sparsity - (shares * sizes).sum() / sizes.sum()).clamp(0, MOST)
     return dict(zip(names, shares.tolist()))
+
+
+def outliers(scores):
+    """The share of entries, of all scores together, that are above 5 times the mean."""
+    count = sum(score.numel() for score in scores)
+    mean = sum(score.sum().item() for score in scores) / count
+    return sum((score > 5 * mean).sum().item() for score in scores) / count
+
+
+def pruned_alone(step, x, layer, score, sparsity):
+    """step(x) while one linear layer is pruned by its scores."""
+    W = layer.weight.data
+    layer.weight.data = torch.where(keep_mask(score, sparsity=sparsity), W, 0)
+    y = step(x)
+    layer.weight.data = W
+    return y
+
+
+def growth(score, sparsity, grid):
+    """By Wanda scores [out, in], a layer's squared error at the shares of `grid` as multiples of that at `sparsity`."""
+    lost = F.pad(score.sort(1)[0].square_().sum(0).double().cumsum(0).cpu(), (1, 0))  # by pruning so many of each row
+    width = len(lost) - 1
+    return lost[(grid * width).long()] / lost[int(sparsity * width)].clamp(min=1e-30)
 
 
 def damage(model, probe, trials):
@@ -865,20 +830,6 @@ def cheapest(cost, grid, sizes, sparsity):
 
 # ---------------------------------------------------------------------------------------------------- the command
 
-def parse_pattern(text):
-    """"2:4" -> (2, 4). Raises InputError where it is no n:m with 0 < n < m."""
-    try:
-        n, m = map(int, text.split(":"))
-    except ValueError:
-        n = m = 0
-    if not 0 < n < m:
-        raise InputError(f"--pattern {text} is no n:m with 0 < n < m, such as 2:4 (two kept of every four)")
-    return n, m
-
-
-LAYER = ["score", "refine", "refit", "cycles", "threshold", "sign_check", "sparsity", "pattern"]  # of prune_layer
-METHOD = LAYER + ["propagate", "refine_layers", "allocate"]  # of prune
-USUAL = dict(cycles=None, threshold=0.1, sign_check=True, refine_layers="all")  # how masks are refined if nobody asks
 NSAMPLES = 128
 
 
@@ -932,219 +883,79 @@ def options():
     return p.parse_args()
 
 
-def check(args, config, text):
-    """Fill in the options that depend on others; raise InputError for those that can't be meant. text: to calibrate and
-    measure on if none is given, None: C4 and WikiText-2."""
-    if not 0 <= args.sparsity < 1:
-        raise InputError(f"--sparsity {args.sparsity} must be at least 0 and below 1 (0.7 prunes 70 %)")
+def check(args, config):
+    """Raise InputError for options that can't be meant."""
+    allocates, unrefined, no_dsnot = args.allocate != "uniform", args.refine == "none", "dsnot" not in args.refine
     at_least(args, nsamples=processes()[1], seqlen=2, cycles=0, threshold=0, global_swaps=0)
     if args.pattern:
         with torch.device("meta"):
             for layer in prunable(Block(config)).values():
                 check_pattern(parse_pattern(args.pattern), layer.in_features)
-        if args.allocate != "uniform":
-            raise InputError(f"--allocate {args.allocate} can't change the pattern {args.pattern}: give a --sparsity")
-    if args.allocate != "uniform" and args.sparsity > MOST:
-        raise InputError(f"--allocate {args.allocate} prunes no layer by more than {MOST}, so that --sparsity "
-                         f"{args.sparsity} can't be reached: lower it, or leave out --allocate")
-    if args.out is not None and Path(os.path.normpath(args.out)).name in ("", ".."):
-        raise InputError(f"--out {args.out} has no name of its own: give a folder to make")
-    if args.cycles is not None and args.refine == "none":
-        raise InputError(f"--cycles {args.cycles} is for swaps, which --refine none leaves out")
-    if args.refine_layers != "all" and args.refine == "none":
-        raise InputError(f"--refine-layers {args.refine_layers} is for refined layers, and --refine none leaves all as "
-                         f"they are")
-    for name in "threshold", "sign_check":
-        if getattr(args, name) is None:
-            setattr(args, name, USUAL[name])
-        elif "dsnot" not in args.refine:
-            raise InputError(f"--{name.replace('_', '-')} is for DSnoT, which --refine {args.refine} leaves out")
+    for wrong, sentence in [
+            (not 0 <= args.sparsity < 1,
+             f"--sparsity {args.sparsity} must be at least 0 and below 1 (0.7 prunes 70 %)"),
+            (allocates and args.pattern,
+             f"--allocate {args.allocate} can't change the pattern {args.pattern}: give a --sparsity"),
+            (allocates and args.sparsity > MOST,
+             f"--allocate {args.allocate} prunes no layer by more than {MOST}, so that --sparsity {args.sparsity} "
+             f"can't be reached: lower it, or leave out --allocate"),
+            (args.out is not None and Path(os.path.normpath(args.out)).name in ("", ".."),
+             f"--out {args.out} has no name of its own: give a folder to make"),
+            (args.cycles is not None and unrefined,
+             f"--cycles {args.cycles} is for swaps, which --refine none leaves out"),
+            (args.refine_layers != "all" and unrefined,
+             f"--refine-layers {args.refine_layers} is for refined layers, and --refine none leaves all as they are"),
+            (args.threshold is not None and no_dsnot,
+             f"--threshold is for DSnoT, which --refine {args.refine} leaves out"),
+            (args.sign_check is not None and no_dsnot,
+             f"--sign-check is for DSnoT, which --refine {args.refine} leaves out"),
+            (args.compare and not args.propagate and method_of(vars(args)) == args.score,
+             "--compare prunes once more without refinement, and there is none: leave it out")]:
+        if wrong:
+            raise InputError(sentence)
+
+
+def fill_in(args, config, text):
+    """Fill in the options that depend on others; returns the amount that is pruned and the method's name. text: to
+    calibrate and measure on if none is given, None: C4 and WikiText-2."""
     # what the default name of --out tells where it is otherwise
     named = USUAL | dict(calib=text or "c4", nsamples=NSAMPLES, seqlen=config.window_length())
-    args.calib, args.data = args.calib or named["calib"], args.data or text or "wikitext2"
-    args.seqlen = args.seqlen or named["seqlen"]
-    usual = propagates(method_of(vars(args)))
-    args.propagate = usual if args.propagate is None else args.propagate
-    refined = args.refit or args.refine != "none" or args.global_swaps > 0
-    if args.compare and not (refined or args.propagate):
-        raise InputError("--compare prunes once more without refinement, and there is none: leave it out")
-    args.compare = text is not None and refined if args.compare is None else args.compare
+    for name in "threshold", "sign_check", "calib", "seqlen":
+        if getattr(args, name) is None:
+            setattr(args, name, named[name])
+    args.data, method = args.data or text or "wikitext2", method_of(vars(args))
+    args.propagate = propagates(method) if args.propagate is None else args.propagate
+    if args.compare is None:
+        args.compare = text is not None and method != args.score  # it refines
     amount = args.pattern or percent(args.sparsity)
     name = [Path(args.model).name, args.score, args.refine + "+refit" * args.refit,
             *[f"global-{args.global_swaps}"] * (args.global_swaps > 0), amount.replace(":", "of").rstrip("%"),
-            *[args.allocate] * (args.allocate != "uniform"),
-            *[f"seed{args.seed}"] * (args.seed != 0), *["no-" * usual + "propagate"] * (args.propagate != usual)]
+            *[args.allocate] * (args.allocate != "uniform"), *[f"seed{args.seed}"] * (args.seed != 0),
+            *["propagate" if args.propagate else "no-propagate"] * (args.propagate != propagates(method))]
     for option, value in named.items():
         if (given := getattr(args, option)) != value:
             name.append(said_of(option, Path(given).name[-40:] if option == "calib" else given).replace(" ", "-"))
     args.out = args.out or str(Path("out") / "-".join(name))
-    return amount, method_of(vars(args))
+    return amount, method
 
 
-def check_memory(args, config):
-    """Raise InputError where the calibration text's activations don't fit into memory."""
-    need, world, device = state_bytes(args, config), processes()[1], torch.device(args.device)
-    free = free_memory(torch.device("cpu")) / world
-    if device.type == "cuda":
-        free = max(free, free_memory(device) / 2)  # all are in one place: see place_for
-    if need > free:
-        raise InputError(f"--nsamples {args.nsamples} of --seqlen {args.seqlen} make {told_bytes(world * need)} of "
-                         f"activations, and {told_bytes(world * free)} of memory are free for them: give fewer or "
-                         f"shorter ones")
-
-
-def stored_dtype(config):
-    """The dtype of a checkpoint's tensors, as far as config.json tells it."""
-    found = getattr(torch, str(config.raw.get("dtype") or config.raw.get("torch_dtype")), None)
-    return found if isinstance(found, torch.dtype) else torch.float32
-
-
-def held_dtype(args, config):
-    """The dtype in which a run holds the model."""
-    return torch.float32 if args.device == "cpu" else stored_dtype(config)
-
-
-def state_bytes(args, config):
-    """Bytes of the hidden states that each process of a run holds at a time, at most."""
-    with torch.device("meta"):
-        layers = config.num_hidden_layers * len(prunable(Block(config)))
-    nsamples = -(-args.nsamples // processes()[1])
-    states = held_states(nsamples, args.seqlen, layers, has_goal(**vars(args)), args.allocate)
-    return states * config.hidden_size * held_dtype(args, config).itemsize
-
-
-def check_whole(args, config):
-    """Raise InputError where what global swaps hold does not fit into memory."""
-    need, world, device = global_bytes(args, config), processes()[1], torch.device(args.device)
-    if need > (free := free_memory(device) / (1 if device.type == "cuda" else world)):
-        raise InputError(f"--global-swaps needs {told_bytes(need)} of memory, for two models and a gradient, and "
-                         f"{told_bytes(free)} are free on {args.device}: leave it out, or take a larger machine")
-
-
-def global_bytes(args, config):
-    """Bytes of memory that global swaps take at most: the dense and the pruned model, the gradient in float32, what
-    probe_tokens leave behind in each block and in the one that is computed again, their logits and those that a round
-    compares with."""
-    with torch.device("meta"):
-        model = GPT(config)
-    weights = sum(layer.weight.numel() for layer in all_prunable(model).values())
-    C, M, tokens = config.hidden_size, config.intermediate_size, probe_tokens(args.seqlen)
-    held = 2 * sum(p.numel() for p in model.parameters())
-    kept = 3 if args.device == "cpu" else 1  # as measured: malloc does not give everything back at once
-    held += kept * tokens * (config.num_hidden_layers * (4 * C + M) + 32 * C + 11 * M)
-    return (held * held_dtype(args, config).itemsize + 4 * weights
-            + 4 * config.vocab_size * (max(ROUND, args.seqlen) + 4 * tokens))
-
-
-def needed_memory(args, config, methods, block, whole):
-    """{what for: GB of memory} that each process of a run takes at most, beside what a program with PyTorch takes.
-    whole: the number of the model's parameters."""
-    weights, itemsize = [layer.weight for layer in prunable(block).values()], held_dtype(args, config).itemsize
-    elsewhere = config.num_hidden_layers - 1 - has_goal(**vars(args))  # blocks that are not in memory
-    n, m = methods[0]["pattern"] or (1 - args.sparsity, 1)
-    widest, equations = max(W.shape[1] for W in weights), max(W.numel() * W.shape[1] for W in weights) * (n / m) ** 2
-    gram, sensitivity = any(needs_gram(**method) for method in methods), args.allocate == "sensitivity"
-    needed = {
-        "the calibration text's activations": state_bytes(args, config),
-        "weights": (whole - elsewhere * sum(p.numel() for p in block.parameters())) * itemsize,
-        "a layer's scores": (56 if "swap" in args.refine else 28) * max(W.numel() for W in weights),
-        "a batch's activations": 32768 * config.intermediate_size * itemsize,
-        "Gram matrices": gram * (24 if args.score == "sparsegpt" else 16) * widest ** 2,
-        "refit's equations": args.refit * 20 * min(max(CHUNK, (widest * n / m) ** 2), equations),
-        "the logits of trials": sensitivity * 16 * probe_tokens(args.seqlen) * config.vocab_size}
-    if args.global_swaps and (size := global_bytes(args, config)) > sum(needed.values()):  # when all else is gone
-        needed = {"global swaps": size}
-    return {name: size / 1e9 for name, size in needed.items() if size}
-
-
-@torch.inference_mode()
-def needed_seconds(args, config, methods, block):
-    """How long pruning takes each process, from a random block on which its steps are timed."""
-    def fastest(work):  # `timed`, short work again: the first time is longer
-        taken = [timed(work, args.device)]
-        while sum(seconds for seconds, _ in taken) < 0.5 and len(taken) < 5:
-            taken.append(timed(work, args.device))
-        return min(taken, key=lambda one: one[0])
-
-    layers, world, sample = prunable(block), processes()[1], torch.arange(min(args.seqlen, 256), device=args.device)
-    where = rotary(config, sample), sample
-    (step,), halves = steps(block, *where), steps(block, *where, halves=True)
-    x = torch.randn(1, len(sample), config.hidden_size, device=args.device, dtype=held_dtype(args, config))
-    groups, stages = readers(step, x, layers), [(half, [one]) for half in halves for one in readers(half, x, layers)]
-    gram = any(needs_gram(**method) for method in methods)
-    watching, stats = fastest(lambda: input_stats(step, [x], layers, groups, gram))
-    running, _ = fastest(lambda: step(x))
-
-    def walking(propagate, goal):  # the text through the block, and to where its layers are seen
-        if not propagate:
-            return running + watching
-        seen, _ = fastest(lambda: [input_stats(half, [x], layers, one, gram, (half, [x], layers) if goal else None)
-                                   for half, one in stages])
-        return running * (1 + goal) + seen
-
-    tokens = -(-args.nsamples // world) * args.seqlen
-    needed = sum(walking(m["propagate"], has_goal(**m)) for m in methods) * tokens / len(sample)
-    if args.allocate != "uniform":  # a pass through the dense model, and for "sensitivity" a trial of each layer
-        trials = len(layers) * probe_tokens(args.seqlen) if args.allocate == "sensitivity" else 0
-        trials *= (config.num_hidden_layers + 1) / 2  # each goes on through the blocks that follow
-        needed += len(methods) * ((running + watching) * tokens + running * trials) / len(sample)
-    # the dense model's output, the pruned one's with a gradient, which takes three passes more, and a check or two
-    needed += args.global_swaps * max(ROUND, args.seqlen * world) * 6 * running / len(sample) / world
-    for method, name in itertools.product(methods, layers):
-        W, options = layers[name].weight, {k: method[k] for k in LAYER} | dict(refine=refine_of(name, **method))
-        how = partial(prune_layer, stats=stats[name], **options)
-        part = args.device == "cpu" and args.score != "sparsegpt"  # elsewhere time is not in proportion to the rows
-        rows = 64 if part else len(W)
-        if args.device != "cpu":
-            how(W[:64])  # warms up
-        needed += fastest(lambda: how(W[:rows]))[0] * len(W) / rows / (world if rows_apart(**options) else 1)
-    return needed * config.num_hidden_layers
-
-
-def dry_run(args, config, amount, methods):
-    """Print what a run with these methods (the options of prune, each) would take: from the configuration, and from a
-    random block."""
-    with torch.device("meta"):
-        whole = sum(p.numel() for p in GPT(config).parameters())
-    stored, blocks, (rank, world) = stored_dtype(config), config.num_hidden_layers, processes()
-    block = Block(config).to(args.device, held_dtype(args, config))
-    gigabytes = needed_memory(args, config, methods, block, whole)
-    needed = needed_seconds(args, config, methods, block)
-    weights, size = {name: layer.weight for name, layer in prunable(block).items()}, whole * stored.itemsize / 1e9
-    say(f"{args.model}, {amount} pruned: {blocks} blocks with {sum(W.numel() for W in weights.values()):,} weights to "
-        f"prune in each, {whole:,} parameters")
-    for name, W in weights.items():
-        say(f"    {name:<18} {W.shape[0]:>6} x {W.shape[1]}")
-    written = (len(methods) + (args.global_swaps > 0)) * size  # what is pruned block by block is written before
-    each = f" in each of {world} processes" * (world > 1)
-    say(f"memory    {told_bytes(1e9 * sum(gigabytes.values()))} on {args.device}{each}: "
-        + ", ".join(f"{name} {told_bytes(1e9 * size)}" for name, size in gigabytes.items()))
-    say(f"disk      {told_bytes(1e9 * size)} to read, {told_bytes(1e9 * written)} to write")
-    unit, seconds = next((u for u in (("days", 86400), ("hours", 3600), ("minutes", 60)) if needed > 2 * u[1]),
-                         ("seconds", 1))
-    say(f"time      {needed / seconds:,.1f} {unit} on {args.device}, estimated from a part of one of the {blocks} "
-        f"blocks and as busy as the machine is now; reading, writing and evaluation come on top")
-    if rank == 0:
-        record(args, {"memory_gb": gigabytes, "read_gb": size, "written_gb": written, "seconds": needed})
-
-
-def prune_and_measure(args, folder, config, amount, passes):
-    """Make the checkpoint of each of the passes (name, folder, options of prune; None: it is there), measure it and
-    print a line; returns the rows of the table."""
-    def load(folder):
-        return GPT.from_pretrained(folder, device=args.device, stream=True)
-
-    tokenizer, batch, source = load_tokenizer(folder), max(1, 8192 // args.seqlen), GPT.open(folder).source
-    source.check_dense()
+def shared_by(args, source):
+    """What names a run beside its method: the options and the files that every checkpoint it makes depends on."""
     same = {option: getattr(args, option) for option in ("nsamples", "seqlen", "seed")}
     same |= dict(calib=os.path.normpath(args.calib), model=str(source.folder.resolve()), pattern=args.pattern,
                  files=versions([*source.paths, args.calib]), command="dsnot.py")
     if args.allocate == "sensitivity" and processes()[1] > 1:
         same["processes"] = processes()[1]  # each looks at tokens of its own, so others would find other shares
+    return same
+
+
+def check_folders(args, config, source, passes, same):
+    """Raise InputError where a pass, as in prune_and_measure, can't fill its folder or has too little memory or disk;
+    returns notes on those that are finished."""
     missing, notes = [], []  # missing: bytes, of each folder that is to be filled
-    blocks = [(None, *blocks_of(place, how)) for _, place, how in passes[1:]
+    blocks = [(None, *blocks_of(place, how)) for _, place, how in passes
               if "global_swaps" in how and not finished(place, how | same)]
-    for name, place, how in reversed(blocks + passes[1:]):  # --out itself is the first to be refused
+    for name, place, how in reversed(blocks + passes):  # --out itself is the first to be refused
         writer = CheckpointWriter(place, config.raw, source.folder, keep=how | same)  # refuses a folder it can't fill
         if finished(place, how | same):
             notes.append(f"{place} is finished" + ", and will be measured again" * (name is not None))
@@ -1158,6 +969,19 @@ def prune_and_measure(args, folder, config, amount, passes):
     if blocks:
         check_whole(args, config)
     check_disk(Path(args.out), sum(missing), args.out)
+    return notes
+
+
+def prune_and_measure(args, folder, config, amount, passes):
+    """Make the checkpoint of each of the passes (name, folder, options of prune; the first one, the dense model, is
+    there and has none), measure it and print a line; returns the rows of the table."""
+    def load(folder):
+        return GPT.from_pretrained(folder, device=args.device, stream=True)
+
+    tokenizer, batch, source = load_tokenizer(folder), max(1, 8192 // args.seqlen), GPT.open(folder).source
+    source.check_dense()
+    same = shared_by(args, source)
+    notes = check_folders(args, config, source, passes[1:], same)
     shared = Path(args.data).resolve() == Path(args.calib).resolve()
     split = "test" if shared and not args.split else split_of(args.data, args.split)
     ids = evaluation_ids(args.data, split, tokenizer, args.seqlen)
@@ -1172,8 +996,8 @@ def prune_and_measure(args, folder, config, amount, passes):
     if (args.refit or args.score == "sparsegpt") and calibration.numel() < config.intermediate_size:
         notes.append(f"weights are fitted to {calibration.numel()} tokens of calibration text, fewer than the "
                      f"{config.intermediate_size} inputs of a layer: give more --nsamples, or other texts suffer")
-    for note in notes:
-        say(f"note: {note}")
+    for one in notes:
+        say(f"note: {one}")
 
     say(f"\n{'method':<24}{'sparsity':>10} {'perplexity':>13} {'seconds':>9}")
     rows = []
@@ -1196,13 +1020,14 @@ def main():
     with process_group(args):
         folder = model_folder(args.model, config_only=args.dry_run)
         config = Config.read(folder)
-        amount, title = check(args, config, usual_text(folder, None))
+        check(args, config)
+        amount, title = fill_in(args, config, usual_text(folder, None))
         method = {name: getattr(args, name) for name in METHOD}
         method |= dict(pattern=args.pattern and parse_pattern(args.pattern))
         plain = method | USUAL | dict(refine="none", refit=False, propagate=False)
         method |= dict(global_swaps=args.global_swaps) if args.global_swaps else {}
         if args.dry_run:
-            return dry_run(args, config, amount, [method] + [plain] * args.compare)
+            return dry_run(args, config, amount, [method] + [plain] * args.compare, prune_layer)
         out = Path(os.path.normpath(args.out))  # "missing/.." is where it will be written
         passes = [("dense", folder, None), (title, out, method)]
         if args.compare:

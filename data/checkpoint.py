@@ -389,3 +389,11 @@ class CheckpointWriter:
             self.folder.rename(self.before)
         self.partial.rename(self.folder)
         shutil.rmtree(self.before, ignore_errors=True)
+
+
+def remove(folder):
+    """Remove a folder, which is whole under its name or not there."""
+    gone = folder.with_name(f".{folder.name}.gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    folder.rename(gone)
+    shutil.rmtree(gone)

@@ -13,6 +13,7 @@ import textwrap
 from pathlib import Path
 
 from data.command import InputError, record, write_atomically
+from data.method import method_of, propagates
 
 NAMELESS = {"json", "out", "model", "data", "split", "device", "sparsity", "pattern", "score", "refine",
             "compare", "seed", "seqlen", "plot", "batch", "methods", "tasks", "tasks_dir", "limit", "speed", "files",
@@ -50,18 +51,6 @@ def read_rows(path):
         why = f": {e}" if isinstance(e, (OSError, ValueError)) else ""
         raise InputError(f"--compare {path} is neither a result file with a table (--json of dsnot.py, ast_train.py or "
                          f"eval.py) nor a pruned checkpoint{why}") from None
-
-
-def method_of(run):
-    """The name of a method of dsnot.py, from its options."""
-    steps = [run["score"], *run["refine"].replace("none", "").split("+"), "refit" * run.get("refit", False),
-             "global" * bool(run.get("global_swaps"))]
-    return " + ".join(filter(None, steps))
-
-
-def propagates(method):
-    """Whether a method of that name prunes layer after layer if nobody asks for something else."""
-    return "swap" in method or "refit" in method
 
 
 def percent(share):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 import dsnot
 from conftest import make_checkpoint
+from data import estimate
 from data.checkpoint import alone_in
 from data.command import InputError
 from gpt import GPT, all_prunable
@@ -198,7 +199,7 @@ def test_nothing_is_held_afterwards(pair):
 
 
 def test_memory_is_asked_for_first(monkeypatch, capsys, model, tmp_path):
-    monkeypatch.setattr(dsnot, "free_memory", lambda _: 10**6)
+    monkeypatch.setattr(estimate, "free_memory", lambda _: 10**6)
     with pytest.raises(SystemExit) as end:
         command(monkeypatch, model, tmp_path / "out", "--global-swaps", "3")
     error = capsys.readouterr().err

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import dsnot
 from conftest import ROOT, make_checkpoint
+from data import calibration, estimate
 from data.calibration import inputs_of, place_for, watch
 from data.checkpoint import alone_in
 from data.command import run
@@ -123,7 +124,7 @@ def test_a_block_without_its_records_is_pruned_again(monkeypatch, capsys, model,
                                          ({}, torch.float32), ({"torch_dtype": "bfloat16"}, torch.bfloat16)])
 def test_stored_dtype(said, dtype):
     """A traceback of the dry run."""
-    assert dsnot.stored_dtype(argparse.Namespace(raw=said)) == dtype
+    assert estimate.stored_dtype(argparse.Namespace(raw=said)) == dtype
 
 
 @pytest.mark.parametrize("goes_on", [False, True])
@@ -428,7 +429,7 @@ def test_runs_that_differ_have_folders_that_differ(monkeypatch, options, ending)
     """Would catch hours of work that are replaced by those of other options."""
     monkeypatch.setattr(sys, "argv", ["dsnot.py", *options])
     args = dsnot.options()
-    dsnot.check(args, dsnot.Config.read(ROOT / "data" / "tiny"), "tiny")
+    dsnot.fill_in(args, dsnot.Config.read(ROOT / "data" / "tiny"), "tiny")
     assert args.out == f"out/tiny{ending}"
 
 
@@ -438,7 +439,7 @@ def test_memory_for_the_activations(monkeypatch, capsys, model, tmp_path):
     before, full = tensors(tmp_path / "done"), lambda device: 100
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(dsnot, "free_memory", full)
+        patch.setattr(estimate, "free_memory", full)
         expect_refusal(patch, capsys, model, tmp_path / "out", [], "--nsamples 4 of --seqlen 32 make ")
         command(patch, model, tmp_path / "done")
     assert all(torch.equal(before[name], W) for name, W in tensors(tmp_path / "done").items())
@@ -449,12 +450,12 @@ def test_activations_lie_in_one_place(monkeypatch, gpu, cpu, fits):
     """Would catch a run of 150 GB that is let in because the GPU's memory and the computer's together have room."""
     def free(device):
         return 1e9 * (gpu if torch.device(device).type == "cuda" else cpu)
-    for module in dsnot, sys.modules["data.calibration"]:
+    for module in estimate, calibration:
         monkeypatch.setattr(module, "free_memory", free)
-    monkeypatch.setattr(dsnot, "state_bytes", lambda *_: 150e9)
+    monkeypatch.setattr(estimate, "state_bytes", lambda *_: 150e9)
     args = argparse.Namespace(device="cuda", nsamples=1, seqlen=1, global_swaps=0)
     with contextlib.nullcontext() if fits else pytest.raises(dsnot.InputError, match="make 150.0 GB of activations"):
-        dsnot.check_memory(args, None)
+        estimate.check_memory(args, None)
     place = place_for(argparse.Namespace(hidden_size=1), 75e9, torch.device("cuda"), torch.float16)
     assert fits == (150 < (cpu if place == "cpu" else gpu))
 

@@ -1,0 +1,177 @@
+"""What a run of dsnot.py takes, known before it begins: memory and disk by the configuration, time from a random block.
+"""
+
+import itertools
+from functools import partial
+
+import torch
+
+from data.calibration import input_stats, readers, steps
+from data.command import InputError, record, told_bytes
+from data.device import free_memory, timed
+from data.method import LAYER, has_goal, needs_gram, refine_of, rows_apart
+from data.processes import processes, say
+from gpt import GPT, Block, all_prunable, prunable, rotary
+
+CHUNK = 2**26  # elements of the rows that swaps take at a time on a GPU, and of the systems that refit solves at a time
+ROUND = 8192  # tokens of a round of global swaps
+
+
+def probe_tokens(seqlen):
+    """How many tokens "sensitivity" looks at and global swaps take through the model at a time, at most: those of
+    whole windows."""
+    return max(2048, seqlen)
+
+
+def held_states(nsamples, seqlen, layers, aims, allocate):
+    """The most tokens whose hidden states a process holds at once: its calibration text, twice when it aims at the
+    dense model; while "sensitivity" allocates, that text and one trial for every layer."""
+    trials = probe_tokens(seqlen) * layers if allocate == "sensitivity" else 0
+    return nsamples * seqlen + max(nsamples * seqlen * aims, trials)
+
+
+def stored_dtype(config):
+    """The dtype of a checkpoint's tensors, as far as config.json tells it."""
+    found = getattr(torch, str(config.raw.get("dtype") or config.raw.get("torch_dtype")), None)
+    return found if isinstance(found, torch.dtype) else torch.float32
+
+
+def held_dtype(args, config):
+    """The dtype in which a run holds the model."""
+    return torch.float32 if args.device == "cpu" else stored_dtype(config)
+
+
+def state_bytes(args, config):
+    """Bytes of the hidden states that each process of a run holds at a time, at most."""
+    with torch.device("meta"):
+        layers = config.num_hidden_layers * len(prunable(Block(config)))
+    nsamples = -(-args.nsamples // processes()[1])
+    states = held_states(nsamples, args.seqlen, layers, has_goal(**vars(args)), args.allocate)
+    return states * config.hidden_size * held_dtype(args, config).itemsize
+
+
+def check_memory(args, config):
+    """Raise InputError where the calibration text's activations don't fit into memory."""
+    need, world, device = state_bytes(args, config), processes()[1], torch.device(args.device)
+    free = free_memory(torch.device("cpu")) / world
+    if device.type == "cuda":
+        free = max(free, free_memory(device) / 2)  # all are in one place: see place_for
+    if need > free:
+        raise InputError(f"--nsamples {args.nsamples} of --seqlen {args.seqlen} make {told_bytes(world * need)} of "
+                         f"activations, and {told_bytes(world * free)} of memory are free for them: give fewer or "
+                         f"shorter ones")
+
+
+def global_bytes(args, config):
+    """Bytes of memory that global swaps take at most: the dense and the pruned model, the gradient in float32, what
+    probe_tokens leave behind in each block and in the one that is computed again, their logits and those that a round
+    compares with."""
+    with torch.device("meta"):
+        model = GPT(config)
+    weights = sum(layer.weight.numel() for layer in all_prunable(model).values())
+    C, M, tokens = config.hidden_size, config.intermediate_size, probe_tokens(args.seqlen)
+    held = 2 * sum(p.numel() for p in model.parameters())
+    kept = 3 if args.device == "cpu" else 1  # as measured: malloc does not give everything back at once
+    held += kept * tokens * (config.num_hidden_layers * (4 * C + M) + 32 * C + 11 * M)
+    return (held * held_dtype(args, config).itemsize + 4 * weights
+            + 4 * config.vocab_size * (max(ROUND, args.seqlen) + 4 * tokens))
+
+
+def check_whole(args, config):
+    """Raise InputError where what global swaps hold does not fit into memory."""
+    need, world, device = global_bytes(args, config), processes()[1], torch.device(args.device)
+    if need > (free := free_memory(device) / (1 if device.type == "cuda" else world)):
+        raise InputError(f"--global-swaps needs {told_bytes(need)} of memory, for two models and a gradient, and "
+                         f"{told_bytes(free)} are free on {args.device}: leave it out, or take a larger machine")
+
+
+def needed_memory(args, config, methods, block, whole):
+    """{what for: GB of memory} that each process of a run takes at most, beside what a program with PyTorch takes.
+    whole: the number of the model's parameters."""
+    weights, itemsize = [layer.weight for layer in prunable(block).values()], held_dtype(args, config).itemsize
+    elsewhere = config.num_hidden_layers - 1 - has_goal(**vars(args))  # blocks that are not in memory
+    n, m = methods[0]["pattern"] or (1 - args.sparsity, 1)
+    widest, equations = max(W.shape[1] for W in weights), max(W.numel() * W.shape[1] for W in weights) * (n / m) ** 2
+    gram, sensitivity = any(needs_gram(**method) for method in methods), args.allocate == "sensitivity"
+    needed = {
+        "the calibration text's activations": state_bytes(args, config),
+        "weights": (whole - elsewhere * sum(p.numel() for p in block.parameters())) * itemsize,
+        "a layer's scores": (56 if "swap" in args.refine else 28) * max(W.numel() for W in weights),
+        "a batch's activations": 32768 * config.intermediate_size * itemsize,
+        "Gram matrices": gram * (24 if args.score == "sparsegpt" else 16) * widest ** 2,
+        "refit's equations": args.refit * 20 * min(max(CHUNK, (widest * n / m) ** 2), equations),
+        "the logits of trials": sensitivity * 16 * probe_tokens(args.seqlen) * config.vocab_size}
+    if args.global_swaps and (size := global_bytes(args, config)) > sum(needed.values()):  # when all else is gone
+        needed = {"global swaps": size}
+    return {name: size / 1e9 for name, size in needed.items() if size}
+
+
+@torch.inference_mode()
+def needed_seconds(args, config, methods, block, prune_layer):
+    """How long pruning takes each process, from a random block on which its steps are timed."""
+    def fastest(work):  # `timed`, short work again: the first time is longer
+        taken = [timed(work, args.device)]
+        while sum(seconds for seconds, _ in taken) < 0.5 and len(taken) < 5:
+            taken.append(timed(work, args.device))
+        return min(taken, key=lambda one: one[0])
+
+    layers, world, sample = prunable(block), processes()[1], torch.arange(min(args.seqlen, 256), device=args.device)
+    where = rotary(config, sample), sample
+    (step,), halves = steps(block, *where), steps(block, *where, halves=True)
+    x = torch.randn(1, len(sample), config.hidden_size, device=args.device, dtype=held_dtype(args, config))
+    groups, stages = readers(step, x, layers), [(half, [one]) for half in halves for one in readers(half, x, layers)]
+    gram = any(needs_gram(**method) for method in methods)
+    watching, stats = fastest(lambda: input_stats(step, [x], layers, groups, gram))
+    running, _ = fastest(lambda: step(x))
+
+    def walking(propagate, goal):  # the text through the block, and to where its layers are seen
+        if not propagate:
+            return running + watching
+        seen, _ = fastest(lambda: [input_stats(half, [x], layers, one, gram, (half, [x], layers) if goal else None)
+                                   for half, one in stages])
+        return running * (1 + goal) + seen
+
+    tokens = -(-args.nsamples // world) * args.seqlen
+    needed = sum(walking(m["propagate"], has_goal(**m)) for m in methods) * tokens / len(sample)
+    if args.allocate != "uniform":  # a pass through the dense model, and for "sensitivity" a trial of each layer
+        trials = len(layers) * probe_tokens(args.seqlen) if args.allocate == "sensitivity" else 0
+        trials *= (config.num_hidden_layers + 1) / 2  # each goes on through the blocks that follow
+        needed += len(methods) * ((running + watching) * tokens + running * trials) / len(sample)
+    # the dense model's output, the pruned one's with a gradient, which takes three passes more, and a check or two
+    needed += args.global_swaps * max(ROUND, args.seqlen * world) * 6 * running / len(sample) / world
+    for method, name in itertools.product(methods, layers):
+        W, options = layers[name].weight, {k: method[k] for k in LAYER} | dict(refine=refine_of(name, **method))
+        how = partial(prune_layer, stats=stats[name], **options)
+        part = args.device == "cpu" and args.score != "sparsegpt"  # elsewhere time is not in proportion to the rows
+        rows = 64 if part else len(W)
+        if args.device != "cpu":
+            how(W[:64])  # warms up
+        needed += fastest(lambda: how(W[:rows]))[0] * len(W) / rows / (world if rows_apart(**options) else 1)
+    return needed * config.num_hidden_layers
+
+
+def dry_run(args, config, amount, methods, prune_layer):
+    """Print what a run with these methods (the options of prune, each) would take: from the configuration, and from a
+    random block."""
+    with torch.device("meta"):
+        whole = sum(p.numel() for p in GPT(config).parameters())
+    stored, blocks, (rank, world) = stored_dtype(config), config.num_hidden_layers, processes()
+    block = Block(config).to(args.device, held_dtype(args, config))
+    gigabytes = needed_memory(args, config, methods, block, whole)
+    needed = needed_seconds(args, config, methods, block, prune_layer)
+    weights, size = {name: layer.weight for name, layer in prunable(block).items()}, whole * stored.itemsize / 1e9
+    say(f"{args.model}, {amount} pruned: {blocks} blocks with {sum(W.numel() for W in weights.values()):,} weights to "
+        f"prune in each, {whole:,} parameters")
+    for name, W in weights.items():
+        say(f"    {name:<18} {W.shape[0]:>6} x {W.shape[1]}")
+    written = (len(methods) + (args.global_swaps > 0)) * size  # what is pruned block by block is written before
+    each = f" in each of {world} processes" * (world > 1)
+    say(f"memory    {told_bytes(1e9 * sum(gigabytes.values()))} on {args.device}{each}: "
+        + ", ".join(f"{name} {told_bytes(1e9 * size)}" for name, size in gigabytes.items()))
+    say(f"disk      {told_bytes(1e9 * size)} to read, {told_bytes(1e9 * written)} to write")
+    unit, seconds = next((u for u in (("days", 86400), ("hours", 3600), ("minutes", 60)) if needed > 2 * u[1]),
+                         ("seconds", 1))
+    say(f"time      {needed / seconds:,.1f} {unit} on {args.device}, estimated from a part of one of the {blocks} "
+        f"blocks and as busy as the machine is now; reading, writing and evaluation come on top")
+    if rank == 0:
+        record(args, {"memory_gb": gigabytes, "read_gb": size, "written_gb": written, "seconds": needed})
