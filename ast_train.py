@@ -98,7 +98,7 @@ NEUTRAL = {"recipe", "methods", "out", "json", "device", "micro_batch", "save_ev
 MASKED = {"pattern", "sparsity", "score", "mask_every", "decay", "decay_steps", "start_from"}  # mean nothing to dense
 
 
-# ------------------------------------------------------------------------------------------------------ the method
+# --------------------------------------------------------------------------------------------------------- the method
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, end: float = 0.1) -> float:
     """Linear warm-up to `peak`, then half a cosine down to `end * peak`."""
@@ -317,7 +317,7 @@ def training_loss(student_logits, teacher_logits, targets, kl_weight, temperatur
     return by_chunks(both, *inputs) / targets.numel()
 
 
-# ------------------------------------------------------------------------------------------------------ the models
+# --------------------------------------------------------------------------------------------------------- the models
 
 def arithmetic(args):
     """bf16 products where --dtype asks for them; weights stay as they are."""
@@ -427,7 +427,7 @@ def save_model(folder, model, source, made):
             out.write("model.safetensors", tensors)
 
 
-# -------------------------------------------------------------------------------------------------------- the training
+# ------------------------------------------------------------------------------------------------------- the training
 
 @torch.no_grad()
 def validation_perplexity(model, ids, args):
@@ -558,7 +558,7 @@ def train(method, args, begin, mixture, held_out, calibration):
     return state
 
 
-# --------------------------------------------------------------------------------------------------------- the results
+# -------------------------------------------------------------------------------------------------------- the results
 
 def plot(path, runs):
     """The curves of all runs: loss, validation perplexity, mask flips, decay."""
@@ -617,7 +617,7 @@ def results(args, test_ids, calibration, begin):
     return rows
 
 
-# --------------------------------------------------------------------------------------------------------- the command
+# -------------------------------------------------------------------------------------------------------- the command
 
 def options():
     compiler = bool(shutil.which("g++") or shutil.which("clang++"))

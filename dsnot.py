@@ -67,7 +67,7 @@ from gpt import GPT, Block, Config, all_prunable, prunable, rotary
 from results.compare import percent, said_of
 
 
-# ------------------------------------------------------------------------------------------------ scores and masks
+# --------------------------------------------------------------------------------------------------- scores and masks
 
 def magnitude_score(W: Tensor) -> Tensor:
     """|W| [out, in] in float32."""
@@ -129,7 +129,7 @@ def keep_mask(score: Tensor, sparsity: float | None = None, pattern: tuple[int, 
     return (rank >= m - n).T.reshape(rows, width)
 
 
-# ---------------------------------------------------------------------------------------------------------- DSnoT
+# -------------------------------------------------------------------------------------------------------------- DSnoT
 
 def dsnot_refine(W: Tensor, keep: Tensor, stats: InputStats, score: Tensor, *, cycles: int = 50, threshold: float = 0.1,
                  var_power: float = 1.0, sign_check: bool | None = None,
@@ -195,7 +195,7 @@ def _prune_candidates(W, keep, stats, cycles):
     return torch.stack([above, below], 1), torch.stack([above_count, below_count], 1)
 
 
-# ---------------------------------------------------------------------------------------------------- exact swaps
+# -------------------------------------------------------------------------------------------------------- exact swaps
 
 def swap_refine(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = None, max_swaps: int | None = None,
                 candidates: int = 16, pattern: tuple[int, int] | None = None) -> Tensor:
@@ -360,7 +360,7 @@ def damped(gram, damp):
     return H
 
 
-# ------------------------------------------------------------------------------------------------------ SparseGPT
+# ---------------------------------------------------------------------------------------------------------- SparseGPT
 
 def sparsegpt(W: Tensor, gram: Tensor, *, sparsity: float | None = None, pattern: tuple[int, int] | None = None,
               keep: Tensor | None = None, damp: float = 0.01, block: int = 128) -> Tensor:
@@ -404,7 +404,103 @@ def sparsegpt(W: Tensor, gram: Tensor, *, sparsity: float | None = None, pattern
     return W
 
 
-# --------------------------------------------------------------------------------------------- walking the blocks
+# ------------------------------------------------------------------------------------- layers that differ in sparsity
+
+MOST = 0.99  # the largest share of a layer that an allocation prunes
+
+
+def allocation(model, where, hidden, sparsity, kind):
+    """{layer's name: the share of it to prune}, over all weights `sparsity` (but for what keep_mask rounds down in each
+    layer), from one pass of `hidden`, batches [sequences, tokens, C], through the dense model. where: (rope, positions)
+    for `steps`; kind:
+    "owl"          a block's share falls linearly from sparsity + 0.08, of the block with the fewest outliers, to
+                   sparsity - 0.08; then all are moved to the right mean. An outlier is a Wanda score above 5 times the
+                   block's mean (Yin et al. 2024, arXiv 2310.05175)
+    "sensitivity"  each layer alone is pruned by Wanda; its damage is the KL divergence of the model's output on up to
+                   2048 tokens of each process's first batch (one window, if that is longer). For other shares it is
+                   scaled by the layer's squared error, known from the Wanda scores. Of the shares less than 0.1
+                   from `sparsity` those with the least total damage are taken."""
+    names = list(all_prunable(model))
+    if kind == "uniform":
+        return dict.fromkeys(names, sparsity)
+    hidden, trials, found, sizes = list(hidden), [], [], []
+    grid = torch.arange(max(0.0, sparsity - 0.1), min(MOST + 0.005, sparsity + 0.1), 0.01, dtype=torch.double)
+    probe = hidden[0][:probe_tokens(seqlen := hidden[0].shape[1]) // seqlen]
+    for i in tqdm(range(model.config.num_hidden_layers), desc="allocating", unit="block", leave=False, disable=None):
+        block = model.block(i)
+        (step,), linears = steps(block, *where), prunable(block)
+        stats = input_stats(step, hidden, linears, readers(step, hidden[0][:1], linears))
+        scores = {name: wanda_score(layer.weight, stats[name]) for name, layer in linears.items()}
+        sizes += [score.numel() for score in scores.values()]
+        if kind == "owl":
+            found += [outliers(scores.values())] * len(scores)
+        else:
+            move(step, trials)
+            trials += [pruned_alone(step, probe, layer, scores[name], sparsity) for name, layer in linears.items()]
+            found += [growth(score, sparsity, grid) for score in scores.values()]
+            probe = step(probe)
+        move(step, hidden)
+        del block, linears, step  # before the next one is read
+    sizes = torch.tensor(sizes, dtype=torch.double)
+    if kind == "owl":
+        many = torch.tensor(found, dtype=torch.double)
+        shares = sparsity + 0.08 - 0.16 * (many - many.min()) / (many.max() - many.min()).clamp(min=1e-30)
+    else:
+        shares = cheapest(torch.stack(found) * damage(model, probe, trials)[:, None], grid, sizes, sparsity)
+    for _ in range(100):  # a share stays between 0 and MOST, so one step may not be enough
+        shares = (shares + sparsity - (shares * sizes).sum() / sizes.sum()).clamp(0, MOST)
+    return dict(zip(names, shares.tolist()))
+
+
+def outliers(scores):
+    """The share of entries, of all scores together, that are above 5 times the mean."""
+    count = sum(score.numel() for score in scores)
+    mean = sum(score.sum().item() for score in scores) / count
+    return sum((score > 5 * mean).sum().item() for score in scores) / count
+
+
+def pruned_alone(step, x, layer, score, sparsity):
+    """step(x) while one linear layer is pruned by its scores."""
+    W = layer.weight.data
+    layer.weight.data = torch.where(keep_mask(score, sparsity=sparsity), W, 0)
+    y = step(x)
+    layer.weight.data = W
+    return y
+
+
+def growth(score, sparsity, grid):
+    """By Wanda scores [out, in], a layer's squared error at the shares of `grid` as multiples of that at `sparsity`."""
+    lost = F.pad(score.sort(1)[0].square_().sum(0).double().cumsum(0).cpu(), (1, 0))  # by pruning so many of each row
+    width = len(lost) - 1
+    return lost[(grid * width).long()] / lost[int(sparsity * width)].clamp(min=1e-30)
+
+
+def damage(model, probe, trials):
+    """The KL divergence [trials] from the output that the hidden states `probe` give to that of each trial."""
+    device = model.lm_head.weight.device
+    expected = model.head(probe.to(device)).float().log_softmax(-1)
+    found = torch.stack([divergence(model.head(x.to(device)), expected) for x in trials])
+    add_up(found)
+    return found.double().cpu()
+
+
+def divergence(logits, expected):
+    """KL(expected || what logits [B, T, V] say), summed over tokens; expected: log-probabilities."""
+    return F.kl_div(logits.float().log_softmax(-1), expected, reduction="sum", log_target=True)
+
+
+def cheapest(cost, grid, sizes, sparsity):
+    """For every layer the share of `grid` [shares] that makes the sum of cost [layers, shares] least, where they prune
+    `sparsity` of all weights together: at a price per weight that is found by bisection."""
+    low, high = 0.0, cost.max().item() * 1e3
+    for _ in range(100):
+        price = (low + high) / 2
+        shares = grid[(cost - price * sizes[:, None] / sizes.mean() * grid).argmin(1)]
+        low, high = (low, price) if (shares * sizes).sum() > sparsity * sizes.sum() else (price, high)
+    return shares
+
+
+# ------------------------------------------------------------------------------------------------- walking the blocks
 
 # What a layer's output should be with --propagate, (a, b). a mixes two targets: at 0 what the dense weights make of the
 # inputs that the layer now gets, at 1 its output in the dense model. b, for o_proj and down_proj alone, whose outputs
@@ -440,19 +536,18 @@ def prune_layer(W, stats, *, score, refine, goal=None, sparsity=None, pattern=No
     if "dsnot" in refine:
         few = max(1, round(W.shape[1] * 50 / 4096)) if cycles is None else cycles
         keep = dsnot_refine(W, keep, stats, scores, pattern=pattern, cycles=few, **dsnot_options)
-    swap = dict(max_swaps=cycles, pattern=pattern)
-    if refit and "swap" in refine:
-        return swap_and_refit(W, keep, stats.gram, goal=goal, **swap)
+    swap = dict(goal=goal, max_swaps=cycles, pattern=pattern)
     if refit:
-        return refit_weights(W, keep, stats.gram, goal=goal)
+        return (swap_and_refit(W, keep, stats.gram, **swap) if "swap" in refine else
+                refit_weights(W, keep, stats.gram, goal=goal))
     if "dsnot" in refine:
         new = settle(keep=keep)
-    if "swap" not in refine:
-        return new
-    if score == "sparsegpt":
-        goal = W @ stats.gram if goal is None else goal
-        W = with_pruned(new, keep, stats.gram, goal)
-    return settle(keep=swap_refine(W, keep, stats.gram, goal=goal, **swap))
+    if "swap" in refine:
+        if score == "sparsegpt":
+            swap["goal"] = W @ stats.gram if goal is None else goal
+            W = with_pruned(new, keep, stats.gram, swap["goal"])
+        new = settle(keep=swap_refine(W, keep, stats.gram, **swap))
+    return new
 
 
 def prune_rows(W, stats, goal, **options):
@@ -646,11 +741,6 @@ def swap_globally(model: GPT, dense: GPT, samples: Tensor, rounds: int, pattern:
     return losses
 
 
-def divergence(logits, expected):
-    """KL(expected || what logits [B, T, V] say), summed over tokens; expected: log-probabilities."""
-    return F.kl_div(logits.float().log_softmax(-1), expected, reduction="sum", log_target=True)
-
-
 def log_loss(logits, ids):
     """-log P of ids [B, T] by logits [B, T, V], summed over tokens."""
     return F.cross_entropy(logits.float().flatten(0, 1), ids.flatten(), reduction="sum")
@@ -739,96 +829,7 @@ def prune_globally(model, samples, out, run, *, global_swaps, pattern=None, **op
     return records
 
 
-MOST = 0.99  # the largest share of a layer that an allocation prunes
-
-
-def allocation(model, where, hidden, sparsity, kind):
-    """{layer's name: the share of it to prune}, over all weights `sparsity` (but for what keep_mask rounds down in each
-    layer), from one pass of `hidden`, batches [sequences, tokens, C], through the dense model. where: (rope, positions)
-    for `steps`; kind:
-    "owl"          a block's share falls linearly from sparsity + 0.08, of the block with the fewest outliers, to
-                   sparsity - 0.08; then all are moved to the right mean. An outlier is a Wanda score above 5 times the
-                   block's mean (Yin et al. 2024, arXiv 2310.05175)
-    "sensitivity"  each layer alone is pruned by Wanda; its damage is the KL divergence of the model's output on up to
-                   2048 tokens of each process's first batch (one window, if that is longer). For other shares it is
-                   scaled by the layer's squared error, known from the Wanda scores. Of the shares less than 0.1
-                   from `sparsity` those with the least total damage are taken."""
-    names = list(all_prunable(model))
-    if kind == "uniform":
-        return dict.fromkeys(names, sparsity)
-    hidden, trials, found, sizes = list(hidden), [], [], []
-    grid = torch.arange(max(0.0, sparsity - 0.1), min(MOST + 0.005, sparsity + 0.1), 0.01, dtype=torch.double)
-    probe = hidden[0][:probe_tokens(seqlen := hidden[0].shape[1]) // seqlen]
-    for i in tqdm(range(model.config.num_hidden_layers), desc="allocating", unit="block", leave=False, disable=None):
-        block = model.block(i)
-        (step,), linears = steps(block, *where), prunable(block)
-        stats = input_stats(step, hidden, linears, readers(step, hidden[0][:1], linears))
-        scores = {name: wanda_score(layer.weight, stats[name]) for name, layer in linears.items()}
-        sizes += [score.numel() for score in scores.values()]
-        if kind == "owl":
-            found += [outliers(scores.values())] * len(scores)
-        else:
-            move(step, trials)
-            trials += [pruned_alone(step, probe, layer, scores[name], sparsity) for name, layer in linears.items()]
-            found += [growth(score, sparsity, grid) for score in scores.values()]
-            probe = step(probe)
-        move(step, hidden)
-        del block, linears, step  # before the next one is read
-    sizes = torch.tensor(sizes, dtype=torch.double)
-    if kind == "owl":
-        many = torch.tensor(found, dtype=torch.double)
-        shares = sparsity + 0.08 - 0.16 * (many - many.min()) / (many.max() - many.min()).clamp(min=1e-30)
-    else:
-        shares = cheapest(torch.stack(found) * damage(model, probe, trials)[:, None], grid, sizes, sparsity)
-    for _ in range(100):  # a share stays between 0 and MOST, so one step may not be enough
-        shares = (shares + sparsity - (shares * sizes).sum() / sizes.sum()).clamp(0, MOST)
-    return dict(zip(names, shares.tolist()))
-
-
-def outliers(scores):
-    """The share of entries, of all scores together, that are above 5 times the mean."""
-    count = sum(score.numel() for score in scores)
-    mean = sum(score.sum().item() for score in scores) / count
-    return sum((score > 5 * mean).sum().item() for score in scores) / count
-
-
-def pruned_alone(step, x, layer, score, sparsity):
-    """step(x) while one linear layer is pruned by its scores."""
-    W = layer.weight.data
-    layer.weight.data = torch.where(keep_mask(score, sparsity=sparsity), W, 0)
-    y = step(x)
-    layer.weight.data = W
-    return y
-
-
-def growth(score, sparsity, grid):
-    """By Wanda scores [out, in], a layer's squared error at the shares of `grid` as multiples of that at `sparsity`."""
-    lost = F.pad(score.sort(1)[0].square_().sum(0).double().cumsum(0).cpu(), (1, 0))  # by pruning so many of each row
-    width = len(lost) - 1
-    return lost[(grid * width).long()] / lost[int(sparsity * width)].clamp(min=1e-30)
-
-
-def damage(model, probe, trials):
-    """The KL divergence [trials] from the output that the hidden states `probe` give to that of each trial."""
-    device = model.lm_head.weight.device
-    expected = model.head(probe.to(device)).float().log_softmax(-1)
-    found = torch.stack([divergence(model.head(x.to(device)), expected) for x in trials])
-    add_up(found)
-    return found.double().cpu()
-
-
-def cheapest(cost, grid, sizes, sparsity):
-    """For every layer the share of `grid` [shares] that makes the sum of cost [layers, shares] least, where they prune
-    `sparsity` of all weights together: at a price per weight that is found by bisection."""
-    low, high = 0.0, cost.max().item() * 1e3
-    for _ in range(100):
-        price = (low + high) / 2
-        shares = grid[(cost - price * sizes[:, None] / sizes.mean() * grid).argmin(1)]
-        low, high = (low, price) if (shares * sizes).sum() > sparsity * sizes.sum() else (price, high)
-    return shares
-
-
-# ---------------------------------------------------------------------------------------------------- the command
+# -------------------------------------------------------------------------------------------------------- the command
 
 NSAMPLES = 128
 

@@ -40,7 +40,7 @@ from data.text import SOURCES, evaluation_ids, split_of, told, usual_text
 from gpt import GPT, rotary
 from results.compare import compare, read_rows
 
-# ------------------------------------------------------------------------------------------ perplexity and accuracy
+# -------------------------------------------------------------------------------------------- perplexity and accuracy
 
 
 def hidden_states(model, batches, label, progress):
@@ -154,7 +154,7 @@ def task_line(name, result):
     return f"{name:<16}{result.get('questions', ''):>10}{cells[0]:>18}{cells[1]:>18}"
 
 
-# ----------------------------------------------------------------------------------------------------------- speed
+# -------------------------------------------------------------------------------------------------------------- speed
 
 def speed(model, ids, new_tokens=64, repeats=3):
     """Tokens per second of a prompt ids [1, T] (prefill) and of greedy decoding one sequence after it, medians; bytes

@@ -186,7 +186,7 @@ def check_whole(name, value, power):
         raise InputError(f"config.json: {name} {value!r} is not a whole number from 1 to 10^{power}")
 
 
-# ------------------------------------------------------------------------------------------------------ the model
+# ---------------------------------------------------------------------------------------------------------- the model
 
 def norm(c):
     return (nn.LayerNorm if c.layer_norm else nn.RMSNorm)(c.hidden_size, eps=c.rms_norm_eps)
@@ -556,7 +556,7 @@ class GPT(nn.Module):
             out.write("model.safetensors", self.tensors())
 
 
-# -------------------------------------------------------------------------------------------------- the relatives
+# ------------------------------------------------------------------------------------------------------ the relatives
 
 def qwen(raw):
     return dict(first_sliding_layer=raw.get("max_window_layers", 28), sliding_window=raw.get("sliding_window", 4096),
@@ -592,7 +592,7 @@ UNUSUAL = {"quantization_config": None, "partial_rotary_factor": 1.0, "layer_nor
            "add_cross_attention": False, "is_causal": True, "per_layer_config": None}
 
 
-# ---------------------------------------------------------------------------------------------------- the command
+# -------------------------------------------------------------------------------------------------------- the command
 
 def main():
     p = parser(__doc__)

@@ -61,7 +61,7 @@ except ImportError:  # no Triton for this system: the torch reference does the w
     triton, jit = None, lambda function: function
 
 
-# --------------------------------------------------------------------------------- the format, in torch (the reference)
+# ------------------------------------------------------------------------------- the format, in torch (the reference)
 
 @dataclass
 class Sparse24:
@@ -131,7 +131,7 @@ def decompress(w: Sparse24) -> torch.Tensor:
     return values.new_zeros(N, K // 4, 4).scatter_(-1, place, values.view(N, K // 4, 2)).view(N, K)
 
 
-# ---------------------------------------------------------------------------------------------------------- the kernels
+# -------------------------------------------------------------------------------------------------------- the kernels
 
 @jit
 def unpack(pair, BITS: tl.constexpr, dtype: tl.constexpr, out: tl.constexpr):
@@ -239,7 +239,7 @@ def dense_kernel(pairs, meta, scale, W, N, G, BITS: tl.constexpr, BN: tl.constex
              mask=(n < N)[:, None] & (k < 4 * G)[None, :])
 
 
-# ---------------------------------------------------------------------------------------------------------- the wrapper
+# -------------------------------------------------------------------------------------------------------- the wrapper
 
 PAIR = {4: torch.int8, 8: torch.int16, 16: torch.int32}  # two values of so many bits as one integer
 # tiles to try: BN, BG (for one row BW), parts of K, warps, stages
@@ -314,7 +314,7 @@ def sparse_linear(x: torch.Tensor, w: Sparse24, bias: torch.Tensor | None = None
     return (y if bias is None else y + bias).view(*x.shape[:-1], w.shape[0])
 
 
-# -------------------------------------------------------------------------------------------------------- a model on it
+# ------------------------------------------------------------------------------------------------------ a model on it
 
 class SparseLinear24(nn.Module):
     """An nn.Linear or SlorbLinear with a compressed weight; what it holds is what a compressed folder stores."""

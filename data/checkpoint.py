@@ -27,7 +27,7 @@ PROJECTION = re.compile(r"\.(self_attn|mlp)\.\w+\.(weight|bias|slorb_S|slorb_X|v
 BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$")  # constants that old files carry along
 
 
-# ---------------------------------------------------------------------------------------------- names and layouts
+# -------------------------------------------------------------------------------------------------- names and layouts
 
 @dataclass
 class Layout:
@@ -90,7 +90,7 @@ def layout_of(raw):
     return LAYOUTS.get(raw["model_type"], Layout())
 
 
-# --------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------------------------ reading
 
 def read_tensors(path, names=None):
     """{name: tensor} of a safetensors or a PyTorch file, all or some; memory-mapped: only what is touched is read."""
@@ -215,7 +215,7 @@ class Checkpoint:
         module.load_state_dict({k: v.contiguous() for k, v in state.items()}, assign=True)
 
 
-# --------------------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------------------------ writing
 
 def noted(path):
     """The JSON object that a file holds; None where there is no such file, or a damaged one."""
