@@ -155,6 +155,8 @@ class Checkpoint:
         """Find every tensor's place in a model. parameters {our name: tensor on the meta device}: all that it needs.
         Raises InputError where a tensor is missing, superfluous or of another shape."""
         wanted = {bare(name): (name, value) for name, value in self.layout.theirs(parameters).items()}
+        if "lm_head.weight" not in parameters and "lm_head.weight" in self._found:  # the head may stand for both
+            self._found.setdefault(bare(self.layout.name("model.embed_tokens.weight")), self._found["lm_head.weight"])
         for key, (name, value) in wanted.items():
             if key not in self._found:
                 raise InputError(f"{self.folder}: the tensor {name} is missing; is the download complete?")

@@ -37,6 +37,9 @@ BIN = {  # what the files on the Hub look like: {case: (family, changes, names c
              {f"h.{i}.attn.{x}": 1 for i in range(3) for x in ("bias", "masked_bias")}),
     "opt without model.": ("opt", {}, lambda k: k.removeprefix("model."), {}),
     "opt, tied head in the file": ("opt", CASES["opt"]["350m"], lambda k: k, {"lm_head.weight": None}),
+    "llama, tied head alone": ("llama", dict(tie_word_embeddings=True),
+                               lambda k: k.replace("model.embed_tokens", "lm_head"), {}),
+    "gpt2, tied head alone": ("gpt2", {}, lambda k: k.replace("transformer.wte", "lm_head"), {}),
 }
 
 
@@ -44,8 +47,8 @@ BIN = {  # what the files on the Hub look like: {case: (family, changes, names c
 @pytest.mark.parametrize("files", ["one", "old", "two"])
 @torch.no_grad()
 def test_pytorch_files(case, files, tmp_path):
-    """pytorch_model*.bin as the Hub has them: other prefixes, constants, a tied head stored twice, shards, the format
-    from before torch 1.6."""
+    """pytorch_model*.bin as the Hub has them: other prefixes, constants, a tied head stored twice or without the
+    embedding, shards, the format from before torch 1.6."""
     family, changes, rename, constants = BIN[case]
     other = theirs(family, changes)
     other.config.save_pretrained(tmp_path)
