@@ -35,6 +35,8 @@ CHOICES = [  # what a reader wants, the command that does it, and its names in c
     ("the best mask a block at a time, weights as they are", "dsnot.py --refine swap", "wanda + swap"),
     ("the best mask with the whole model in memory", "dsnot.py --refine swap --global-swaps 16",
      "wanda + swap + global"),
+    ("and layers that differ in sparsity", "dsnot.py --refine swap --global-swaps 16 --allocate sensitivity",
+     "wanda + swap + global (allocate sensitivity)"),
     ("the best weights for a mask, too", "dsnot.py --refine swap --refit", "wanda + swap + refit"),
     ("and layers that differ in sparsity", "dsnot.py --refine swap --refit --allocate sensitivity",
      "wanda + swap + refit (allocate sensitivity)"),

@@ -104,6 +104,7 @@ for amount in $amounts; do
     if [ $option = --sparsity ]; then
         run wanda-swap-refit-sensitivity-global --refine swap --refit --allocate sensitivity --global-swaps 16 --no-compare
         run wanda-swap-sensitivity --refine swap --no-compare --allocate sensitivity
+        run wanda-swap-sensitivity-global --refine swap --allocate sensitivity --global-swaps 16 --no-compare
         for allocate in owl sensitivity; do
             run wanda-swap-refit-$allocate --refine swap --refit --no-compare --allocate $allocate
         done
