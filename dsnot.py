@@ -20,7 +20,8 @@ a sparsity of its own for every layer (`allocation`), and at last swaps by the o
 (`swap_globally`).
 
 Where this differs from the authors' code: every linear layer is refined unless you ask for `--refine-layers attn`
-(their default silently skips the MLP); the sign check is an option (theirs is on with a pattern, off without one,
+(their default silently skips the MLP); a row of 4096 inputs makes 50 swaps, a narrower one fewer in proportion (theirs
+makes 50 of any width); the sign check is an option, on if nobody asks (theirs is on with a pattern, off without one,
 whatever its flag says); a row without candidates stops instead of running off its lists, so layers of any size work;
 fifty swaps need only the fifty best candidates of each kind, so a row is sorted only where candidates tie; SparseGPT as
 the starting mask really uses its Hessian, and corrects the weights for the refined mask; on its n:m masks, too, weights
@@ -55,16 +56,16 @@ from tqdm import tqdm
 
 from data import calibration_windows, load_tokenizer, windows
 from data.calibration import InputStats, add_product, input_stats, move, place_for, readers, steps, watch_gradients
-from data.checkpoint import CheckpointWriter, alone_in, noted, pruned_here, remove, shard
-from data.command import InputError, at_least, check_disk, parser, record, run, versions, write_atomically
-from data.estimate import CHUNK, ROUND, check_memory, check_whole, dry_run, held_states, probe_tokens
+from data.checkpoint import CheckpointWriter, finished, noted, pruned_here, remove, shard
+from data.command import InputError, at_least, check_disk, parser, record, run, write_atomically
+from data.estimate import CHUNK, ROUND, check_folders, dry_run, held_states, probe_tokens
 from data.hub import model_folder
-from data.method import METHOD, USUAL, has_goal, method_of, needs_gram, parse_pattern, propagates, refine_of, rows_apart
+from data.method import (METHOD, NSAMPLES, USUAL, blocks_of, fill_in, has_goal, method_of, needs_gram, parse_pattern,
+                         refine_of, rows_apart, said_of, shared_by)
 from data.processes import add_up, from_first, process_group, processes, say, wait
 from data.text import SOURCES, evaluation_ids, split_of, told, usual_text
 from eval import perplexity
 from gpt import GPT, Block, Config, all_prunable, prunable, rotary
-from results.compare import percent, said_of
 
 
 # --------------------------------------------------------------------------------------------------- scores and masks
@@ -206,7 +207,7 @@ def swap_refine(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = 
         (2 w_j g_j + w_j^2 G_jj) + (-2 w_i g_i + w_i^2 G_ii) - 2 w_i w_j G_ij,
     and the best one is taken until none lowers the error by more than rounding (SparseSwaps, arXiv 2512.10922, has the
     same idea). It is searched among the `candidates` best weights of each side (n:m: among the groups that promise
-    most); several swaps are made among them, exactly, before g is made anew for all weights.
+    most); several swaps are made among them, exactly, before g is brought up to date for all weights.
 
     W, keep [out, in]; gram [in, in]: sum of x x^T over the inputs x that the sparse layer gets; goal [out, in]: sum of
     y x^T over the outputs y that it should give, None: those of W. Then g is the goal less what the kept weights make.
@@ -214,6 +215,7 @@ def swap_refine(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = 
     """
     new, W, G, goal = keep.clone(), W.float(), gram.float(), None if goal is None else goal.float()
     flips = max(2 * candidates, pattern[1] if pattern else 0)  # that are looked at in a row, with each other
+    # on a CPU, what 512 rows need stays in its cache
     at_a_time = min(512 if W.device.type == "cpu" else len(W), max(1, CHUNK // max(W.shape[1], flips ** 2)))
     for rows in torch.arange(len(W), device=W.device).split(at_a_time):
         w, mask = W[rows], keep[rows]
@@ -276,7 +278,7 @@ def _swap_round(price, mask, slope, G, left, least, candidates, pattern):
 
 
 def entries(G, i, j):
-    """G[i, j] of indices that are broadcast together."""
+    """G[i, j] of indices that are broadcast together, on a CPU several times as fast."""
     at = i * G.shape[1] + j
     return G.flatten().index_select(0, at.view(-1)).view(at.shape)
 
@@ -309,13 +311,14 @@ def _candidates(price, keep, candidates, pattern):
 
 def refit_weights(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = None, damp: float = 1e-4) -> Tensor:
     """The weights that give the least squared error for a mask [out, in]: on each row's kept weights k they solve
-    G_kk u = (G w)_k, or goal_k with `goal` [out, in] as in swap_refine. damp: added to G's diagonal, times its mean; in
-    rows for which that is too little in float32, a hundred times as much. Batched Cholesky over rows."""
+    G_kk u = (G w)_k, or goal_k with `goal` [out, in] as in swap_refine. damp: added to G's diagonal, times its mean,
+    which draws the weights towards W, or with a goal towards 0; in rows for which that is too little in float32, a
+    hundred times as much. Batched Cholesky over rows."""
     W, G = W.float(), damped(gram.float(), damp)
     goal, new = W @ G if goal is None else goal.float(), torch.zeros_like(W)
-    for count in keep.sum(1).unique().tolist():  # rows that keep equally many are solved together
-        same = (keep.sum(1) == count).nonzero()[:, 0]
-        for rows in same.split(max(1, CHUNK // max(1, count * count))) if count else ():
+    kept = keep.sum(1)
+    for count in kept[kept > 0].unique().tolist():  # rows that keep equally many are solved together
+        for rows in (kept == count).nonzero()[:, 0].split(max(1, CHUNK // count ** 2)):
             k = keep[rows].nonzero()[:, 1].view(-1, count)
             L, failed = torch.linalg.cholesky_ex(entries(G, k[:, :, None], k[:, None, :]))
             if (again := failed > 0).any():
@@ -369,19 +372,17 @@ def sparsegpt(W: Tensor, gram: Tensor, *, sparsity: float | None = None, pattern
     Columns are taken from left to right; what is lost by pruning one is made up for by the columns to its right, by the
     inverse of the Hessian H, which is the Gram matrix up to a factor that cancels (but where an input is always 0: its
     H_kk is 1). W [out, in]; gram [in, in]: the sum of x x^T. sparsity: the lowest w^2 / U_kk^2 of each `block` of
-    columns, over all rows together (as published, one more than the share); pattern (n, m): within each group; keep
-    [out, in]: for a given mask only correct. damp: added to H's diagonal, times its mean."""
+    columns, over all rows together (as published, one more than the share); pattern (n, m): within each group, of which
+    fewer than n are kept where inputs are always 0; keep [out, in]: for a given mask only correct. damp: added to H's
+    diagonal, times its mean."""
     assert (sparsity is None) + (pattern is None) + (keep is None) == 2, "one of sparsity, pattern, keep"
-    W, H, width = W.float().clone(), gram.float().clone(), W.shape[1]
+    width, dead = W.shape[1], gram.diagonal() == 0
     if pattern:
-        check_pattern(pattern, width)
-    dead = H.diagonal() == 0
-    H.diagonal()[dead] = 1
-    W[:, dead] = 0
-    H = damped(H, damp)
+        _, m = check_pattern(pattern, width)
+        block = -(-block // m) * m  # groups stay whole
+    W = W.float().masked_fill(dead, 0)
+    H = damped(gram.float() + dead.diag(), damp)
     U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)  # H^-1 = U^T U
-    if pattern:
-        block = -(-block // pattern[1]) * pattern[1]  # groups stay whole
     for left in range(0, width, block):
         right = min(left + block, width)
         w, u = W[:, left:right], U[left:right, left:right]
@@ -394,8 +395,8 @@ def sparsegpt(W: Tensor, gram: Tensor, *, sparsity: float | None = None, pattern
             drop = torch.zeros_like(w, dtype=torch.bool)
         error = torch.zeros_like(w)
         for i in range(right - left):
-            if pattern and i % pattern[1] == 0:  # decided when the sweep gets there, on weights corrected so far
-                group = slice(i, i + pattern[1])
+            if pattern and i % m == 0:  # decided when the sweep gets there, on weights corrected so far
+                group = slice(i, i + m)
                 drop[:, group] = ~keep_mask(w[:, group].square() / u.diagonal()[group].square(), pattern=pattern)
             error[:, i] = torch.where(drop[:, i], w[:, i], 0) / u[i, i]
             w[:, i:] -= error[:, i:i + 1] * u[i, i:]
@@ -407,31 +408,34 @@ def sparsegpt(W: Tensor, gram: Tensor, *, sparsity: float | None = None, pattern
 # ------------------------------------------------------------------------------------- layers that differ in sparsity
 
 MOST = 0.99  # the largest share of a layer that an allocation prunes
+REACH, OUTLIER = 0.08, 5  # OWL's lambda and M, as published
 
 
 def allocation(model, where, hidden, sparsity, kind):
     """{layer's name: the share of it to prune}, over all weights `sparsity` (but for what keep_mask rounds down in each
     layer), from one pass of `hidden`, batches [sequences, tokens, C], through the dense model. where: (rope, positions)
     for `steps`; kind:
-    "owl"          a block's share falls linearly from sparsity + 0.08, of the block with the fewest outliers, to
-                   sparsity - 0.08; then all are moved to the right mean. An outlier is a Wanda score above 5 times the
-                   block's mean (Yin et al. 2024, arXiv 2310.05175)
+    "owl"          a block's share falls linearly from sparsity + REACH, of the block with the fewest outliers, to
+                   sparsity - REACH; then all are moved to the right mean. An outlier is a Wanda score above OUTLIER
+                   times the block's mean (Yin et al. 2024, arXiv 2310.05175)
     "sensitivity"  each layer alone is pruned by Wanda; its damage is the KL divergence of the model's output on up to
                    2048 tokens of each process's first batch (one window, if that is longer). For other shares it is
-                   scaled by the layer's squared error, known from the Wanda scores. Of the shares less than 0.1
-                   from `sparsity` those with the least total damage are taken."""
-    names = list(all_prunable(model))
+                   scaled by the layer's squared error, known from the Wanda scores. Of the shares from 0.1 below
+                   `sparsity` to 0.09 above those with the least total damage are taken."""
+    layers = all_prunable(model)
     if kind == "uniform":
-        return dict.fromkeys(names, sparsity)
-    hidden, trials, found, sizes = list(hidden), [], [], []
-    grid = torch.arange(max(0.0, sparsity - 0.1), min(MOST + 0.005, sparsity + 0.1), 0.01, dtype=torch.double)
-    probe = hidden[0][:probe_tokens(seqlen := hidden[0].shape[1]) // seqlen]
+        return dict.fromkeys(layers, sparsity)
+    sizes = torch.tensor([layer.weight.numel() for layer in layers.values()], dtype=torch.double)
+    hidden, trials, found = list(hidden), [], []
+    grid = sparsity + torch.arange(-10, 10, dtype=torch.double) / 100
+    grid = grid[(grid > -1e-9) & (grid < MOST + 0.005)].clamp(min=0)
+    seqlen = hidden[0].shape[1]
+    probe = hidden[0][:probe_tokens(seqlen) // seqlen]
     for i in tqdm(range(model.config.num_hidden_layers), desc="allocating", unit="block", leave=False, disable=None):
         block = model.block(i)
         (step,), linears = steps(block, *where), prunable(block)
         stats = input_stats(step, hidden, linears, readers(step, hidden[0][:1], linears))
         scores = {name: wanda_score(layer.weight, stats[name]) for name, layer in linears.items()}
-        sizes += [score.numel() for score in scores.values()]
         if kind == "owl":
             found += [outliers(scores.values())] * len(scores)
         else:
@@ -441,22 +445,21 @@ def allocation(model, where, hidden, sparsity, kind):
             probe = step(probe)
         move(step, hidden)
         del block, linears, step  # before the next one is read
-    sizes = torch.tensor(sizes, dtype=torch.double)
     if kind == "owl":
         many = torch.tensor(found, dtype=torch.double)
-        shares = sparsity + 0.08 - 0.16 * (many - many.min()) / (many.max() - many.min()).clamp(min=1e-30)
+        shares = sparsity + REACH - 2 * REACH * (many - many.min()) / (many.max() - many.min()).clamp(min=1e-30)
     else:
         shares = cheapest(torch.stack(found) * damage(model, probe, trials)[:, None], grid, sizes, sparsity)
     for _ in range(100):  # a share stays between 0 and MOST, so one step may not be enough
         shares = (shares + sparsity - (shares * sizes).sum() / sizes.sum()).clamp(0, MOST)
-    return dict(zip(names, shares.tolist()))
+    return dict(zip(layers, shares.tolist()))
 
 
 def outliers(scores):
-    """The share of entries, of all scores together, that are above 5 times the mean."""
+    """The share of entries, of all scores together, that are above OUTLIER times the mean."""
     count = sum(score.numel() for score in scores)
     mean = sum(score.sum().item() for score in scores) / count
-    return sum((score > 5 * mean).sum().item() for score in scores) / count
+    return sum((score > OUTLIER * mean).sum().item() for score in scores) / count
 
 
 def pruned_alone(step, x, layer, score, sparsity):
@@ -526,13 +529,13 @@ def prune_layer(W, stats, *, score, refine, goal=None, sparsity=None, pattern=No
     W, amount = W.float(), dict(pattern=pattern) if pattern else dict(sparsity=sparsity)
     scores = magnitude_score(W) if score == "magnitude" else wanda_score(W, stats)
     if score == "sparsegpt":
-        settle = partial(sparsegpt, W if goal is None else dense_weights(W, stats.gram, goal), stats.gram)
-        new = settle(**amount)
+        weights_for = partial(sparsegpt, W if goal is None else dense_weights(W, stats.gram, goal), stats.gram)
+        new = weights_for(**amount)
         keep = new != 0
     else:
-        settle = lambda keep: torch.where(keep, W, 0)
+        weights_for = lambda keep: torch.where(keep, W, 0)
         keep = keep_mask(scores, **amount)
-        new = settle(keep=keep)
+        new = weights_for(keep=keep)
     if "dsnot" in refine:
         few = max(1, round(W.shape[1] * 50 / 4096)) if cycles is None else cycles
         keep = dsnot_refine(W, keep, stats, scores, pattern=pattern, cycles=few, **dsnot_options)
@@ -541,12 +544,12 @@ def prune_layer(W, stats, *, score, refine, goal=None, sparsity=None, pattern=No
         return (swap_and_refit(W, keep, stats.gram, **swap) if "swap" in refine else
                 refit_weights(W, keep, stats.gram, goal=goal))
     if "dsnot" in refine:
-        new = settle(keep=keep)
+        new = weights_for(keep=keep)
     if "swap" in refine:
         if score == "sparsegpt":
             swap["goal"] = W @ stats.gram if goal is None else goal
             W = with_pruned(new, keep, stats.gram, swap["goal"])
-        new = settle(keep=swap_refine(W, keep, stats.gram, **swap))
+        new = weights_for(keep=swap_refine(W, keep, stats.gram, **swap))
     return new
 
 
@@ -560,6 +563,21 @@ def prune_rows(W, stats, goal, **options):
     new[rows] = prune_layer(W[rows], stats, goal=None if goal is None else goal[rows], **options)
     add_up(new)
     return new
+
+
+def prune_linear(weight, name, stats, adjusts, dtype, **options):
+    """prune_rows of one layer's weight, in place, rounded to the dtype in which it will be read again; its record.
+    adjusts: as in layer_goal. Raises InputError where its inputs are not finite, or too few to fit weights to."""
+    if not stats.square.isfinite().all():
+        raise InputError(f"the calibration activations that flow into {name} are not finite")
+    try:
+        W = prune_rows(weight, stats, layer_goal(weight, stats, adjusts), **options).to(dtype)
+    except torch.linalg.LinAlgError:
+        raise InputError(f"the calibration activations that flow into {name} are too few or too much alike to fit its "
+                         f"weights to them: give more --nsamples, or another --calib text") from None
+    error = {} if stats.gram is None else {"error": relative_error(weight, W, stats.gram)}
+    weight.copy_(W)
+    return layer_record(name, W) | error
 
 
 def relative_error(W, pruned, gram):
@@ -586,23 +604,11 @@ def prune_block(block, where, hidden, dense, prefix, stored, *, score, refine, s
         for stage in [[group] for group in groups] if propagate else [groups]:
             adds = bool(dense) and stage == groups[-1:] and AIM[adjusts][1] > 0
             stats = input_stats(step, hidden, linears, stage, gram, teacher, adds)
-            for name in (name for group in stage for name in group):
-                layer, weight = f"{prefix}.{name}", linears[name].weight
-                if not stats[name].square.isfinite().all():
-                    raise InputError(f"the calibration activations that flow into {layer} are not finite")
-                try:
-                    W = prune_rows(weight, stats[name], layer_goal(weight, stats[name], adjusts), score=score,
-                                   refine=refine_of(name, refine, refine_layers), refit=refit,
-                                   sparsity=sparsity[layer], **options)
-                except torch.linalg.LinAlgError:
-                    raise InputError(f"the calibration activations that flow into {layer} are too few or too much "
-                                     f"alike to fit its weights to them: give more --nsamples, or another --calib "
-                                     f"text") from None
-                W = W.to(stored(f"{layer}.weight"))  # rounded as it will be read again
-                records.append(layer_record(layer, W))
-                if gram:
-                    records[-1]["error"] = relative_error(weight, W, stats[name].gram)
-                weight.copy_(W)
+            for name in itertools.chain(*stage):
+                layer = f"{prefix}.{name}"
+                records.append(prune_linear(
+                    linears[name].weight, layer, stats[name], adjusts, stored(f"{layer}.weight"), score=score,
+                    refine=refine_of(name, refine, refine_layers), refit=refit, sparsity=sparsity[layer], **options))
         move(step, hidden)
         if dense:
             move(teacher[0], dense)
@@ -619,10 +625,13 @@ def note(writer, **what):
     write_atomically(writer.partial / "pruning.json", lambda path: path.write_text(text))
 
 
-def finished(out, run):
-    """What pruning.json notes of a finished run in the folder `out`; None where that is none, or another."""
-    found = noted(Path(out) / "pruning.json")
-    return found if found and found.get("run") == run else None
+def progress(writer, count):
+    """Of an unfinished folder, {block: the records of its layers} of those of its `count` blocks that are done, and the
+    seconds that they took."""
+    known = noted(writer.partial / "pruning.json") or {"layers": [], "seconds": 0}
+    records = {i: [one for one in known["layers"] if one["layer"].startswith(f"model.layers.{i}.")]
+               for i in range(count)}
+    return {i: found for i, found in records.items() if found and writer.done(shard(i, count))}, known["seconds"]
 
 
 @torch.inference_mode()
@@ -630,9 +639,10 @@ def prune(model, samples, out, run, *, batch=8, propagate=False, sparsity=None, 
     """Prune a streamed model block by block into the checkpoint folder `out`.
 
     samples [nsamples, seqlen]: calibration ids, of which each process takes its share. run: a dict that names this run;
-    one of the same name that was interrupted goes on where it stopped. propagate: see prune_block. Returns a record per
-    layer, {layer, weights, sparsity, error where it is known}, which is also written to out/pruning.json, with the
-    seconds that it took. Raises InputError where activations are not finite or the disk is too small."""
+    one of the same name that was interrupted goes on where it stopped. propagate: see prune_block; options:
+    refine_layers and those of prune_layer. Returns a record per layer, {layer, weights, sparsity, error where it is
+    known}, which is also written to out/pruning.json, with the seconds that it took. Raises InputError where
+    activations are not finite or the disk is too small."""
     begin = time.perf_counter()
     source, device, count = model.source, model.place["device"], len(model.model.layers)
     source.check_dense()
@@ -641,9 +651,8 @@ def prune(model, samples, out, run, *, batch=8, propagate=False, sparsity=None, 
         return done["layers"]
     positions = torch.arange(samples.shape[1], device=device)
     where, samples = (rotary(model.config, positions), positions), samples[rank::world]
-    layers = count * len(prunable(model.model.layers[0]))
     aims = has_goal(propagate, **options)
-    states = held_states(*samples.shape, layers, aims, allocate)
+    states = held_states(*samples.shape, len(all_prunable(model)), aims, allocate)
     home = place_for(model.config, states, torch.device(device), model.place["dtype"])
     writer = CheckpointWriter(out, model.config.raw, source.folder, keep=run)
     wait()  # everybody has looked at the folder, which the first one now fills
@@ -651,13 +660,11 @@ def prune(model, samples, out, run, *, batch=8, propagate=False, sparsity=None, 
         if rank == 0:
             check_disk(writer.partial, writer.missing(source.size()), out)
         wait()  # the folder is there
-        known = noted(writer.partial / "pruning.json") or {"layers": [], "seconds": 0}
-        recorded = {record["layer"].split(".")[2] for record in known["layers"]}
-        done = [i for i in range(count) if writer.done(shard(i, count)) and str(i) in recorded]
+        done, seconds = progress(writer, count)
         if done:
             say(f"going on after {len(done)} of {count} blocks")
 
-        def embedded():
+        def embedded():  # made twice, so that what allocation has used is gone before it is needed again
             return (model.embed(ids).to(home) for ids in samples.split(batch))
 
         shares = allocation(model, where, embedded(), sparsity, allocate)
@@ -670,15 +677,14 @@ def prune(model, samples, out, run, *, batch=8, propagate=False, sparsity=None, 
                 move(steps(block, *where)[0], dense)
                 writer.load(file, block, prefix)
                 move(steps(block, *where)[0], hidden)
-                records += [record for record in known["layers"] if record["layer"].startswith(prefix + ".")]
+                records += done[i]
             else:
                 records += prune_block(block, where, hidden, dense, prefix, source.stored, sparsity=shares,
                                        propagate=propagate, **options)
                 if rank == 0:
-                    spent = known["seconds"] + time.perf_counter() - begin
-                    note(writer, run=run, seconds=spent, layers=records)
-                    names = {k: f"{prefix}.{k}" for k in block.state_dict()}
-                    writer.write(file, {names[k]: v.to(source.stored(names[k])) for k, v in block.state_dict().items()})
+                    note(writer, run=run, seconds=seconds + time.perf_counter() - begin, layers=records)
+                    tensors = {f"{prefix}.{k}": v for k, v in block.state_dict().items()}
+                    writer.write(file, {name: v.to(source.stored(name)) for name, v in tensors.items()})
             del block  # before the next one is read
         if rank == 0:
             writer.write(shard(count, count), source.rest())
@@ -711,14 +717,9 @@ def swap_globally(model: GPT, dense: GPT, samples: Tensor, rounds: int, pattern:
     texts = [[ids.to(device) for ids in text.split(probe_tokens(seqlen) // seqlen)] for text in texts]
     for block in model.blocks():
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    with torch.no_grad():
-        drawn = [torch.distributions.Categorical(logits=model(ids).float()).sample() for ids in texts[0]]
-    _, found = output_gradients(model, layers, texts[0], drawn, log_loss)
-    curvature = {name: (f, q) for name, (_, f, q) in found.items()}
-    del found  # as large as the model, and so is the next one
-    damping, losses = 16.0, []
-    for _, text in tqdm(zip(range(rounds), itertools.cycle(texts)), desc="global swaps", unit="round", total=rounds,
-                        leave=False, disable=rank or None):
+    curvature, damping, losses = curvature_of(model, layers, texts[0]), 16.0, []
+    for i in tqdm(range(rounds), desc="global swaps", unit="round", leave=False, disable=rank or None):
+        text = texts[i % len(texts)]
         with torch.no_grad():
             expected = [dense(ids).float().log_softmax(-1) for ids in text]
         before, found = output_gradients(model, layers, text, expected, divergence)
@@ -728,17 +729,24 @@ def swap_globally(model: GPT, dense: GPT, samples: Tensor, rounds: int, pattern:
             with torch.no_grad():
                 after = mean_loss(sum(divergence(model(ids), x) for ids, x in zip(text, expected)), text)
             if after < before:
+                damping /= 1.5 if attempt == 0 else 1
                 break
             for name, (at, values) in undone.items():
                 layers[name].weight.data[at] = values
-            damping, after = 2 * damping, before
-        if attempt == 0:
-            damping /= 1.5
-        losses.append((before, after))
-        del found
+            damping *= 2
+        losses.append((before, min(before, after)))
+        del found  # as large as the model, and so is the next one
     for block in model.blocks():
         del block.forward
     return losses
+
+
+def curvature_of(model, layers, text):
+    """{layer's name: (f [out], q [in])}, as in swap_globally: for tokens that the model itself draws after a text's."""
+    with torch.no_grad():
+        drawn = [torch.distributions.Categorical(logits=model(ids).float()).sample() for ids in text]
+    _, found = output_gradients(model, layers, text, drawn, log_loss)
+    return {name: (f, q) for name, (_, f, q) in found.items()}
 
 
 def log_loss(logits, ids):
@@ -748,7 +756,7 @@ def log_loss(logits, ids):
 
 def mean_loss(total, text):
     """A total over the tokens of a text, by their number, over all processes."""
-    both = torch.stack([total.detach().double(), total.new_tensor(sum(ids.numel() for ids in text)).double()])
+    both = torch.tensor([total, sum(ids.numel() for ids in text)], dtype=torch.double, device=total.device)
     add_up(both)
     return (both[0] / both[1]).item()
 
@@ -786,22 +794,15 @@ def swap_one(W, dense, gradient, f, q, damping, pattern):
     d = torch.where(keep, -W, dense).float()
     price = d * (gradient + damping / 2 * f[:, None] * q * d)
     m = pattern[1] if pattern else W.shape[1]
-    (prune, p), (grow, g) = (price.masked_fill(other, torch.inf).unflatten(1, (-1, m)).min(-1)
-                             for other in (~keep, keep | (d == 0)))  # [out, groups]
-    change, group = (prune + grow).min(1)
+    (losing, p), (gaining, g) = (price.masked_fill(other, torch.inf).unflatten(1, (-1, m)).min(-1)
+                                for other in (~keep, keep | (d == 0)))  # [out, groups]
+    change, group = (losing + gaining).min(1)
     row = (change < 0).nonzero()[:, 0]
     p, g = (x[row, group[row]] + group[row] * m for x in (p, g))
     at = torch.cat([row, row]), torch.cat([p, g])
     values = W[at]
     W[at] = torch.cat([torch.zeros_like(dense[row, p]), dense[row, g]])
     return at, values
-
-
-def blocks_of(out, run):
-    """The folder beside `out` in which global swaps find what was pruned block by block, and what names its run."""
-    out = Path(out)
-    local = {name: value for name, value in run.items() if name != "global_swaps"}
-    return out.with_name(f"{out.name}.blocks"), local | {"blocks_of": out.name}
 
 
 def prune_globally(model, samples, out, run, *, global_swaps, pattern=None, **options):
@@ -830,9 +831,6 @@ def prune_globally(model, samples, out, run, *, global_swaps, pattern=None, **op
 
 
 # -------------------------------------------------------------------------------------------------------- the command
-
-NSAMPLES = 128
-
 
 def options():
     p = parser(__doc__)
@@ -887,6 +885,7 @@ def options():
 def check(args, config):
     """Raise InputError for options that can't be meant."""
     allocates, unrefined, no_dsnot = args.allocate != "uniform", args.refine == "none", "dsnot" not in args.refine
+    left_out = f"which --refine {args.refine} leaves out"
     at_least(args, nsamples=processes()[1], seqlen=2, cycles=0, threshold=0, global_swaps=0)
     if args.pattern:
         with torch.device("meta"):
@@ -902,75 +901,15 @@ def check(args, config):
              f"can't be reached: lower it, or leave out --allocate"),
             (args.out is not None and Path(os.path.normpath(args.out)).name in ("", ".."),
              f"--out {args.out} has no name of its own: give a folder to make"),
-            (args.cycles is not None and unrefined,
-             f"--cycles {args.cycles} is for swaps, which --refine none leaves out"),
+            (args.cycles is not None and unrefined, f"--cycles {args.cycles} is for swaps, {left_out}"),
             (args.refine_layers != "all" and unrefined,
-             f"--refine-layers {args.refine_layers} is for refined layers, and --refine none leaves all as they are"),
-            (args.threshold is not None and no_dsnot,
-             f"--threshold is for DSnoT, which --refine {args.refine} leaves out"),
-            (args.sign_check is not None and no_dsnot,
-             f"--sign-check is for DSnoT, which --refine {args.refine} leaves out"),
+             f"--refine-layers {args.refine_layers} is for refined layers, {left_out}"),
+            (args.threshold is not None and no_dsnot, f"--threshold is for DSnoT, {left_out}"),
+            (args.sign_check is not None and no_dsnot, f"--sign-check is for DSnoT, {left_out}"),
             (args.compare and not args.propagate and method_of(vars(args)) == args.score,
              "--compare prunes once more without refinement, and there is none: leave it out")]:
         if wrong:
             raise InputError(sentence)
-
-
-def fill_in(args, config, text):
-    """Fill in the options that depend on others; returns the amount that is pruned and the method's name. text: to
-    calibrate and measure on if none is given, None: C4 and WikiText-2."""
-    # what the default name of --out tells where it is otherwise
-    named = USUAL | dict(calib=text or "c4", nsamples=NSAMPLES, seqlen=config.window_length())
-    for name in "threshold", "sign_check", "calib", "seqlen":
-        if getattr(args, name) is None:
-            setattr(args, name, named[name])
-    args.data, method = args.data or text or "wikitext2", method_of(vars(args))
-    args.propagate = propagates(method) if args.propagate is None else args.propagate
-    if args.compare is None:
-        args.compare = text is not None and method != args.score  # it refines
-    amount = args.pattern or percent(args.sparsity)
-    name = [Path(args.model).name, args.score, args.refine + "+refit" * args.refit,
-            *[f"global-{args.global_swaps}"] * (args.global_swaps > 0), amount.replace(":", "of").rstrip("%"),
-            *[args.allocate] * (args.allocate != "uniform"), *[f"seed{args.seed}"] * (args.seed != 0),
-            *["propagate" if args.propagate else "no-propagate"] * (args.propagate != propagates(method))]
-    for option, value in named.items():
-        if (given := getattr(args, option)) != value:
-            name.append(said_of(option, Path(given).name[-40:] if option == "calib" else given).replace(" ", "-"))
-    args.out = args.out or str(Path("out") / "-".join(name))
-    return amount, method
-
-
-def shared_by(args, source):
-    """What names a run beside its method: the options and the files that every checkpoint it makes depends on."""
-    same = {option: getattr(args, option) for option in ("nsamples", "seqlen", "seed")}
-    same |= dict(calib=os.path.normpath(args.calib), model=str(source.folder.resolve()), pattern=args.pattern,
-                 files=versions([*source.paths, args.calib]), command="dsnot.py")
-    if args.allocate == "sensitivity" and processes()[1] > 1:
-        same["processes"] = processes()[1]  # each looks at tokens of its own, so others would find other shares
-    return same
-
-
-def check_folders(args, config, source, passes, same):
-    """Raise InputError where a pass, as in prune_and_measure, can't fill its folder or has too little memory or disk;
-    returns notes on those that are finished."""
-    missing, notes = [], []  # missing: bytes, of each folder that is to be filled
-    blocks = [(None, *blocks_of(place, how)) for _, place, how in passes
-              if "global_swaps" in how and not finished(place, how | same)]
-    for name, place, how in reversed(blocks + passes):  # --out itself is the first to be refused
-        writer = CheckpointWriter(place, config.raw, source.folder, keep=how | same)  # refuses a folder it can't fill
-        if finished(place, how | same):
-            notes.append(f"{place} is finished" + ", and will be measured again" * (name is not None))
-        else:
-            missing.append(writer.missing(source.size()))
-        if writer.partial.exists():
-            with alone_in(writer.partial) if processes()[0] == 0 else nullcontext():  # refuses one that is in use
-                pass
-    if missing:
-        check_memory(args, config)
-    if blocks:
-        check_whole(args, config)
-    check_disk(Path(args.out), sum(missing), args.out)
-    return notes
 
 
 def prune_and_measure(args, folder, config, amount, passes):

@@ -27,15 +27,14 @@ class InputStats:
 
     def __init__(self, in_features: int, gram: bool = False):
         self.sequences, self.with_gram, self.gram, self.cross, self.lack = 0, gram, None, None, None
-        self._sum, self._square, self._variance = torch.zeros(3, in_features)
+        self._sums = torch.zeros(3, in_features)  # of sum, square and variance over sequences
 
     def add(self, x: Tensor, z: Tensor | None = None, d: Tensor | None = None):
         """One calibration sequence: x, z [tokens, in], d [tokens, out]. The sums are kept on their device."""
         exact = x.float()
         self.sequences += 1
-        self._sum = self._sum.to(x.device) + exact.sum(0)
-        self._square = self._square.to(x.device) + exact.square().sum(0)
-        self._variance = self._variance.to(x.device) + exact.var(0, unbiased=False)
+        one = torch.stack([exact.sum(0), exact.square().sum(0), exact.var(0, unbiased=False)])
+        self._sums = self._sums.to(x.device) + one
         if self.with_gram:
             self.gram = add_product(self.gram, x, x)
         if z is not None:
@@ -45,15 +44,15 @@ class InputStats:
 
     def all_reduce(self):
         """Add up what all processes have seen."""
-        count = torch.tensor(self.sequences, device=self._sum.device)
-        for tensor in (count, self._sum, self._square, self._variance, self.gram, self.cross, self.lack):
+        count = torch.tensor(self.sequences, device=self._sums.device)
+        for tensor in (count, self._sums, self.gram, self.cross, self.lack):
             if tensor is not None:
                 add_up(tensor)
         self.sequences = count.item()
 
-    sum = property(lambda self: self._sum / self.sequences)
-    square = property(lambda self: self._square / self.sequences)
-    variance = property(lambda self: self._variance / self.sequences)
+    sum = property(lambda self: self._sums[0] / self.sequences)
+    square = property(lambda self: self._sums[1] / self.sequences)
+    variance = property(lambda self: self._sums[2] / self.sequences)
 
 
 def add_product(total, a, b):

@@ -213,8 +213,8 @@ class Checkpoint:
     def load(self, module, prefix, device, dtype):
         """Fill all parameters of a module (on the meta device) with the tensors below `prefix`."""
         state = {k: self.tensor(f"{prefix}.{k}") for k in module.state_dict()}
-        state = {k: v.to(device=device, dtype=dtype if v.is_floating_point() else v.dtype) for k, v in state.items()}
-        module.load_state_dict({k: v.contiguous() for k, v in state.items()}, assign=True)
+        state = {k: v.to(device, dtype if v.is_floating_point() else v.dtype).contiguous() for k, v in state.items()}
+        module.load_state_dict(state, assign=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ writing
@@ -226,6 +226,17 @@ def noted(path):
     except (FileNotFoundError, ValueError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def as_noted(run):
+    """A dict as `noted` will give it back: a tuple is a list there."""
+    return json.loads(json.dumps(run))
+
+
+def finished(out, run):
+    """What pruning.json notes of a finished run in the folder `out`; None where that is none, or another."""
+    found = noted(Path(out) / "pruning.json")
+    return found if found and found.get("run") == as_noted(run) else None
 
 
 def pruned_here(folder):
@@ -276,7 +287,7 @@ class CheckpointWriter:
     `differs`: what a finished run that the folder holds has otherwise; "" where that is nothing."""
 
     def __init__(self, folder, raw_config, tokenizer_from=None, keep=None, goes_on=True):
-        self.folder, self.raw, self.keep = Path(folder).resolve(), raw_config, keep or {}
+        self.folder, self.raw, self.keep = Path(folder).resolve(), raw_config, as_noted(keep or {})
         self.goes_on = goes_on and keep is not None
         self.layout = layout_of(raw_config)
         self.partial = self.folder.with_name((self.folder.name or "root") + ".partial")

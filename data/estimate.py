@@ -2,14 +2,17 @@
 """
 
 import itertools
+from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from data.calibration import input_stats, readers, steps
-from data.command import InputError, record, told_bytes
+from data.checkpoint import CheckpointWriter, alone_in, finished
+from data.command import InputError, check_disk, record, told_bytes
 from data.device import free_memory, timed
-from data.method import LAYER, has_goal, needs_gram, refine_of, rows_apart
+from data.method import LAYER, blocks_of, has_goal, needs_gram, refine_of, rows_apart
 from data.processes import processes, say
 from gpt import GPT, Block, all_prunable, prunable, rotary
 
@@ -62,6 +65,29 @@ def check_memory(args, config):
                          f"shorter ones")
 
 
+def check_folders(args, config, source, passes, same):
+    """Raise InputError where a pass, as in prune_and_measure, can't fill its folder or has too little memory or disk;
+    returns notes on those that are finished."""
+    missing, notes = [], []  # missing: bytes, of each folder that is to be filled
+    blocks = [(None, *blocks_of(place, how)) for _, place, how in passes
+              if "global_swaps" in how and not finished(place, how | same)]
+    for name, place, how in reversed(blocks + passes):  # --out itself is the first to be refused
+        writer = CheckpointWriter(place, config.raw, source.folder, keep=how | same)  # refuses a folder it can't fill
+        if finished(place, how | same):
+            notes.append(f"{place} is finished" + ", and will be measured again" * (name is not None))
+        else:
+            missing.append(writer.missing(source.size()))
+        if writer.partial.exists():
+            with alone_in(writer.partial) if processes()[0] == 0 else nullcontext():  # refuses one that is in use
+                pass
+    if missing:
+        check_memory(args, config)
+    if blocks:
+        check_whole(args, config)
+    check_disk(Path(args.out), sum(missing), args.out)
+    return notes
+
+
 def global_bytes(args, config):
     """Bytes of memory that global swaps take at most: the dense and the pruned model, the gradient in float32, what
     probe_tokens leave behind in each block and in the one that is computed again, their logits and those that a round
@@ -86,7 +112,7 @@ def check_whole(args, config):
 
 
 def needed_memory(args, config, methods, block, whole):
-    """{what for: GB of memory} that each process of a run takes at most, beside what a program with PyTorch takes.
+    """{what for: bytes of memory} that each process of a run takes at most, beside what a program with PyTorch takes.
     whole: the number of the model's parameters."""
     weights, itemsize = [layer.weight for layer in prunable(block).values()], held_dtype(args, config).itemsize
     elsewhere = config.num_hidden_layers - 1 - has_goal(**vars(args))  # blocks that are not in memory
@@ -97,13 +123,13 @@ def needed_memory(args, config, methods, block, whole):
         "the calibration text's activations": state_bytes(args, config),
         "weights": (whole - elsewhere * sum(p.numel() for p in block.parameters())) * itemsize,
         "a layer's scores": (56 if "swap" in args.refine else 28) * max(W.numel() for W in weights),
-        "a batch's activations": 32768 * config.intermediate_size * itemsize,
+        "a batch's activations": 4 * max(ROUND, args.seqlen) * config.intermediate_size * itemsize,
         "Gram matrices": gram * (24 if args.score == "sparsegpt" else 16) * widest ** 2,
         "refit's equations": args.refit * 20 * min(max(CHUNK, (widest * n / m) ** 2), equations),
         "the logits of trials": sensitivity * 16 * probe_tokens(args.seqlen) * config.vocab_size}
     if args.global_swaps and (size := global_bytes(args, config)) > sum(needed.values()):  # when all else is gone
         needed = {"global swaps": size}
-    return {name: size / 1e9 for name, size in needed.items() if size}
+    return {name: size for name, size in needed.items() if size}
 
 
 @torch.inference_mode()
@@ -157,21 +183,22 @@ def dry_run(args, config, amount, methods, prune_layer):
         whole = sum(p.numel() for p in GPT(config).parameters())
     stored, blocks, (rank, world) = stored_dtype(config), config.num_hidden_layers, processes()
     block = Block(config).to(args.device, held_dtype(args, config))
-    gigabytes = needed_memory(args, config, methods, block, whole)
+    memory = needed_memory(args, config, methods, block, whole)
     needed = needed_seconds(args, config, methods, block, prune_layer)
-    weights, size = {name: layer.weight for name, layer in prunable(block).items()}, whole * stored.itemsize / 1e9
+    weights, size = {name: layer.weight for name, layer in prunable(block).items()}, whole * stored.itemsize
     say(f"{args.model}, {amount} pruned: {blocks} blocks with {sum(W.numel() for W in weights.values()):,} weights to "
         f"prune in each, {whole:,} parameters")
     for name, W in weights.items():
         say(f"    {name:<18} {W.shape[0]:>6} x {W.shape[1]}")
     written = (len(methods) + (args.global_swaps > 0)) * size  # what is pruned block by block is written before
     each = f" in each of {world} processes" * (world > 1)
-    say(f"memory    {told_bytes(1e9 * sum(gigabytes.values()))} on {args.device}{each}: "
-        + ", ".join(f"{name} {told_bytes(1e9 * size)}" for name, size in gigabytes.items()))
-    say(f"disk      {told_bytes(1e9 * size)} to read, {told_bytes(1e9 * written)} to write")
+    say(f"memory    {told_bytes(sum(memory.values()))} on {args.device}{each}: "
+        + ", ".join(f"{name} {told_bytes(size)}" for name, size in memory.items()))
+    say(f"disk      {told_bytes(size)} to read, {told_bytes(written)} to write")
     unit, seconds = next((u for u in (("days", 86400), ("hours", 3600), ("minutes", 60)) if needed > 2 * u[1]),
                          ("seconds", 1))
     say(f"time      {needed / seconds:,.1f} {unit} on {args.device}, estimated from a part of one of the {blocks} "
         f"blocks and as busy as the machine is now; reading, writing and evaluation come on top")
     if rank == 0:
-        record(args, {"memory_gb": gigabytes, "read_gb": size, "written_gb": written, "seconds": needed})
+        record(args, {"memory_gb": {name: size / 1e9 for name, size in memory.items()}, "read_gb": size / 1e9,
+                      "written_gb": written / 1e9, "seconds": needed})

@@ -1,9 +1,14 @@
 """A method of dsnot.py, by its options: what it is called, and what it needs."""
 
-from data.command import InputError
+import os
+from pathlib import Path
+
+from data.command import InputError, versions
+from data.processes import processes
 
 LAYER = ["score", "refine", "refit", "cycles", "threshold", "sign_check", "sparsity", "pattern"]  # of prune_layer
 METHOD = LAYER + ["propagate", "refine_layers", "allocate"]  # of prune
+NSAMPLES = 128
 USUAL = dict(cycles=None, threshold=0.1, sign_check=True, refine_layers="all")  # how masks are refined if nobody asks
 
 
@@ -49,3 +54,56 @@ def rows_apart(score, pattern=None, **_):
 def refine_of(name, refine, refine_layers="all", **_):
     """How a block's layer of that name is refined, given these options of `prune`."""
     return refine if refine_layers == "all" or "self_attn" in name else "none"
+
+
+def percent(share):
+    """0.7 -> "70%", 0.995 -> "99.5%"."""
+    return f"{100 * share:g}%"
+
+
+def said_of(name, value):
+    """An option in words: cycles 50, sign check, no sign check."""
+    name = name.replace("_", " ")
+    value = " ".join(map(str, value)) if isinstance(value, list) else value
+    return f"{'' if value else 'no '}{name}" if isinstance(value, bool) else f"{name} {value}"
+
+
+def fill_in(args, config, text):
+    """Fill in the options that depend on others; returns the amount that is pruned and the method's name. text: to
+    calibrate and measure on if none is given, None: C4 and WikiText-2."""
+    # what the default name of --out tells where it is otherwise
+    named = USUAL | dict(calib=text or "c4", nsamples=NSAMPLES, seqlen=config.window_length())
+    for name in "threshold", "sign_check", "calib", "seqlen":
+        if getattr(args, name) is None:
+            setattr(args, name, named[name])
+    args.data, method = args.data or text or "wikitext2", method_of(vars(args))
+    args.propagate = propagates(method) if args.propagate is None else args.propagate
+    if args.compare is None:
+        args.compare = text is not None and method != args.score  # it refines
+    amount = args.pattern or percent(args.sparsity)
+    name = [Path(args.model).name, args.score, args.refine + "+refit" * args.refit,
+            f"global-{args.global_swaps}" * (args.global_swaps > 0), amount.replace(":", "of").rstrip("%"),
+            args.allocate * (args.allocate != "uniform"), f"seed{args.seed}" * (args.seed != 0),
+            said_of("propagate", args.propagate).replace(" ", "-") * (args.propagate != propagates(method))]
+    for option, value in named.items():
+        if (given := getattr(args, option)) != value:
+            name.append(said_of(option, Path(given).name[-40:] if option == "calib" else given).replace(" ", "-"))
+    args.out = args.out or str(Path("out") / "-".join(filter(None, name)))
+    return amount, method
+
+
+def shared_by(args, source):
+    """What names a run beside its method: the options and the files that every checkpoint it makes depends on."""
+    same = {option: getattr(args, option) for option in ("nsamples", "seqlen", "seed")}
+    same |= dict(calib=os.path.normpath(args.calib), model=str(source.folder.resolve()), pattern=args.pattern,
+                 files=versions([*source.paths, args.calib]), command="dsnot.py")
+    if args.allocate == "sensitivity" and processes()[1] > 1:
+        same["processes"] = processes()[1]  # each looks at tokens of its own, so others would find other shares
+    return same
+
+
+def blocks_of(out, run):
+    """The folder beside `out` in which global swaps find what was pruned block by block, and what names its run."""
+    out = Path(out)
+    local = {name: value for name, value in run.items() if name != "global_swaps"}
+    return out.with_name(f"{out.name}.blocks"), local | {"blocks_of": out.name}

@@ -13,7 +13,7 @@ import textwrap
 from pathlib import Path
 
 from data.command import InputError, record, write_atomically
-from data.method import method_of, propagates
+from data.method import method_of, percent, propagates, said_of
 
 NAMELESS = {"json", "out", "model", "data", "split", "device", "sparsity", "pattern", "score", "refine",
             "compare", "seed", "seqlen", "plot", "batch", "methods", "tasks", "tasks_dir", "limit", "speed", "files",
@@ -51,11 +51,6 @@ def read_rows(path):
         why = f": {e}" if isinstance(e, (OSError, ValueError)) else ""
         raise InputError(f"--compare {path} is neither a result file with a table (--json of dsnot.py, ast_train.py or "
                          f"eval.py) nor a pruned checkpoint{why}") from None
-
-
-def percent(share):
-    """0.7 -> "70%", 0.995 -> "99.5%"."""
-    return f"{100 * share:g}%"
 
 
 def complete(row):
@@ -137,13 +132,6 @@ def is_usual(name, row):
     if name == "propagate":
         return value in (None, propagates(row["method"]))
     return value in (None, "uniform")
-
-
-def said_of(name, value):
-    """An option in words: cycles 50, sign check, no sign check."""
-    name = name.replace("_", " ")
-    value = " ".join(map(str, value)) if isinstance(value, list) else value
-    return f"{'' if value else 'no '}{name}" if isinstance(value, bool) else f"{name} {value}"
 
 
 def markdown(head, lines, texts=1):

@@ -282,6 +282,14 @@ def test_one_block_is_in_memory_at_a_time(blocks_read, model, tmp_path, options)
     assert blocks_read == ["model.layers.0", "model.layers.1"] * (2 if "allocate" in options else 1)
 
 
+def test_a_run_is_known_by_any_dict(monkeypatch, model, tmp_path):
+    """A finished run whose name held a tuple was taken for another: in JSON it is a list."""
+    dense, how = dsnot.GPT.from_pretrained(model / "m", stream=True), dict(score="wanda", refine="none", pattern=(2, 4))
+    first = dsnot.prune(dense, torch.randint(0, 300, (4, 32)), tmp_path / "out", dict(how), **how)
+    monkeypatch.setattr(dsnot, "prune_block", None)
+    assert dsnot.prune(dense, torch.zeros(4, 32), tmp_path / "out", dict(how), **how) == first != []
+
+
 @pytest.mark.parametrize("propagate", [False, True])
 def test_hidden_states_are_not_kept(monkeypatch, model, tmp_path, propagate):
     """Would catch a list that holds the embedded text, which is as large as all activations, to the end."""
