@@ -878,7 +878,7 @@ def options():
                        help="of the evaluation text (default: test); of a file its last tenth (default: all of it, if "
                             "calibration reads none of it)")
     group.add_argument("--compare", action=argparse.BooleanOptionalAction, default=None,
-                       help="prune a second time without refinement, for comparison (default: where the text is tiny)")
+                       help="prune a second time without refinement, for comparison (default: where model and text are tiny's)")
     return p.parse_args()
 
 

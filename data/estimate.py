@@ -53,6 +53,11 @@ def state_bytes(args, config):
     return states * config.hidden_size * held_dtype(args, config).itemsize
 
 
+def told_each(memory):
+    """{what for: bytes} in words."""
+    return ", ".join(f"{name} {told_bytes(size)}" for name, size in memory.items())
+
+
 def check_memory(args, config):
     """Raise InputError where the calibration text's activations don't fit into memory."""
     need, world, device = state_bytes(args, config), processes()[1], torch.device(args.device)
@@ -88,26 +93,27 @@ def check_folders(args, config, source, passes, same):
     return notes
 
 
-def global_bytes(args, config):
-    """Bytes of memory that global swaps take at most: the dense and the pruned model, the gradient in float32, what
-    probe_tokens leave behind in each block and in the one that is computed again, their logits and those that a round
-    compares with."""
+def whole_memory(args, config):
+    """{what for: bytes of memory} that global swaps take at most: the dense and the pruned model, the gradient in
+    float32, what probe_tokens leave behind in each block and in the one that is computed again, their logits and those
+    that a round compares with."""
     with torch.device("meta"):
         model = GPT(config)
     weights = sum(layer.weight.numel() for layer in all_prunable(model).values())
     C, M, tokens = config.hidden_size, config.intermediate_size, probe_tokens(args.seqlen)
-    held = 2 * sum(p.numel() for p in model.parameters())
+    itemsize = held_dtype(args, config).itemsize
     kept = 3 if args.device == "cpu" else 1  # as measured: malloc does not give everything back at once
-    held += kept * tokens * (config.num_hidden_layers * (4 * C + M) + 32 * C + 11 * M)
-    return (held * held_dtype(args, config).itemsize + 4 * weights
-            + 4 * config.vocab_size * (max(ROUND, args.seqlen) + 4 * tokens))
+    return {"two models": 2 * sum(p.numel() for p in model.parameters()) * itemsize,
+            "a gradient": 4 * weights,
+            "activations": kept * tokens * (config.num_hidden_layers * (4 * C + M) + 32 * C + 11 * M) * itemsize,
+            "logits": 4 * config.vocab_size * (max(ROUND, args.seqlen) + 4 * tokens)}
 
 
 def check_whole(args, config):
     """Raise InputError where what global swaps hold does not fit into memory."""
-    need, world, device = global_bytes(args, config), processes()[1], torch.device(args.device)
-    if need > (free := free_memory(device) / (1 if device.type == "cuda" else world)):
-        raise InputError(f"--global-swaps needs {told_bytes(need)} of memory, for two models and a gradient, and "
+    memory, world, device = whole_memory(args, config), processes()[1], torch.device(args.device)
+    if (need := sum(memory.values())) > (free := free_memory(device) / (1 if device.type == "cuda" else world)):
+        raise InputError(f"--global-swaps needs {told_bytes(need)} of memory ({told_each(memory)}), and "
                          f"{told_bytes(free)} are free on {args.device}: leave it out, or take a larger machine")
 
 
@@ -127,8 +133,8 @@ def needed_memory(args, config, methods, block, whole):
         "Gram matrices": gram * (24 if args.score == "sparsegpt" else 16) * widest ** 2,
         "refit's equations": args.refit * 20 * min(max(CHUNK, (widest * n / m) ** 2), equations),
         "the logits of trials": sensitivity * 16 * probe_tokens(args.seqlen) * config.vocab_size}
-    if args.global_swaps and (size := global_bytes(args, config)) > sum(needed.values()):  # when all else is gone
-        needed = {"global swaps": size}
+    if args.global_swaps and sum((later := whole_memory(args, config)).values()) > sum(needed.values()):
+        needed = {f"{name} for global swaps": size for name, size in later.items()}  # when all else is gone
     return {name: size for name, size in needed.items() if size}
 
 
@@ -193,7 +199,7 @@ def dry_run(args, config, amount, methods, prune_layer):
     written = (len(methods) + (args.global_swaps > 0)) * size  # what is pruned block by block is written before
     each = f" in each of {world} processes" * (world > 1)
     say(f"memory    {told_bytes(sum(memory.values()))} on {args.device}{each}: "
-        + ", ".join(f"{name} {told_bytes(size)}" for name, size in memory.items()))
+        + told_each(memory))
     say(f"disk      {told_bytes(size)} to read, {told_bytes(written)} to write")
     unit, seconds = next((u for u in (("days", 86400), ("hours", 3600), ("minutes", 60)) if needed > 2 * u[1]),
                          ("seconds", 1))

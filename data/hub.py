@@ -42,6 +42,8 @@ def model_folder(name, weights=True, config_only=False):
             raise InputError(f"{target} is no model folder: config.json is missing" +
                              (f"; give {' or '.join(inside[:5])}" if inside else ""))
         return Path(target)
+    if Path(target).is_file():
+        raise InputError(f"{target} is a file: a model is a folder with a config.json")
     # no Hub id begins with the name of a folder here
     if Path(target).parent != Path() and Path(target).parent.is_dir():
         raise InputError(f"there is no folder {target}: check its name")

@@ -79,7 +79,7 @@ def fill_in(args, config, text):
     args.data, method = args.data or text or "wikitext2", method_of(vars(args))
     args.propagate = propagates(method) if args.propagate is None else args.propagate
     if args.compare is None:
-        args.compare = text is not None and method != args.score  # it refines
+        args.compare = args.data == text and method != args.score  # it refines
     amount = args.pattern or percent(args.sparsity)
     name = [Path(args.model).name, args.score, args.refine + "+refit" * args.refit,
             f"global-{args.global_swaps}" * (args.global_swaps > 0), amount.replace(":", "of").rstrip("%"),

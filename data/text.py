@@ -44,8 +44,8 @@ def json_lines(path):
             try:  # half a character, which JSON can name, becomes "?"
                 texts += [json.loads(line)["text"].encode(errors="replace").decode()] if line.strip() else []
             except (ValueError, KeyError, TypeError, AttributeError) as e:
-                raise InputError(f"{path}, line {number}: no JSON object with a \"text\" "
-                                 f"({type(e).__name__}: {e})") from None
+                why = f" ({e})" if isinstance(e, ValueError) else ", which each line has to be"
+                raise InputError(f"{path}, line {number}: no JSON object with a \"text\"{why}") from None
     return texts
 
 
@@ -129,8 +129,8 @@ def windows(ids, seqlen: int, name: str = "the text") -> torch.Tensor:
 def calibration_windows(source: str, tokenizer, nsamples: int, seqlen: int, seed: int) -> torch.Tensor:
     """`nsamples` random windows [nsamples, seqlen] from the training split of a source, each within one document."""
     texts, rng, encoded, short = documents(source, "train"), random.Random(seed), {}, set()
-    if not texts:
-        raise InputError(f"{source} has too few documents to calibrate on: give more, or another text")
+    if not any(text.strip() for text in texts):
+        raise InputError(f"{source} is empty, or too short to calibrate on a part of it: give another text")
     samples, bar = [], tqdm(total=nsamples, desc="calibration text", unit="window", leave=False, disable=None)
     while len(samples) < nsamples:
         if (i := rng.randrange(len(texts))) in short:

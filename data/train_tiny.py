@@ -120,7 +120,8 @@ def draw(streams, share, seed, step, batch, seqlen):
 
 def options():
     p = parser(__doc__)
-    p.add_argument("--out", default="out/tiny", help="the folder that is filled; data/tiny holds the model that ships")
+    p.add_argument("--out", default="out/trained",
+                   help="the folder that is filled; data/tiny holds the model that ships")
     p.add_argument("--hidden-size", type=int, default=256, help="a multiple of 128")
     p.add_argument("--layers", type=int, default=6, help="blocks of the model")
     p.add_argument("--packages", action="store_true",

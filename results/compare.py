@@ -44,9 +44,11 @@ def read_rows(path):
         dense = next((row.get("perplexity") for row in rows if row["method"] == "dense"), None)
         return [complete(common | row | {"dense": dense}) for row in rows]
     except FileNotFoundError:
-        raise InputError(f"--compare {path}: there is no such file or folder" if file == path else
-                         f"--compare {path} is no pruned model (it has no pruning.json); to compare the files that "
-                         f"--json wrote, give {path}/*.json") from None
+        if file == path:
+            raise InputError(f"--compare {path}: there is no such file or folder") from None
+        way_out = (": give the file that --json wrote when it was measured" if (path / "config.json").is_file() else
+                   f"; to compare the files that --json wrote, give {path}/*.json")
+        raise InputError(f"--compare {path} is no folder that dsnot.py has pruned{way_out}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         why = f": {e}" if isinstance(e, (OSError, ValueError)) else ""
         raise InputError(f"--compare {path} is neither a result file with a table (--json of dsnot.py, ast_train.py or "

@@ -29,7 +29,7 @@ OPENING = {  # the methods of the first picture, as compare.py names them and as
 CHOICES = [  # what a reader wants, the command that does it, and its names in compare.py's tables
     ("the least time", "dsnot.py --refine none", "wanda"),
     ("DSnoT, our settings", "dsnot.py", "wanda + dsnot (refine layers all, sign check)"),
-    ("DSnoT as published", "dsnot.py --cycles 50 --refine-layers attn",  # at 70 % with --no-sign-check
+    ("DSnoT as published", "dsnot.py --cycles 50 --refine-layers attn`, at 70 % `--no-sign-check",
      "wanda + dsnot (cycles 50, refine layers attn, no sign check)",
      "wanda + dsnot (cycles 50, refine layers attn, sign check)"),
     ("the best mask a block at a time, weights as they are", "dsnot.py --refine swap", "wanda + swap"),

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # README's tables of pruned models. A run whose file is there is not made again: delete results/NAME to measure all anew.
-#     bash results/study.sh tiny                       (the model that ships; about an hour on two CPU cores)
-#     bash results/study.sh deep                       (a model of 32 layers, which is trained first: an hour more)
+#     bash results/study.sh tiny                       (the model that ships; three hours on one CPU core)
+#     bash results/study.sh deep                       (a model of 32 layers; two hours, and one to train it before)
 #     bash results/study.sh settings                   (DSnoT's own settings, on the validation text of tiny)
 #     bash results/study.sh NAME FOLDER TEXT           (a model and a text file of yours; results go to results/NAME;
 #                                                       windows of 256 tokens, or of SEQLEN=2048)
@@ -34,8 +34,14 @@ END
     *) usage ;;
 esac
 mkdir -p "results/$name"
-[ "$name" != deep ] || [ -d out/deep ] || python -m data.train_tiny --compile --hidden-size 128 --layers 32 \
-    --steps 1000 --batch 24 --save-every 50 --out out/deep --json results/train_deep.json
+if [ "$name" = deep ] && [ ! -d out/deep ]; then
+    [ -z "$(ls results/deep)" ] || {
+        echo "error: there is no out/deep, and results/deep is of another model: delete results/deep to train and measure" \
+            "anew, or train out/deep alone by the command in results/study.sh" >&2
+        exit 2; }
+    python -m data.train_tiny --compile --hidden-size 128 --layers 32 \
+        --steps 1000 --batch 24 --save-every 50 --out out/deep --json results/train_deep.json
+fi
 
 measured=()
 trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
