@@ -337,6 +337,7 @@ BAD = {
     "no signs to check": (["--refine", "swap", "--no-sign-check"], "--sign-check is for DSnoT, which --refine swap"),
     "unknown model": (["--model", "llama9"], "llama9"),
     "no such folder": (["--model", "./nothing/here"], "nothing/here"),
+    "a file for a folder": (["--model", str(ROOT / "README.md")], "README.md is a file: a model is a folder"),
     "a folder, no Hub id": (["--model", "tests/nothing"], "there is no folder tests/nothing"),
     "no such text": (["--calib", "nothing.txt"], "nothing.txt"),
     "long window": (["--seqlen", "100000"], "100000"),
@@ -439,6 +440,21 @@ def test_runs_that_differ_have_folders_that_differ(monkeypatch, options, ending)
     args = dsnot.options()
     dsnot.fill_in(args, dsnot.Config.read(ROOT / "data" / "tiny"), "tiny")
     assert args.out == f"out/tiny{ending}"
+
+
+@pytest.mark.parametrize("options, compares", [
+    ([], True), (["--data", "a.txt"], False), (["--refine", "none"], False), (["--refine", "none", "--refit"], True)])
+def test_what_is_compared_if_nobody_asks(monkeypatch, options, compares):
+    """On a text of the user's own a second pruning would double the time."""
+    monkeypatch.setattr(sys, "argv", ["dsnot.py", *options])
+    args = dsnot.options()
+    dsnot.fill_in(args, dsnot.Config.read(ROOT / "data" / "tiny"), "tiny")
+    assert args.compare == compares
+
+
+def test_an_empty_text_is_said_to_be_empty(monkeypatch, capsys, model, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n")
+    expect_refusal(monkeypatch, capsys, model, tmp_path / "out", ["--calib", str(tmp_path / "empty.txt")], "is empty")
 
 
 def test_memory_for_the_activations(monkeypatch, capsys, model, tmp_path):
