@@ -878,7 +878,8 @@ def options():
                        help="of the evaluation text (default: test); of a file its last tenth (default: all of it, if "
                             "calibration reads none of it)")
     group.add_argument("--compare", action=argparse.BooleanOptionalAction, default=None,
-                       help="prune a second time without refinement, for comparison (default: where model and text are tiny's)")
+                       help="prune a second time without refinement, for comparison (default: where model and text "
+                            "are tiny's)")
     return p.parse_args()
 
 
@@ -912,16 +913,17 @@ def check(args, config):
             raise InputError(sentence)
 
 
-def prune_and_measure(args, folder, config, amount, passes):
+def prune_and_measure(args, folder, amount, passes):
     """Make the checkpoint of each of the passes (name, folder, options of prune; the first one, the dense model, is
     there and has none), measure it and print a line; returns the rows of the table."""
     def load(folder):
         return GPT.from_pretrained(folder, device=args.device, stream=True)
 
-    tokenizer, batch, source = load_tokenizer(folder), max(1, 8192 // args.seqlen), GPT.open(folder).source
-    source.check_dense()
-    same = shared_by(args, source)
-    notes = check_folders(args, config, source, passes[1:], same)
+    tokenizer, batch, model = load_tokenizer(folder), max(1, 8192 // args.seqlen), GPT.open(folder)
+    config = model.config
+    model.source.check_dense()
+    same = shared_by(args, model.source)
+    notes = check_folders(args, model, passes[1:], same)
     shared = Path(args.data).resolve() == Path(args.calib).resolve()
     split = "test" if shared and not args.split else split_of(args.data, args.split)
     ids = evaluation_ids(args.data, split, tokenizer, args.seqlen)
@@ -931,7 +933,7 @@ def prune_and_measure(args, folder, config, amount, passes):
     say(f"{args.model}: {amount} pruned{allocated}, calibration {args.nsamples} x {args.seqlen} tokens of "
         f"{args.calib}, perplexity on {told(args.data, split)} ({count} window{'s' * (count != 1)} of {args.seqlen} "
         f"tokens{config.remark(args.seqlen)})")
-    if pruned_here(source.folder):
+    if pruned_here(folder):
         notes.append(f"{args.model} has been pruned before; it is what is called dense here")
     if (args.refit or args.score == "sparsegpt") and calibration.numel() < config.intermediate_size:
         notes.append(f"weights are fitted to {calibration.numel()} tokens of calibration text, fewer than the "
@@ -972,7 +974,7 @@ def main():
         passes = [("dense", folder, None), (title, out, method)]
         if args.compare:
             passes.insert(1, (args.score, out.with_name(out.name + ".unrefined"), plain))
-        rows = prune_and_measure(args, folder, config, amount, passes)
+        rows = prune_and_measure(args, folder, amount, passes)
         say(f"\nsaved {out}")
         if processes()[0] == 0:
             record(args, {"data": args.data, "seqlen": args.seqlen, "rows": rows})

@@ -44,13 +44,11 @@ def held_dtype(args, config):
     return torch.float32 if args.device == "cpu" else stored_dtype(config)
 
 
-def state_bytes(args, config):
+def state_bytes(args, model):
     """Bytes of the hidden states that each process of a run holds at a time, at most."""
-    with torch.device("meta"):
-        layers = config.num_hidden_layers * len(prunable(Block(config)))
-    nsamples = -(-args.nsamples // processes()[1])
+    nsamples, layers = -(-args.nsamples // processes()[1]), len(all_prunable(model))
     states = held_states(nsamples, args.seqlen, layers, has_goal(**vars(args)), args.allocate)
-    return states * config.hidden_size * held_dtype(args, config).itemsize
+    return states * model.config.hidden_size * held_dtype(args, model.config).itemsize
 
 
 def told_each(memory):
@@ -58,9 +56,9 @@ def told_each(memory):
     return ", ".join(f"{name} {told_bytes(size)}" for name, size in memory.items())
 
 
-def check_memory(args, config):
+def check_memory(args, model):
     """Raise InputError where the calibration text's activations don't fit into memory."""
-    need, world, device = state_bytes(args, config), processes()[1], torch.device(args.device)
+    need, world, device = state_bytes(args, model), processes()[1], torch.device(args.device)
     free = free_memory(torch.device("cpu")) / world
     if device.type == "cuda":
         free = max(free, free_memory(device) / 2)  # all are in one place: see place_for
@@ -70,14 +68,14 @@ def check_memory(args, config):
                          f"shorter ones")
 
 
-def check_folders(args, config, source, passes, same):
+def check_folders(args, model, passes, same):
     """Raise InputError where a pass, as in prune_and_measure, can't fill its folder or has too little memory or disk;
     returns notes on those that are finished."""
-    missing, notes = [], []  # missing: bytes, of each folder that is to be filled
+    source, missing, notes = model.source, [], []  # missing: bytes, of each folder that is to be filled
     blocks = [(None, *blocks_of(place, how)) for _, place, how in passes
               if "global_swaps" in how and not finished(place, how | same)]
     for name, place, how in reversed(blocks + passes):  # --out itself is the first to be refused
-        writer = CheckpointWriter(place, config.raw, source.folder, keep=how | same)  # refuses a folder it can't fill
+        writer = CheckpointWriter(place, source.raw, source.folder, keep=how | same)  # refuses a folder it can't fill
         if finished(place, how | same):
             notes.append(f"{place} is finished" + ", and will be measured again" * (name is not None))
         else:
@@ -86,20 +84,18 @@ def check_folders(args, config, source, passes, same):
             with alone_in(writer.partial) if processes()[0] == 0 else nullcontext():  # refuses one that is in use
                 pass
     if missing:
-        check_memory(args, config)
+        check_memory(args, model)
     if blocks:
-        check_whole(args, config)
+        check_whole(args, model)
     check_disk(Path(args.out), sum(missing), args.out)
     return notes
 
 
-def whole_memory(args, config):
+def whole_memory(args, model):
     """{what for: bytes of memory} that global swaps take at most: the dense and the pruned model, the gradient in
     float32, what probe_tokens leave behind in each block and in the one that is computed again, their logits and those
     that a round compares with."""
-    with torch.device("meta"):
-        model = GPT(config)
-    weights = sum(layer.weight.numel() for layer in all_prunable(model).values())
+    config, weights = model.config, sum(layer.weight.numel() for layer in all_prunable(model).values())
     C, M, tokens = config.hidden_size, config.intermediate_size, probe_tokens(args.seqlen)
     itemsize = held_dtype(args, config).itemsize
     kept = 3 if args.device == "cpu" else 1  # as measured: malloc does not give everything back at once
@@ -109,31 +105,32 @@ def whole_memory(args, config):
             "logits": 4 * config.vocab_size * (max(ROUND, args.seqlen) + 4 * tokens)}
 
 
-def check_whole(args, config):
+def check_whole(args, model):
     """Raise InputError where what global swaps hold does not fit into memory."""
-    memory, world, device = whole_memory(args, config), processes()[1], torch.device(args.device)
+    memory, world, device = whole_memory(args, model), processes()[1], torch.device(args.device)
     if (need := sum(memory.values())) > (free := free_memory(device) / (1 if device.type == "cuda" else world)):
         raise InputError(f"--global-swaps needs {told_bytes(need)} of memory ({told_each(memory)}), and "
                          f"{told_bytes(free)} are free on {args.device}: leave it out, or take a larger machine")
 
 
-def needed_memory(args, config, methods, block, whole):
+def needed_memory(args, model, methods):
     """{what for: bytes of memory} that each process of a run takes at most, beside what a program with PyTorch takes.
-    whole: the number of the model's parameters."""
+    """
+    config, block, whole = model.config, model.model.layers[0], sum(p.numel() for p in model.parameters())
     weights, itemsize = [layer.weight for layer in prunable(block).values()], held_dtype(args, config).itemsize
     elsewhere = config.num_hidden_layers - 1 - has_goal(**vars(args))  # blocks that are not in memory
     n, m = methods[0]["pattern"] or (1 - args.sparsity, 1)
     widest, equations = max(W.shape[1] for W in weights), max(W.numel() * W.shape[1] for W in weights) * (n / m) ** 2
     gram, sensitivity = any(needs_gram(**method) for method in methods), args.allocate == "sensitivity"
     needed = {
-        "the calibration text's activations": state_bytes(args, config),
+        "the calibration text's activations": state_bytes(args, model),
         "weights": (whole - elsewhere * sum(p.numel() for p in block.parameters())) * itemsize,
         "a layer's scores": (56 if "swap" in args.refine else 28) * max(W.numel() for W in weights),
         "a batch's activations": 4 * max(ROUND, args.seqlen) * config.intermediate_size * itemsize,
         "Gram matrices": gram * (24 if args.score == "sparsegpt" else 16) * widest ** 2,
         "refit's equations": args.refit * 20 * min(max(CHUNK, (widest * n / m) ** 2), equations),
         "the logits of trials": sensitivity * 16 * probe_tokens(args.seqlen) * config.vocab_size}
-    if args.global_swaps and sum((later := whole_memory(args, config)).values()) > sum(needed.values()):
+    if args.global_swaps and sum((later := whole_memory(args, model)).values()) > sum(needed.values()):
         needed = {f"{name} for global swaps": size for name, size in later.items()}  # when all else is gone
     return {name: size for name, size in needed.items() if size}
 
@@ -186,10 +183,11 @@ def dry_run(args, config, amount, methods, prune_layer):
     """Print what a run with these methods (the options of prune, each) would take: from the configuration, and from a
     random block."""
     with torch.device("meta"):
-        whole = sum(p.numel() for p in GPT(config).parameters())
-    stored, blocks, (rank, world) = stored_dtype(config), config.num_hidden_layers, processes()
+        model = GPT(config)
+    whole, stored = sum(p.numel() for p in model.parameters()), stored_dtype(config)
+    blocks, (rank, world) = config.num_hidden_layers, processes()
+    memory = needed_memory(args, model, methods)
     block = Block(config).to(args.device, held_dtype(args, config))
-    memory = needed_memory(args, config, methods, block, whole)
     needed = needed_seconds(args, config, methods, block, prune_layer)
     weights, size = {name: layer.weight for name, layer in prunable(block).items()}, whole * stored.itemsize
     say(f"{args.model}, {amount} pruned: {blocks} blocks with {sum(W.numel() for W in weights.values()):,} weights to "
@@ -198,8 +196,7 @@ def dry_run(args, config, amount, methods, prune_layer):
         say(f"    {name:<18} {W.shape[0]:>6} x {W.shape[1]}")
     written = (len(methods) + (args.global_swaps > 0)) * size  # what is pruned block by block is written before
     each = f" in each of {world} processes" * (world > 1)
-    say(f"memory    {told_bytes(sum(memory.values()))} on {args.device}{each}: "
-        + told_each(memory))
+    say(f"memory    {told_bytes(sum(memory.values()))} on {args.device}{each}: {told_each(memory)}")
     say(f"disk      {told_bytes(size)} to read, {told_bytes(written)} to write")
     unit, seconds = next((u for u in (("days", 86400), ("hours", 3600), ("minutes", 60)) if needed > 2 * u[1]),
                          ("seconds", 1))

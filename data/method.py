@@ -1,4 +1,4 @@
-"""A method of dsnot.py, by its options: what it is called, and what it needs."""
+"""A method of dsnot.py, by its options: what it needs, what it and its runs are called."""
 
 import os
 from pathlib import Path
