@@ -34,22 +34,24 @@ END
     *) usage ;;
 esac
 mkdir -p "results/$name"
-if [ "$name" = deep ] && [ ! -d out/deep ]; then
+
+measured=()
+trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
+trap 'echo "interrupted: the same command goes on from what is finished" >&2; exit 130' INT
+train_deep() {  # unless it is there: the model of all runs in results/deep
+    [ ! -d out/deep ] || return 0
     [ -z "$(ls results/deep)" ] || {
         echo "error: there is no out/deep, and results/deep is of another model: delete results/deep to train and measure" \
             "anew, or train out/deep alone by the command in results/study.sh" >&2
         exit 2; }
     python -m data.train_tiny --compile --hidden-size 128 --layers 32 \
         --steps 1000 --batch 24 --save-every 50 --out out/deep --json results/train_deep.json
-fi
-
-measured=()
-trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
-trap 'echo "interrupted: the same command goes on from what is finished" >&2; exit 130' INT
+}
 run() {
     local row=${amount/:/of}-$1
     local json=results/$name/$row.json
     if [ -f "$json" ]; then echo "$json is there"; return; fi
+    [ "$name" != deep ] || train_deep
     while [ "$(jobs -rp | wc -l)" -ge "${JOBS:-1}" ]; do sleep 0.2; done
     tidy
     python dsnot.py ${model[@]+"${model[@]}"} $option $amount --out "out/study-$name/$row" --json "$json" "${@:2}" &
