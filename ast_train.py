@@ -95,7 +95,8 @@ CALIBRATION, LOG_EVERY = 128, 10  # windows, steps
 SLORB_K = 16  # as in the paper, where it divides a layer's inputs
 NEUTRAL = {"recipe", "methods", "out", "json", "device", "micro_batch", "save_every", "one_shot", "compile", "shard",
            "checkpoint_activations"}  # options that may change when a run goes on
-MASKED = {"pattern", "sparsity", "score", "mask_every", "decay", "decay_steps", "start_from"}  # mean nothing to dense
+MASKED = {"pattern", "sparsity", "score", "mask_every", "decay", "decay_steps", "start_from", "kl_weight",
+          "temperature"}  # mean nothing to the dense model, which would be its own teacher
 
 
 # --------------------------------------------------------------------------------------------------------- the method
@@ -517,7 +518,7 @@ def train(method, args, begin, mixture, held_out, calibration):
     mean = {name: W.detach().clone() for name, W in student.named_parameters()} if args.average else {}
     average_from = args.steps - round(args.average * args.steps)
     state, made = resume(method, args, which, student, optimizer, mean, source)
-    if args.kl_weight and state["step"] < args.steps:
+    if layers and args.kl_weight and state["step"] < args.steps:
         teacher = set_up(GPT.from_pretrained(args.model, args.device, getattr(torch, args.dtype)), args)
     rank, world = dist.get_rank(), dist.get_world_size()
     started, first = time.perf_counter(), state["step"]
@@ -526,7 +527,7 @@ def train(method, args, begin, mixture, held_out, calibration):
 
     for step in range(first, args.steps):
         lr = learning_rate(step, args.steps, args.lr, args.warmup, args.lr_end)
-        decay = decay_at(step, args.decay, args.decay_steps)
+        decay = decay_at(step, args.decay, args.decay_steps) if layers else 0.0
         for group in optimizer.param_groups:
             group["lr"], group["decay"] = lr, decay
         if layers and args.mask_every and step and step % args.mask_every == 0:
@@ -627,7 +628,7 @@ def options():
     p.add_argument("--recipe", choices=RECIPES, default="tiny", help="where the other options begin")
     p.add_argument("--model", help="student and teacher: a preset (data/hub.py lists them), a Hub id or a folder")
     p.add_argument("--methods", nargs="+", choices=["dense", "ast", "ast-slorb"],
-                   help="what to train; dense: the same training without masks, the control")
+                   help="what to train; dense: the model itself, by cross-entropy, the control")
     p.add_argument("--out", default="out/ast", help="the folder for a model of each method, their states and curve.png")
     g = p.add_argument_group("method")
     how_many = g.add_mutually_exclusive_group()
