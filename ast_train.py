@@ -72,7 +72,7 @@ from data.hub import model_folder
 from data.method import parse_pattern
 from data.processes import add_up, mean_over_processes, process_group, processes, say, side_by_side
 from data.state import check_room, load_state, save_state
-from data.stream import CUTS, HALVES, Mixture, tokens, weighted
+from data.stream import Mixture, tokens, weighted
 from data.text import SOURCES, evaluation_ids, usual_text
 from dsnot import keep_mask, magnitude_score, prune, wanda_score
 from eval import perplexity
@@ -89,7 +89,7 @@ RECIPES = {  # ours for the model that ships, the paper's for the others
         model="openai-community/gpt2", methods=["ast-slorb"], steps=40000, batch=128, micro_batch=8, seqlen=1024,
         save_every=1000, lr=2e-4, warmup=2000, decay=1e-4, decay_steps=10000, kl_weight=0.67, temperature=2.0),
 }
-BETAS = (0.9, 0.95)
+BETAS, CLIP = (0.9, 0.95), 1.0  # of Adam; the largest norm of a step's gradient
 CHUNK = 512  # tokens whose logits are float32 at a time
 CALIBRATION, LOG_EVERY = 128, 10  # windows, steps
 SLORB_K = 16  # as in the paper, where it divides a layer's inputs
@@ -297,25 +297,24 @@ def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperatur
     return by_chunks(lambda s, t: kl(s, t, temperature), student, teacher) / len(student)
 
 
-def both_losses(student, target, teacher, kl_weight, temperature):
+def mixed_loss(student, target, teacher, kl_weight, temperature):
     """a * distillation + (1 - a) * cross-entropy, summed over tokens; logits [N, V], targets [N]."""
     loss = kl_weight * kl(student, teacher, temperature)
     return loss + (1 - kl_weight) * F.cross_entropy(student, target, reduction="sum") if kl_weight < 1 else loss
 
 
-compiled_losses = torch.compile(both_losses)  # which costs nothing before the first call
+compiled_mixed_loss = torch.compile(mixed_loss)  # which costs nothing before the first call
 
 
 def training_loss(student_logits, teacher_logits, targets, kl_weight, temperature, compiled=False):
     """a * distillation + (1 - a) * cross-entropy, averaged over tokens; logits [B, T, V], targets [B, T]. Without a
     teacher (None) the cross-entropy alone."""
-    def both(student, target, teacher=None):
-        if teacher is None:
-            return F.cross_entropy(student, target, reduction="sum")
-        return (compiled_losses if compiled else both_losses)(student, target, teacher, kl_weight, temperature)
-
-    inputs = [x.flatten(0, 1) for x in (student_logits, targets, teacher_logits) if x is not None]
-    return by_chunks(both, *inputs) / targets.numel()
+    student, target = student_logits.flatten(0, 1), targets.flatten()
+    if teacher_logits is None:
+        return by_chunks(functools.partial(F.cross_entropy, reduction="sum"), student, target) / len(target)
+    mixed = functools.partial(compiled_mixed_loss if compiled else mixed_loss, kl_weight=kl_weight,
+                              temperature=temperature)
+    return by_chunks(mixed, student, target, teacher_logits.flatten(0, 1)) / len(target)
 
 
 # --------------------------------------------------------------------------------------------------------- the models
@@ -354,27 +353,31 @@ def text_files(args):
     return [*(weighted(name)[0] for name in args.data), args.eval_data]
 
 
-def first_weights(args, calibration):
-    """Where the student's first weights are. "swap": the folder of the model with the mask that exact swaps find and
-    the weights that suit it. Its pruned weights are 0 and return when their gradients have moved them far enough."""
-    if args.start_from == "dense":
-        return args.model
-    folder = Path(args.out) / "start"
+def one_shot(args, folder, calibration, replace=False, **method):
+    """Prune the model into `folder`, all processes together. What another run has left there is replaced, or an
+    InputError."""
     model = GPT.from_pretrained(args.model, device=args.device, stream=True)
-    method = dict(score="wanda", refine="swap", refit=True, propagate=True)
-    run = one_shot_run(args, model, method)
-    if noted(folder / "run.json") not in (None, run):  # trained models may have begun with it
-        raise InputError(f"{folder} holds a start of other options or files (moved or copied ones count as others): "
-                         f"give those that it had, choose another --out, or delete {folder} to have it made again")
-    prune(model, calibration, folder, run, batch=args.micro_batch, **method, **amount(args))  # all processes together
-    return folder
-
-
-def one_shot_run(args, model, method):
-    """What tells a model that `prune` makes here from others."""
     run = {"command": "ast_train.py"} | {name: str(getattr(args, name)) for name in ("model", "data", "seqlen", "seed")}
     run |= dict(pattern=None if args.sparsity else args.pattern, sparsity=args.sparsity) | method
-    return run | {"files": versions([*model.source.paths, *text_files(args)])}
+    run |= {"files": versions([*model.source.paths, *text_files(args)])}
+    for place in folder, folder.with_name(f"{folder.name}.partial"):
+        if noted(place / "run.json") in (None, run):
+            continue
+        if not replace:
+            raise InputError(f"{place} holds a start of other options or files (moved or copied ones count as others): "
+                             f"give those that it had, choose another --out, or delete it to have it made again")
+        shutil.rmtree(place)
+    prune(model, calibration, folder, run, batch=args.micro_batch, **method, **amount(args))
+
+
+def first_weights(args, calibration):
+    """The folder of the student's first weights. "swap": the model with the mask that exact swaps find and the weights
+    that suit it. Its pruned weights are 0 and return when their gradients have moved them far enough."""
+    if args.start_from == "dense":
+        return args.model
+    folder = Path(args.out) / "start"  # trained models may have begun with what is there
+    one_shot(args, folder, calibration, score="wanda", refine="swap", refit=True, propagate=True)
+    return folder
 
 
 def new_student(args, method, begin, source, calibration):
@@ -389,13 +392,13 @@ def new_student(args, method, begin, source, calibration):
 
 def set_up(model, args, checkpoint_activations=False):
     """Compile a model's blocks and spread them over the processes, as far as that is asked for."""
-    shard = args.shard or dist.get_world_size()
-    spread = dist.get_world_size() > 1
+    world = dist.get_world_size()
+    shard, spread = args.shard or world, world > 1
     if spread:
-        mesh = dist.init_device_mesh(torch.device(args.device).type, (dist.get_world_size() // shard, shard),
+        mesh = dist.init_device_mesh(torch.device(args.device).type, (world // shard, shard),
                                      mesh_dim_names=("copies", "parts"))
         precision = MixedPrecisionPolicy(getattr(torch, args.dtype), torch.float32, cast_forward_inputs=False)
-        fsdp = dict(mesh=mesh if shard < dist.get_world_size() else mesh["parts"], mp_policy=precision)
+        fsdp = dict(mesh=mesh if shard < world else mesh["parts"], mp_policy=precision)
     for block in model.model.layers:
         if args.compile:  # before `checkpoint`, which hides what it calls; one block's code serves all of them
             block.forward = torch.compile(block.forward)
@@ -404,6 +407,11 @@ def set_up(model, args, checkpoint_activations=False):
         if spread:
             fully_shard(block, **fsdp)
     return fully_shard(model, **fsdp) if spread else model
+
+
+def saved_as(source, name):
+    """The dtype of a saved tensor: that of the dense checkpoint `source`, of SLoRB's that of the weight beside them."""
+    return source.stored(name if name in source.files else name.rpartition(".slorb_")[0] + ".weight")
 
 
 def save_model(folder, model, source, made):
@@ -418,10 +426,9 @@ def save_model(folder, model, source, made):
     tensors = {}
     for name, value in model.tensors().items():
         if not name.endswith(".mask"):
-            like = name if name in source.files else name.rpartition(".slorb_")[0] + ".weight"
             value = whole(value) * masks[name] if name in masks else whole(value)
             if dist.get_rank() == 0:
-                tensors[name] = value.to("cpu", source.stored(like))
+                tensors[name] = value.to("cpu", saved_as(source, name))
     if dist.get_rank() == 0:
         raw = model.config.raw | ({"slorb_k": k} if k else {})
         with CheckpointWriter(folder, raw, source.folder, keep=made, goes_on=False) as out:
@@ -481,7 +488,9 @@ def resume(method, args, which, student, optimizer, mean, source):
     if there not in (None, made):
         raise InputError(f"{saved} holds a model of another training: choose another --out, or delete it")
     if state["step"] < args.steps:
-        check_room(work, student, mean, saved, source.size())
+        tensors = student.tensors().items()
+        size = sum(x.numel() * saved_as(source, name).itemsize for name, x in tensors if not name.endswith(".mask"))
+        check_room(work, student, mean, saved, size)
     return state, made
 
 
@@ -536,7 +545,7 @@ def train(method, args, begin, mixture, held_out, calibration):
         ids = mixture.batch(args.seed, step, args.batch)[rank::world]
         student.check_tokens(ids)
         loss = mean_over_processes(backward(student, teacher, ids.to(args.device), args))
-        norm = whole(nn.utils.clip_grad_norm_(student.parameters(), args.clip)).item()
+        norm = whole(nn.utils.clip_grad_norm_(student.parameters(), CLIP)).item()
         if not math.isfinite(loss + norm):
             kept = f"; the state of step {state['step']} is kept in {work}" if state["step"] else ""
             raise InputError(f"the loss is {loss}, its gradient's norm {norm} at step {step}: "
@@ -593,14 +602,9 @@ def results(args, test_ids, calibration, begin):
     print(f"measuring the dense{', one-shot' * args.one_shot} and trained models on {args.eval_data} ...", flush=True)
     rows = {"dense": measure(args.model, 0)}
     for score in ["magnitude", "wanda", "sparsegpt"] if args.one_shot else []:
-        model = GPT.from_pretrained(args.model, device=args.device, stream=True)
-        pruned, method = Path(args.out) / f"one-shot-{score}", dict(score=score, refine="none")
-        run = one_shot_run(args, model, method)
-        for left in pruned, pruned.with_name(f"{pruned.name}.partial"):
-            if noted(left / "run.json") not in (None, run):  # of another run that was stopped while measuring
-                shutil.rmtree(left)
-        prune(model, calibration, pruned, run, batch=args.micro_batch, **method, **amount(args))
-        rows[f"one-shot {score}"] = measure(pruned, calibration.numel())
+        pruned = Path(args.out) / f"one-shot-{score}"
+        one_shot(args, pruned, calibration, replace=True, score=score, refine="none")
+        rows[f"one-shot {score}"] = measure(pruned, 0 if score == "magnitude" else calibration.numel())
         shutil.rmtree(pruned)
     best_mask = min((math.log(row["perplexity"]) for name, row in rows.items() if name != "dense"), default=math.nan)
     if begin != args.model:
@@ -664,7 +668,6 @@ def options():
     g.add_argument("--average", type=float, default=0.0,
                    help="keep the mean of the weights over this share of the steps, the last ones; 0: the last weights")
     g.add_argument("--warmup", type=int, help="steps until the peak")
-    g.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
     g.add_argument("--save-every", type=int, help="steps between validations, each with a state to go on from")
     g.add_argument("--one-shot", action=BooleanOptionalAction, default=True, help="one-shot masks in the table")
     g = p.add_argument_group("machine")
@@ -694,7 +697,7 @@ def check(args):
     if args.start_from == "swap" and args.methods == ["dense"]:
         raise InputError("--start-from swap is for sparse models, and --methods dense names none")
     for names, right, rule in [
-            ("steps batch micro_batch save_every temperature clip lr", lambda v: 0 < v < math.inf,
+            ("steps batch micro_batch save_every temperature lr", lambda v: 0 < v < math.inf,
              "must be above 0 and finite"),
             ("slorb_k", lambda v: v is None or v > 0, "must be above 0"),
             ("seqlen", lambda v: v > 1, "must be at least 2"),
@@ -723,13 +726,13 @@ def memory_is_enough(args):
 
 
 def evaluation_tokens(args, tokenizer, split):
-    """The ids of the validation or test text. A file that is also trained on, or may be, as a .bin, gives a part that
-    is not, any other one half of it."""
+    """The ids of the validation or test text. Of a file that is also trained on, or may be, as a .bin, they are halves
+    of the tenth that is not, of any other one halves of all of it."""
     if args.eval_data in SOURCES and split == "test":
         return evaluation_ids(args.eval_data, "test", tokenizer, args.seqlen)
     *trained, file = (Path(source).resolve() for source in text_files(args))
-    safe = file not in trained and not any(source.suffix == ".bin" for source in trained)
-    return tokens(args.eval_data, tokenizer, split, HALVES if safe else CUTS)
+    apart = file not in trained and not any(source.suffix == ".bin" for source in trained)
+    return tokens(args.eval_data, tokenizer, split, apart)
 
 
 def texts(args, tokenizer):
@@ -738,6 +741,20 @@ def texts(args, tokenizer):
     held_out = windows(evaluation_tokens(args, tokenizer, "validation"), args.seqlen + 1,
                        f"the validation text of {args.eval_data}")
     return mixture, held_out, mixture.batch(args.seed, 0, CALIBRATION, stream=0)[:, :-1]
+
+
+def fitting_k(asked, config):
+    """--slorb-k, or where it is None the default that divides the inputs of all layers. Raises InputError where what is
+    asked for doesn't."""
+    with torch.device("meta"):
+        inputs = {name: linear.in_features for name, linear in prunable(Block(config)).items()}
+    common = math.gcd(*inputs.values())
+    fits = next(k for k in range(min(asked or SLORB_K, common), 0, -1) if common % k == 0)
+    for name, width in inputs.items():
+        if asked and width % asked:
+            raise InputError(f"--slorb-k {asked} does not divide the {width} inputs of {name}: give --slorb-k {fits}, "
+                             f"or --methods ast")
+    return asked or fits
 
 
 def train_alone(method, args, begin):
@@ -758,15 +775,8 @@ def train_all(args, held):
     model.source.check_dense()
     if config.slorb_k:
         raise InputError(f"{args.model} has been through AST and has SLoRB parameters: give the dense model")
-    with torch.device("meta"):
-        inputs = {name: linear.in_features for name, linear in prunable(Block(config)).items()}
-    common = math.gcd(*inputs.values())
-    fits = next(k for k in range(min(args.slorb_k or SLORB_K, common), 0, -1) if common % k == 0)
-    args.slorb_k = args.slorb_k or fits
-    for name, width in inputs.items():
-        if "ast-slorb" in args.methods and width % args.slorb_k:
-            raise InputError(f"--slorb-k {args.slorb_k} does not divide the {width} inputs of {name}: give --slorb-k "
-                             f"{fits}, or --methods ast")
+    if "ast-slorb" in args.methods:
+        args.slorb_k = fitting_k(args.slorb_k, config)
     for method in args.methods:
         CheckpointWriter(Path(args.out) / method, config.raw, folder, keep={"command": "ast_train.py"}, goes_on=False)
     text = usual_text(folder, None)

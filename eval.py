@@ -49,7 +49,7 @@ def hidden_states(model, batches, label, progress):
     A model that is held in memory takes one batch at a time through all its blocks. A streamed one takes as many as
     fill half of the free memory through one block at a time, so that every block is read once if the text's hidden
     states fit there. Peak memory: embedding, head, one block, these hidden states, what a batch takes in a block."""
-    device, c, longest = model.model.embed_tokens.weight.device, model.config, max(ids.shape[1] for ids in batches)
+    device, c, longest = model.device, model.config, max(ids.shape[1] for ids in batches)
     positions = torch.arange(longest, device=device)
     rope, together = rotary(c, positions), 1
     if model.streams:
@@ -283,9 +283,10 @@ def main():
     if args.tasks is not None:
         row["tasks"] = zero_shot(model, tokenizer, args.tasks or SEVEN, args.tasks_dir, args.limit, args.batch)
     if args.speed:
-        length = max(1, min(512, model.config.context_length - 64))
+        new_tokens = max(2, min(64, model.config.context_length // 2))
+        length = max(1, min(512, model.config.context_length - new_tokens))
         text = torch.arange(length, device=args.device) % model.config.vocab_size
-        row["speed"] = measured = speed(model, text[None])
+        row["speed"] = measured = speed(model, text[None], new_tokens)
         print(f"{args.model} on {args.device}: prefill {measured['prefill_tokens_per_second']:,.1f} tokens/s "
               f"({measured['prompt_tokens']} tokens), decode {measured['decode_tokens_per_second']:,.1f} tokens/s, "
               f"weights {measured['weight_bytes'] / 1e9:,.3f} GB, "

@@ -375,6 +375,10 @@ class GPT(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
+    @property
+    def device(self):
+        return self.model.embed_tokens.weight.device
+
     def check_tokens(self, ids):
         """Raise InputError where a token is beyond the vocabulary: a GPU's failed assert is none to read."""
         if ids.max() >= self.config.vocab_size:
@@ -386,7 +390,7 @@ class GPT(nn.Module):
         where the model has them."""
         if not ids.is_cuda:  # there the check would wait for the GPU: it is for whoever has moved them
             self.check_tokens(ids)
-        ids = ids.to(self.model.embed_tokens.weight.device)
+        ids = ids.to(self.device)
         x = self.model.embed_tokens(ids)
         if "project_in" in self.model:
             x = self.model.project_in(x)
@@ -402,8 +406,8 @@ class GPT(nn.Module):
         return self.lm_head(self.model.project_out(x) if "project_out" in self.model else x)
 
     def forward(self, ids):
-        """ids [B, T] -> logits [B, T, vocab]."""
-        positions = torch.arange(ids.shape[1], device=ids.device)
+        """ids [B, T], on a CPU or where the model is -> logits [B, T, vocab]."""
+        positions = torch.arange(ids.shape[1], device=self.device)
         return self.head(self.hidden(ids, positions, rotary(self.config, positions)))
 
     def hidden(self, ids, positions, rope, caches=None):
@@ -438,6 +442,7 @@ class GPT(nn.Module):
         assert T > 0 and temperature >= 0 and (top_k is None or top_k > 0), (T, temperature, top_k)
         self.check_length(T + max_new_tokens - 1)  # the last token is not read
         self.check_tokens(ids)
+        ids = ids.to(self.device)
         caches = self.new_caches(B, T + max_new_tokens)
         everywhere = torch.arange(T + max_new_tokens, device=ids.device)
         angles = rotary(self.config, everywhere)
@@ -462,7 +467,7 @@ class GPT(nn.Module):
 
     def generate(self, ids: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
         """ids [B, T] -> ids [B, T + max_new_tokens]: `sample`, collected."""
-        return torch.cat([ids, *self.sample(ids, max_new_tokens, temperature, top_k)], dim=1)
+        return torch.cat([ids.to(self.device), *self.sample(ids, max_new_tokens, temperature, top_k)], dim=1)
 
     # checkpoints
 

@@ -31,8 +31,6 @@ from data.tokenizer import load_tokenizer
 HEADER, MARK = struct.Struct("<8sQQQ"), b"TOKENBIN"
 GOLDEN = (5 ** 0.5 - 1) / 2
 PIECE = 50_000  # characters that are tokenized at a time: SentencePiece is slower on long texts
-CUTS = {"train": (0, 90), "validation": (90, 95), "test": (95, 100)}  # percent of a file's tokens ...
-HALVES = {"validation": (0, 50), "test": (50, 100)}  # ... and of one that is not for training
 
 
 def pieces(texts):
@@ -129,22 +127,27 @@ def open_bin(path, tokenizer):
 
 
 @functools.cache
-def file_tokens(source, tokenizer):
-    if source.endswith(".bin"):
-        return open_bin(source, tokenizer)
-    return np.concatenate([np.array([], np.uint16), *encode(training_texts(source), tokenizer, source)])
+def file_tokens(path, part, tokenizer):
+    """The ids of a file, or of the part of it that is the "train" or "test" split; of a `.bin` in tokens."""
+    if path.endswith(".bin"):
+        ids = open_bin(path, tokenizer)
+        cut = len(ids) * 9 // 10
+        return ids if part is None else ids[:cut] if part == "train" else ids[cut:]
+    return np.concatenate([np.array([], np.uint16), *encode(documents(path, part), tokenizer, path)])
 
 
-def tokens(source, tokenizer, split, cuts=CUTS):
-    """The ids of one split of a source (1-D array); of a file, which has no splits of its own, those that `cuts` gives
-    it."""
+def tokens(source, tokenizer, split, apart=False):
+    """The ids of one split of a source (1-D array). A file, which has no splits of its own, is trained on but for its
+    last tenth, of which one half is for validation, one for the test; where it is `apart` from what is trained on,
+    halves of all of it."""
+    if source in SOURCES and split == "train":
+        return np.concatenate(list(encode(training_texts(source), tokenizer, source)))
     if source in SOURCES:
-        if split == "train":
-            return np.concatenate(list(encode(training_texts(source), tokenizer, source)))
         return np.array(tokenizer.encode(load_text(source, split)))
-    ids = file_tokens(source, tokenizer)
-    first, last = (len(ids) * percent // 100 for percent in cuts[split])
-    return ids[first:last] if split == "train" else ids[first:last].astype(np.int64)
+    if split == "train":
+        return file_tokens(source, "train", tokenizer)
+    ids = file_tokens(source, None if apart else "test", tokenizer).astype(np.int64)
+    return ids[:len(ids) // 2] if split == "validation" else ids[len(ids) // 2:]
 
 
 def weighted(name):

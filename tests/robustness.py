@@ -38,7 +38,7 @@ OPTIONS = {  # those whose values are tried
     "dsnot": "sparsity pattern nsamples seqlen cycles threshold seed device calib data score refine allocate split "
              "global-swaps json out",
     "ast_train": "pattern sparsity score mask-every decay decay-steps kl-weight temperature slorb-k data eval-data "
-                 "seqlen batch micro-batch lr lr-end average warmup clip save-every seed device dtype shard start-from "
+                 "seqlen batch micro-batch lr lr-end average warmup save-every seed device dtype shard start-from "
                  "json out",
     "sparse_matmul": "bits seed device json out",
     "eval": "batch data split seqlen tasks limit compare plot seed device json",

@@ -23,13 +23,13 @@ from torch.distributed.checkpoint import filesystem
 import ast_train
 import dsnot
 import sparse_matmul
-from ast_train import decay_at, learning_rate
+from ast_train import learning_rate
 from conftest import ROOT, make_checkpoint
-from data import load_tokenizer
+from data import load_text, load_tokenizer
 from data.checkpoint import alone_in
 from data.command import InputError
 from data.state import check_room
-from data.stream import file_tokens
+from data.stream import tokens
 from data.train_tiny import train_tokenizer
 from dsnot import prunable
 from gpt import GPT, Config
@@ -102,6 +102,7 @@ def test_it_learns_and_transformers_loads_what_it_writes(files, tmp_path, train,
     assert rows["AST"]["tokens"] == 9 * 4 * 32 and rows["AST"]["perplexity"] < rows["one-shot sparsegpt"]["perplexity"]
     kept = {name: row["parameters"] for name, row in rows.items()}
     assert kept["AST"] == kept["one-shot magnitude"] < kept["AST + SLoRB"] < kept["dense"]
+    assert rows["dense"]["tokens"] == rows["one-shot magnitude"]["tokens"] == 0 < rows["one-shot wanda"]["tokens"]
     assert history[-1]["flips_all"] > 0 and "gap closed" in capsys.readouterr().out
     ids = torch.randint(384, (2, 20))
     check_sparse(tmp_path / "ast", files / "model")
@@ -129,17 +130,27 @@ def test_swaps_make_the_first_weights(files, tmp_path, train):
     assert (tmp_path / "start" / "model.safetensors.index.json").is_file()
 
 
+def test_the_dense_control_learns(tmp_path, train):
+    """Would catch one that distils from itself, whose gradient is rounding; options of sparse models mean nothing to
+    it."""
+    found = train(tmp_path, "--methods", "dense", "--kl-weight", 1)
+    loss, decay = [[row[key] for row in found["runs"]["dense"]["history"]] for key in ("loss", "decay")]
+    assert min(loss) > 1 and not any(decay)
+    assert found["table"]["dense, trained on"]["perplexity"] < found["table"]["dense"]["perplexity"] / 2
+    assert train(tmp_path, "--methods", "dense", "--kl-weight", 0.5, "--temperature", 3)["table"] == found["table"]
+
+
 @pytest.fixture
 def stopped(monkeypatch):
     """Inside stopped(step), training is interrupted at that step."""
     @contextmanager
     def context(at):
-        def killed(step, decay, warmup_steps):
+        def killed(step, *schedule):
             if step == at:
                 raise KeyboardInterrupt
-            return decay_at(step, decay, warmup_steps)
+            return learning_rate(step, *schedule)
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(ast_train, "decay_at", killed)
+            patch.setattr(ast_train, "learning_rate", killed)
             yield
     return context
 
@@ -268,6 +279,15 @@ def test_room_is_not_asked_for_twice(tmp_path, monkeypatch):
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - free, free))
         with nullcontext() if free == state + size else pytest.raises(InputError, match="make room"):
             check_room(tmp_path / "m.training", model, {}, tmp_path / "m", size)
+
+
+def test_room_is_asked_for_what_is_saved(files, tmp_path, monkeypatch, train):
+    """Would catch a disk that has room for a dense model and not for one with SLoRB."""
+    asked = []
+    monkeypatch.setattr(ast_train, "check_room", lambda *found: asked.append(found[-1]))
+    train(tmp_path, "--methods", "ast-slorb", "--slorb-k", 8, "--steps", 1)
+    saved = sum(x.nbytes for x in load_file(tmp_path / "ast-slorb" / "model.safetensors").values())
+    assert asked == [saved] and saved > sum(x.nbytes for x in load_file(files / "model" / "model.safetensors").values())
 
 
 def test_one_run_at_a_time_writes_a_folder(tmp_path, train):
@@ -495,14 +515,18 @@ def test_a_finished_training_asks_for_no_teacher(tmp_path, train, monkeypatch, c
     assert len(loaded) == 1 and f"saved {tmp_path / 'ast'}, {tmp_path / 'curve.png'}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("data, validation, test", [("text.txt", (90, 95), (95, 100)), ("b.txt", (0, 50), (50, 100)),
-                                                    ("text.bin", (90, 95), (95, 100))])
-def test_validation_and_test_are_apart_from_training(files, data, validation, test):
-    """Would catch a test file of which a twentieth is measured, and one that is trained on."""
-    (files / "b.txt").write_text((files / "text.txt").read_text()[:9999])
-    args = argparse.Namespace(data=[f"{files / data}:2"], eval_data=str(files / "text.txt"), seqlen=32)
+@pytest.mark.parametrize("data, held_out", [("text.txt", "test"), ("b.txt", None), ("text.bin", "test")])
+def test_validation_and_test_are_apart_from_training(files, data, held_out):
+    """Would catch a file of which a twentieth is measured without need, one that is trained on, and a last tenth that
+    is not the one that eval.py and dsnot.py measure (it holds a fifth of these tokens)."""
+    text = (files / "text.txt").read_text()
+    uneven = files / "uneven.txt"
+    uneven.write_text(text[:40000] + "x" * 4000)
+    (files / "b.txt").write_text(text[:9999])
+    data = uneven if data == "text.txt" else files / data
+    args = argparse.Namespace(data=[f"{data}:2"], eval_data=str(uneven), seqlen=32)
     tokenizer = load_tokenizer(files / "model")
-    ids = file_tokens(args.eval_data, tokenizer).tolist()
-    for split, (first, last) in ("validation", validation), ("test", test):
-        found = ast_train.evaluation_tokens(args, tokenizer, split).tolist()
-        assert found == ids[len(ids) * first // 100:len(ids) * last // 100]
+    ids = tokenizer.encode(load_text(str(uneven), held_out))
+    found = [ast_train.evaluation_tokens(args, tokenizer, split).tolist() for split in ("validation", "test")]
+    assert found[0] + found[1] == ids and len(found[1]) - len(found[0]) in (0, 1)
+    assert tokens(str(uneven), tokenizer, "train").tolist() == tokenizer.encode(load_text(str(uneven), "train"))

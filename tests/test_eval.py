@@ -10,7 +10,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import ROOT, SHARED
+from conftest import ROOT, SHARED, make_checkpoint
 
 from data import load_text, load_tokenizer, stdlib
 from data.command import InputError, run
@@ -292,6 +292,13 @@ def test_command(checkpoint, tmp_path):
     assert row["speed"]["weight_bytes"] == 4 * weights and row["speed"]["peak_memory_bytes"] > 4 * weights
     (row,) = read_rows(tmp_path / "result.json")
     assert row["data"] == "text.txt" and row["seqlen"] == 64 and row["amount"] == "0%"
+
+
+def test_speed_of_a_model_with_few_positions(tmp_path):
+    make_checkpoint(tmp_path / "m", model_type="gpt2", n_embd=32, n_layer=2, n_head=4, n_positions=20)
+    done = run_eval("--model", tmp_path / "m", "--speed", "--json", tmp_path / "r.json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "r.json").read_text())["results"]["rows"][0]["speed"]["prompt_tokens"] == 10
 
 
 @pytest.mark.parametrize("arguments, said", [

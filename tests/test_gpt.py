@@ -141,6 +141,13 @@ def test_ids_of_another_tokenizer_get_a_sentence(tmp_path):
         model.generate(torch.tensor([[301]]), 1)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_ids_may_be_on_the_cpu(family):
+    """Would catch positions that are made where the ids are and not where the model is."""
+    model = ours(family, {}).to("meta")
+    assert model(ids_for()).device.type == "meta"
+
+
 @pytest.mark.parametrize("family, changes", ONE_EACH + [
     pytest.param("llama", dict(num_key_value_heads=2, rope_parameters=LLAMA3), id="llama, grouped heads and scaling"),
     pytest.param("opt", CASES["opt"]["350m"], id="opt-350m"),

@@ -99,8 +99,9 @@ def test_logits_and_text(family, changes):
     repeats its first token or reads old positions."""
     model, ids = ours(family, changes), ids_for(batch=2, length=9)
     expected = model(ids)
-    model, ids = model.cuda(), ids.cuda()
-    torch.testing.assert_close(model(ids).cpu(), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(model.cuda()(ids).cpu(), expected, rtol=1e-3, atol=1e-3)
+    assert torch.equal(model.generate(ids, 4, temperature=0), model.generate(ids.cuda(), 4, temperature=0))
+    ids = ids.cuda()
     check_greedy(model, ids, 1e-4)
 
 
