@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Every number of README's section on AST, from scratch (hours on two CPU cores; what is measured already is skipped):
+# Every number on AST, from scratch (hours on two CPU cores; what is measured already is skipped):
 #     bash results/ast.sh
-# Then `python results/readme.py` puts them into README.md.
+# Then `python results/readme.py` puts them into README.md and results/README.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run() {
@@ -11,6 +11,7 @@ run() {
 ablate() { run "$1" --methods ast --no-one-shot "${@:2}"; }
 for seed in 0 1 2; do run seed$seed --seed $seed; done  # the first is the default run
 for seed in 0 1 2; do run control$seed --seed $seed --methods dense --no-one-shot; done
+run control-slow --methods dense --no-one-shot --lr 3e-5
 ablate no-distillation --kl-weight 0
 ablate static-decay --decay-steps 0
 ablate no-decay --decay 0

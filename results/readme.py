@@ -1,5 +1,5 @@
-"""Everything in README.md that is measured: puts its tables between their markers and draws its pictures, from the
-files of results/. Of what a long study makes one by one, runs that have no file yet are left out.
+"""What is measured in README.md and results/README.md: puts their tables between markers and draws their pictures, from
+the files of results/. Of what a long study makes one by one, runs that have no file yet are left out.
 
     python results/readme.py
 """
@@ -240,7 +240,7 @@ def ablated():
 
 
 def tables():
-    """{name of its marker in README: text}."""
+    """{name of its marker in a page: text}."""
     return {
         "choices": choices(), "tables": table_by_method(studies()),
         "settings": table_by_method(pruned("settings/*")),
@@ -275,21 +275,26 @@ def draw_ast(path):
         figure.savefig(path, dpi=160, transparent=True)
 
 
-def main():
-    argparse.ArgumentParser(description=__doc__).parse_args()
-    readme = ROOT / "README.md"
-    text = readme.read_text()
+def pages():
+    """{path: text} of the pages, with their tables as results/ has them now."""
+    texts = {path: path.read_text() for path in (ROOT / "README.md", ROOT / "results/README.md")}
     for name, table in tables().items():
         marked = re.compile(rf"(<!-- {name} -->).*?(\n<!-- end -->)", re.DOTALL)
-        if not marked.search(text):
-            sys.exit(f"README.md has no place for the table {name}")
-        text = marked.sub(lambda found: f"{found[1]}\n{table}{found[2]}", text)
+        if sum(len(marked.findall(text)) for text in texts.values()) != 1:
+            sys.exit(f"README.md and results/README.md have no place, or several, for the table {name}")
+        texts = {path: marked.sub(lambda found: f"{found[1]}\n{table}{found[2]}", text) for path, text in texts.items()}
+    return texts
+
+
+def main():
+    argparse.ArgumentParser(description=__doc__).parse_args()
     plot(opening(), ROOT / "assets/overview.png")
     plot(studies(), ROOT / "assets/dsnot.png")
     plot(pruned("tiny/0.7-wanda-swap-refit*"), ROOT / "assets/layers.png")
     draw_ast(ROOT / "assets/ast.png")
-    readme.write_text(text)
-    print("README.md and its pictures hold what results/ holds")
+    for path, text in pages().items():
+        path.write_text(text)
+    print("README.md, results/README.md and their pictures hold what results/ holds")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from data.text import evaluation_ids, split_of
 from eval import perplexity
 from gpt import GPT
 from results.compare import compare, merge, plot, read_rows, table, table_by_method
-from results.readme import tables as readme_tables
+from results.readme import pages as readme_pages
 from test_tasks import write_tasks
 
 def run_eval(*arguments):
@@ -352,9 +352,20 @@ def test_a_table_of_nothing_is_refused(tmp_path):
         compare(Namespace(compare=[tmp_path], by_method=True, plot=None, json=None))
 
 
-def test_readme_shows_the_results():
-    """Would catch a number in README's tables that no result file holds, and one that was measured again."""
-    readme = (ROOT / "README.md").read_text()
-    for name, text in readme_tables().items():
-        assert f"<!-- {name} -->\n{text}\n<!-- end -->" in readme, f"run results/readme.py: {name} has changed"
-    assert readme.count("<!-- end -->") == len(readme_tables())
+def test_pages_show_the_results():
+    """Would catch a number in a page's tables that no result file holds, and one that was measured again."""
+    for page, text in readme_pages().items():
+        assert page.read_text() == text, f"run results/readme.py: {page} has changed"
+
+
+def test_links_lead_somewhere():
+    """Would catch a picture or a section that has moved."""
+    for page in readme_pages():
+        links = re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", page.read_text())
+        assert links
+        for path, section in links:
+            there = page.parent / path if path else page
+            assert there.exists(), f"{page} shows {path}"
+            titles = [re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-")
+                      for title in re.findall("^#+ (.*)", there.read_text(), re.M)] if section else [""]
+            assert (section or "") in titles, f"{page} shows {path}#{section}"
