@@ -147,7 +147,7 @@ class SparseLinear(nn.Linear):
         self.score, self.slorb_k, self.amount = score, slorb_k, amount or dict(pattern=(2, 4))
         W = linear.weight.detach()
         self.register_buffer("mask", keep_mask(score(W), **self.amount))
-        self.first = self.own(self.mask).to("cpu", copy=True)  # to count flips
+        self.first_mask = self.own(self.mask).to("cpu", copy=True)  # to count flips
         if slorb_k:
             S = (W * ~self.mask).unflatten(1, (-1, slorb_k)).mean(-1)  # kept weights count as 0
             self.slorb_S, self.slorb_X = nn.Parameter(S), nn.Parameter(W.new_ones(W.shape[1]))
@@ -167,8 +167,8 @@ class SparseLinear(nn.Linear):
         """Choose the mask again; returns how many of its entries changed (since the last time, since the first), of the
         rows whose flips this process counts."""
         new = keep_mask(self.score(whole(self.weight)), **self.amount)
-        counted, first = self.own(new), self.first.to(new.device)
-        flips = [(counted != before).count_nonzero().item() for before in (self.own(self.mask), first)]
+        counted, earlier = self.own(new), (self.own(self.mask), self.first_mask.to(new.device))
+        flips = [(counted != before).count_nonzero().item() for before in earlier]
         self.mask.copy_(new)
         return tuple(flips)
 
@@ -384,10 +384,10 @@ def new_student(args, method, begin, source, calibration):
     """The model that a method trains, with the first weights from the folder `begin` (dense: its own), and what tells
     it from others: the configuration of its dense checkpoint `source` and the sum of its weights."""
     student = GPT.from_pretrained(args.model if method == "dense" else begin, args.device, torch.float32)
-    which = f"{source.raw} {sum(p.double().sum().item() for p in student.parameters()):.6g}"
+    identity = f"{source.raw} {sum(p.double().sum().item() for p in student.parameters()):.6g}"
     if method != "dense":
         make_sparse(student, args, args.slorb_k if method == "ast-slorb" else None, calibration)
-    return student, which
+    return student, identity
 
 
 def set_up(model, args, checkpoint_activations=False):
@@ -456,9 +456,9 @@ def backward(student, teacher, ids, args):
     for part in ids.split(args.micro_batch):
         with arithmetic(args):
             with torch.no_grad():
-                taught = teacher(part[:, :-1]) if teacher else None
+                teacher_logits = teacher(part[:, :-1]) if teacher else None
             logits = student(part[:, :-1])
-        mean = training_loss(logits, taught, part[:, 1:], args.kl_weight, args.temperature, args.compile)
+        mean = training_loss(logits, teacher_logits, part[:, 1:], args.kl_weight, args.temperature, args.compile)
         share = mean * (len(part) / len(ids))
         share.backward()
         loss += share.detach()
@@ -473,13 +473,13 @@ def update_masks(layers, device):
     return (flips / sum(layer.mask.numel() for layer in layers)).tolist()
 
 
-def resume(method, args, which, student, optimizer, mean, source):
+def resume(method, args, identity, student, optimizer, mean, source):
     """Load what a stopped run has left; returns its state and a dict that names the run. Raises InputError where the
     folders of this run hold something else, or their disk is too small."""
     work, saved = Path(args.out) / f"{method}.training", Path(args.out) / method
     unused = NEUTRAL | (MASKED if method == "dense" else set()) | (set() if method == "ast-slorb" else {"slorb_k"})
     options = {name: str(value) for name, value in vars(args).items() if name not in unused}
-    options |= {"model": which, "texts": str(versions(text_files(args)))}
+    options |= {"model": identity, "texts": str(versions(text_files(args)))}
     made = {"command": "ast_train.py", "method": method} | options
     state = load_state(work, student, optimizer, mean, options, args.steps)
     if (there := noted(saved / "run.json")) != made and state["step"]:
@@ -520,13 +520,13 @@ def train(method, args, begin, mixture, held_out, calibration):
     source, work = GPT.open(model_folder(args.model)).source, Path(args.out) / f"{method}.training"
     torch.compiler.reset()  # a function is compiled for a few kinds of blocks; those of all methods are too many
     gc.collect()  # compiled blocks of the method before refer to each other, and stay on the GPU until this
-    student, which = new_student(args, method, begin, source, calibration)
+    student, identity = new_student(args, method, begin, source, calibration)
     layers = [layer for layer in student.modules() if isinstance(layer, SparseLinear)]
     student, teacher = set_up(student, args, args.checkpoint_activations), None
     optimizer = AnnealedAdamW(student, args.lr)
     mean = {name: W.detach().clone() for name, W in student.named_parameters()} if args.average else {}
     average_from = args.steps - round(args.average * args.steps)
-    state, made = resume(method, args, which, student, optimizer, mean, source)
+    state, made = resume(method, args, identity, student, optimizer, mean, source)
     if layers and args.kl_weight and state["step"] < args.steps:
         teacher = set_up(GPT.from_pretrained(args.model, args.device, getattr(torch, args.dtype)), args)
     rank, world = dist.get_rank(), dist.get_world_size()

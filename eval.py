@@ -9,8 +9,8 @@ beside every figure. Blocks are read from disk one at a time, so a model may be 
 Zero-shot accuracy is that of EleutherAI's lm-evaluation-harness: for every choice of a question the log-likelihood of
 the choice after its context, contexts cut from the left where the model can't take them whole. `acc` counts questions
 whose right choice is the most likely one, `acc_norm` those where it is so after each log-likelihood is divided by its
-choice's length in characters. The one difference:
-log-likelihoods are float32 also where the model computes in bfloat16.
+choice's length in characters. The one difference: log-likelihoods are float32 also where the model computes in
+bfloat16.
 
     python eval.py --model tiny
     python eval.py --model llama2-7b --data wikitext2 --seqlen 2048

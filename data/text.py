@@ -51,20 +51,25 @@ def json_lines(path):
 
 def documents(source, split, shard=0):
     """The documents of a source as a list of texts; a running text is a single one. shard: which file of C4's 1024."""
+    if source not in SOURCES:
+        return file_documents(source, split)
+    split = split or "test"
     if source == "tiny":
-        return [stdlib_text(split or "test")]
+        return [stdlib_text(split)]
     if source == "tiny-code":
-        return [stdlib_source(split or "test")]
+        return [stdlib_source(split)]
     if source == "wikitext2":  # rows as the Hub serves them joined by "\n\n": the protocol of the papers
-        return ["\n\n".join(hub_rows("Salesforce/wikitext", "wikitext-2-raw-v1", split or "test")["text"])]
+        return ["\n\n".join(hub_rows("Salesforce/wikitext", "wikitext-2-raw-v1", split)["text"])]
     if source == "ptb":  # Penn Treebank, joined as the papers do; the branch with files, because main holds a script
-        split = split or "test"
         files = {split: f"penn_treebank/{split}/0000.parquet"}
         rows = hub_rows("ptb-text-only/ptb_text_only", None, split, files, revision="refs/convert/parquet")
         return [" ".join(rows["sentence"])]
-    if source == "c4":
-        name, shards = ("train", 1024) if split == "train" else ("validation", 8)
-        return hub_rows("allenai/c4", None, name, {name: f"en/c4-{name}.{shard:05d}-of-{shards:05d}.json.gz"})["text"]
+    name, shards = ("train", 1024) if split == "train" else ("validation", 8)
+    return hub_rows("allenai/c4", None, name, {name: f"en/c4-{name}.{shard:05d}-of-{shards:05d}.json.gz"})["text"]
+
+
+def file_documents(source, split):
+    """`documents` of a file."""
     path, lines = Path(source), Path(source).suffix in (".jsonl", ".json")
     if not path.is_file():
         raise InputError(f"no text source {source!r}: give a text file or one of {', '.join(SOURCES)}")
