@@ -24,7 +24,7 @@ takes time, too: 2 to 2.5 times. For one row of x no W is built: W x = sum v0 x[
 together in registers as the left operand of the tensor cores; K is split, so that a small N fills the GPU, too. Where
 many rows make arithmetic the limit, W is decompressed for the dense matmul. Which tile, or the dense way, is timed at
 the first call for each shape (so call once before capturing a CUDA graph). From 128 rows of x on, a dense W is faster
-(README has the table).
+(results/README.md has the table).
 
     python sparse_matmul.py                                            # check the kernel and, on a GPU, measure it
     python sparse_matmul.py --model out/llama2-7b-wanda-dsnot-2of4 --bits 8 --out out/small
@@ -32,7 +32,7 @@ the first call for each shape (so call once before capturing a CUDA graph). From
 Letters: M rows of x, N rows of W (outputs), K columns (inputs), G = K/4 groups; BM, BN, BG the sizes of a tile.
 """
 
-from __future__ import annotations
+from __future__ import annotations  # without Triton the kernels' annotations have no meaning
 
 import itertools
 import os
@@ -255,7 +255,7 @@ def tiles(w, M):
     return ONE_ROW if M == 1 else [tile for tile in MORE_ROWS if w.scale is None or tile[1] == 32]
 
 
-def parts(w):
+def operands(w):
     """What the kernels read of w: pairs, meta, scale (any pointer where there is none)."""
     return w.values.view(PAIR[w.bits]), w.meta, w.meta if w.scale is None else w.scale
 
@@ -269,12 +269,13 @@ def matmul(x, w, tile):
         row = x.reshape(-1).contiguous()
         fours = row if row.data_ptr() % 8 == 0 else row.clone()
         row_kernel[triton.cdiv(N, BN), split](
-            fours.view(torch.int64), *parts(w), y, N, K // 4, tl.float16 if x.dtype == torch.float16 else tl.bfloat16,
+            fours.view(torch.int64), *operands(w), y, N, K // 4,
+            tl.float16 if x.dtype == torch.float16 else tl.bfloat16,
             w.bits, BN, size, split, stages, num_warps=warps)
     else:
         BM = min(64, max(16, triton.next_power_of_2(M)))  # at 128 registers spill
         matmul_kernel[triton.cdiv(N, BN), triton.cdiv(M, BM), split](
-            x, *parts(w), y, M, N, K // 4, *x.stride(), w.bits, BM, BN, size, split, stages, num_warps=warps)
+            x, *operands(w), y, M, N, K // 4, *x.stride(), w.bits, BM, BN, size, split, stages, num_warps=warps)
     return y[0] if split == 1 else y.sum(0).to(x.dtype)
 
 
@@ -282,7 +283,7 @@ def dense(w):
     """`decompress` by the kernel: one pass over the bytes."""
     N, K = w.shape
     W = torch.empty(N, K, device=w.meta.device, dtype=w.dtype)
-    dense_kernel[triton.cdiv(N, 32), triton.cdiv(K, 128)](*parts(w), W, N, K // 4, BITS=w.bits, BN=32, BG=32)
+    dense_kernel[triton.cdiv(N, 32), triton.cdiv(K, 128)](*operands(w), W, N, K // 4, BITS=w.bits, BN=32, BG=32)
     return W
 
 

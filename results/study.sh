@@ -88,10 +88,13 @@ if [ "$name" = settings ]; then
     finish
     exit
 fi
-amounts="0.5 0.6 0.7 2:4"
-[ "$name" != tiny ] || amounts+=" 4:8"  # which needs rows that 8 divides
-[ "$name" != deep ] || amounts="0.5 0.7 2:4"
-[ "$name" != small ] || amounts="2:4 0.7 0.5 0.8 0.6"  # results/gpu.sh's model
+amounts="2:4 0.7 0.5"  # what README.md shows comes first
+case $name in
+    deep) ;;
+    small) amounts+=" 0.8 0.6" ;;  # results/gpu.sh's model
+    tiny) amounts+=" 0.6 4:8" ;;  # which needs rows that 8 divides
+    *) amounts+=" 0.6" ;;
+esac
 for amount in $amounts; do
     case $amount in *:*) option=--pattern ;; *) option=--sparsity ;; esac
     for score in magnitude wanda sparsegpt; do
