@@ -253,32 +253,11 @@ def exchange(model, tensors):
 
 
 def by_chunks(f, logits, *others):
-    """The sum of f(logits [N, V], *others [N, ...]) over chunks of tokens. Logits in float32 or better exist for one
-    chunk at a time."""
-    if torch.is_grad_enabled() and logits.requires_grad:
-        return ByChunks.apply(f, logits, *others)
-    return sum(f(at_least_float32(chunk), *rest) for chunk, *rest in zip(*(x.split(CHUNK) for x in (logits, *others))))
-
-
-class ByChunks(torch.autograd.Function):
-    """`by_chunks` with a gradient, which is computed on the way forward, so that backward keeps no chunk, either."""
-
-    @staticmethod
-    def forward(ctx, f, logits, *others):
-        grad, total = torch.empty_like(logits), 0.0
-        for out, chunk, *rest in zip(*(x.split(CHUNK) for x in (grad, logits, *others))):
-            with torch.enable_grad():
-                leaf = at_least_float32(chunk.detach()).requires_grad_()
-                loss = f(leaf, *rest)
-            out.copy_(torch.autograd.grad(loss, leaf)[0])
-            total = total + loss.detach()
-        ctx.save_for_backward(grad)
-        ctx.others = len(others)
-        return total
-
-    @staticmethod
-    def backward(ctx, scale):
-        return None, ctx.saved_tensors[0] * scale, *[None] * ctx.others
+    """The sum of f(logits [N, V], *others [N, ...]) over chunks of tokens. What a chunk takes, its logits in float32 or
+    better among it, goes after it, and is computed again for the gradient."""
+    chunks = zip(*(x.split(CHUNK) for x in (logits, *others)))
+    return sum(checkpoint(lambda chunk, *rest: f(at_least_float32(chunk), *rest), *chunk, use_reentrant=False)
+               for chunk in chunks)
 
 
 def at_least_float32(x):
