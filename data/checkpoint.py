@@ -328,8 +328,10 @@ class CheckpointWriter:
                              f"{self.differing(left)}: give what it had, choose another output folder, or delete it")
 
     def differing(self, other):
-        """The names of what another run's `keep` has otherwise, as text."""
-        return ", ".join(name + " of model or texts (sizes or dates)" * (name == "files")
+        """The names of what another run's `keep` has otherwise, as text; of files which these are."""
+        ours, theirs = (run.get("files") or [] for run in (self.keep, other))
+        files = {file[0] for file in [*ours, *theirs] if file not in ours or file not in theirs}
+        return ", ".join(f"the size or date of {', '.join(sorted(files))}" if name == "files" else name
                          for name in {**other, **self.keep} if other.get(name) != self.keep.get(name))
 
     def __enter__(self):
