@@ -73,7 +73,7 @@ from data.method import parse_pattern
 from data.processes import add_up, mean_over_processes, process_group, processes, say, side_by_side
 from data.state import check_room, load_state, save_state
 from data.stream import Mixture, tokens, weighted
-from data.text import SOURCES, evaluation_ids, usual_text
+from data.text import SOURCES, evaluation_ids, told, usual_text
 from dsnot import keep_mask, magnitude_score, prune, wanda_score
 from eval import perplexity
 from gpt import GPT, Block, all_prunable, prunable
@@ -327,9 +327,9 @@ def make_sparse(model, args, slorb_k, calibration):
             block.set_submodule(name, SparseLinear(linear, score, slorb_k, **amount(args)))
 
 
-def text_files(args):
-    """The sources of training and evaluation text, of which some may be files."""
-    return [*(weighted(name)[0] for name in args.data), args.eval_data]
+def training_sources(args):
+    """The sources of --data, without their weights."""
+    return [weighted(name)[0] for name in args.data]
 
 
 def one_shot(args, folder, calibration, replace=False, **method):
@@ -338,7 +338,7 @@ def one_shot(args, folder, calibration, replace=False, **method):
     model = GPT.from_pretrained(args.model, device=args.device, stream=True)
     run = {"command": "ast_train.py"} | {name: str(getattr(args, name)) for name in ("model", "data", "seqlen", "seed")}
     run |= dict(pattern=None if args.sparsity else args.pattern, sparsity=args.sparsity) | method
-    run |= {"files": versions([*model.source.paths, *text_files(args)])}
+    run |= {"files": versions([*model.source.paths, *training_sources(args), args.eval_data])}
     for place in folder, folder.with_name(f"{folder.name}.partial"):
         if noted(place / "run.json") in (None, run):
             continue
@@ -458,7 +458,7 @@ def resume(method, args, identity, student, optimizer, mean, source):
     work, saved = Path(args.out) / f"{method}.training", Path(args.out) / method
     unused = NEUTRAL | (MASKED if method == "dense" else set()) | (set() if method == "ast-slorb" else {"slorb_k"})
     options = {name: str(value) for name, value in vars(args).items() if name not in unused}
-    options |= {"model": identity, "texts": str(versions(text_files(args)))}
+    options |= {"model": identity, "texts": str(versions([*training_sources(args), args.eval_data]))}
     made = {"command": "ast_train.py", "method": method} | options
     state = load_state(work, student, optimizer, mean, options, args.steps)
     if (there := noted(saved / "run.json")) != made and state["step"]:
@@ -578,7 +578,8 @@ def results(args, test_ids, calibration, begin):
                     perplexity=perplexity(model, test_ids, args.seqlen, args.micro_batch, progress=True))
 
     gc.collect()  # what training has left on the GPU
-    print(f"measuring the dense{', one-shot' * args.one_shot} and trained models on {args.eval_data} ...", flush=True)
+    text = told(args.eval_data, evaluation_split(args, "test"))
+    print(f"measuring the dense{', one-shot' * args.one_shot} and trained models on {text} ...", flush=True)
     rows = {"dense": measure(args.model, 0)}
     for score in ["magnitude", "wanda", "sparsegpt"] if args.one_shot else []:
         pruned = Path(args.out) / f"one-shot-{score}"
@@ -591,7 +592,7 @@ def results(args, test_ids, calibration, begin):
     for method in args.methods:
         name = {"dense": "dense, trained on", "ast": "AST", "ast-slorb": "AST + SLoRB"}[method]
         rows[name] = measure(Path(args.out) / method, args.steps * args.batch * args.seqlen)
-    print(f"\n{args.model} on {args.eval_data}, windows of {args.seqlen} tokens")
+    print(f"\n{args.model} on {text}, windows of {args.seqlen} tokens")
     print(f"{'':21}  parameters kept  test perplexity  gap closed    tokens read")
     gap = best_mask - math.log(rows["dense"]["perplexity"])
     for name, row in rows.items():
@@ -704,14 +705,21 @@ def memory_is_enough(args):
                          f"take more GPUs{kept}") from None
 
 
+def evaluation_split(args, split):
+    """What `split`, "validation" or "test", is of --eval-data: of a file halves, of all of it or, where it is trained
+    on, too, or may be, as a .bin, of the tenth that is not."""
+    files = {Path(source).resolve() for source in training_sources(args)}
+    own = Path(args.eval_data).resolve()
+    if args.eval_data in SOURCES or own in files or any(file.suffix == ".bin" for file in {*files, own}):
+        return split
+    return {"validation": "first-half", "test": "second-half"}[split]
+
+
 def evaluation_tokens(args, tokenizer, split):
-    """The ids of the validation or test text. Of a file that is also trained on, or may be, as a .bin, they are halves
-    of the tenth that is not, of any other one halves of all of it."""
+    """The ids of the validation or test text."""
     if args.eval_data in SOURCES and split == "test":
         return evaluation_ids(args.eval_data, "test", tokenizer, args.seqlen)
-    *trained, file = (Path(source).resolve() for source in text_files(args))
-    apart = file not in trained and not any(source.suffix == ".bin" for source in trained)
-    return tokens(args.eval_data, tokenizer, split, apart)
+    return tokens(args.eval_data, tokenizer, evaluation_split(args, split))
 
 
 def texts(args, tokenizer):

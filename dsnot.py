@@ -63,7 +63,7 @@ from data.hub import model_folder
 from data.method import (METHOD, NSAMPLES, USUAL, blocks_of, fill_in, has_goal, method_of, needs_gram, parse_pattern,
                          refine_of, rows_apart, said_of, shared_by)
 from data.processes import add_up, from_first, process_group, processes, say, wait
-from data.text import SOURCES, evaluation_ids, split_of, told, usual_text
+from data.text import SOURCES, evaluation_ids, told, usual_text
 from eval import perplexity
 from gpt import GPT, Block, Config, all_prunable, prunable, rotary
 
@@ -874,9 +874,9 @@ def options():
     group.add_argument("--nsamples", type=int, default=NSAMPLES, help="calibration sequences")
     group.add_argument("--seqlen", type=int, help="tokens a sequence (default: 2048, or the model's limit if lower)")
     group.add_argument("--data", help="evaluation text, one of the same (default: tiny or wikitext2)")
-    group.add_argument("--split", choices=["validation", "test"],
-                       help="of the evaluation text (default: test); of a file its last tenth (default: all of it, if "
-                            "calibration reads none of it)")
+    group.add_argument("--split", choices=["validation", "test", "held-out"],
+                       help="of a named text (default: test); of a file the halves of its last tenth, or both "
+                            "(default: all of it if calibration reads none of it, else held-out)")
     group.add_argument("--compare", action=argparse.BooleanOptionalAction, default=None,
                        help="prune a second time without refinement, for comparison (default: where model and text "
                             "are tiny's)")
@@ -925,7 +925,7 @@ def prune_and_measure(args, folder, amount, passes):
     same = shared_by(args, model.source)
     notes = check_folders(args, model, passes[1:], same)
     shared = Path(args.data).resolve() == Path(args.calib).resolve()
-    split = "test" if shared and not args.split else split_of(args.data, args.split)
+    split = args.split or ("held-out" if shared else None)
     ids = evaluation_ids(args.data, split, tokenizer, args.seqlen)
     calibration = calibration_windows(args.calib, tokenizer, args.nsamples, args.seqlen, args.seed)
     count = len(windows(ids, args.seqlen))

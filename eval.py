@@ -36,7 +36,7 @@ from data import load_tokenizer, windows
 from data.command import InputError, at_least, parser, record, run, start, what_keeps_from_writing
 from data.device import free_memory
 from data.tasks import SEVEN, TASKS, encode_pair, load_task
-from data.text import SOURCES, evaluation_ids, split_of, told, usual_text
+from data.text import SOURCES, evaluation_ids, told, usual_text
 from gpt import GPT, rotary
 from results.compare import compare, read_rows
 
@@ -213,8 +213,9 @@ def options():
     group = p.add_argument_group("perplexity")
     group.add_argument("--data", help=f"{', '.join(SOURCES)} or a text file (default: tiny or wikitext2; "
                                       f"with --tasks or --speed: none)")
-    group.add_argument("--split", choices=["validation", "test"],
-                       help="of a named text (default: test); of a file its last tenth (default: all of it)")
+    group.add_argument("--split", choices=["validation", "test", "held-out"],
+                       help="of a named text (default: test); of a file the halves of its last tenth, or both "
+                            "(default: all of it)")
     group.add_argument("--seqlen", type=int, help="tokens a window (default: 2048, or the model's limit if lower)")
     group = p.add_argument_group("zero-shot accuracy")
     group.add_argument("--tasks", nargs="*", metavar="TASK",
@@ -271,13 +272,12 @@ def main():
     row, results = describe(model, args.model) if args.json else {}, {}  # it reads every block once
     if args.data or (args.tasks is None and not args.speed):
         seqlen = args.seqlen or model.config.window_length()
-        split = split_of(data, args.split)
-        ids = evaluation_ids(data, split, tokenizer, seqlen)
+        ids = evaluation_ids(data, args.split, tokenizer, seqlen)
         begin = time.perf_counter()
         row["perplexity"] = perplexity(model, ids, seqlen, args.batch, progress=True)
         tokens = len(ids) // seqlen * seqlen
         results = {"data": data, "seqlen": seqlen, "tokens": tokens}
-        print(f"{args.model} on {told(data, split)}: perplexity {row['perplexity']:.3f}  "
+        print(f"{args.model} on {told(data, args.split)}: perplexity {row['perplexity']:.3f}  "
               f"(seqlen {seqlen}{model.config.remark(seqlen)}, {tokens:,} of {len(ids):,} tokens, "
               f"{time.perf_counter() - begin:.1f} s)")
     if args.tasks is not None:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from data.checkpoint import alone_in, noted
 from data.command import InputError, parser, record, run, start, versions, what_keeps_from_writing, write_atomically
 from data.hub import model_folder
-from data.text import SOURCES, documents, load_text
+from data.text import SOURCES, documents, load_text, part_of
 from data.tokenizer import load_tokenizer
 
 HEADER, MARK = struct.Struct("<8sQQQ"), b"TOKENBIN"
@@ -126,28 +126,16 @@ def open_bin(path, tokenizer):
     return np.memmap(path, np.uint16 if width == 2 else np.uint32, mode="r", offset=HEADER.size, shape=(count,))
 
 
-@functools.cache
-def file_tokens(path, part, tokenizer):
-    """The ids of a file, or of the part of it that is the "train" or "test" split; of a `.bin` in tokens."""
-    if path.endswith(".bin"):
-        ids = open_bin(path, tokenizer)
-        cut = len(ids) * 9 // 10
-        return ids if part is None else ids[:cut] if part == "train" else ids[cut:]
-    return np.concatenate([np.array([], np.uint16), *encode(documents(path, part), tokenizer, path)])
-
-
-def tokens(source, tokenizer, split, apart=False):
-    """The ids of one split of a source (1-D array). A file, which has no splits of its own, is trained on but for its
-    last tenth, of which one half is for validation, one for the test; where it is `apart` from what is trained on,
-    halves of all of it."""
-    if source in SOURCES and split == "train":
-        return np.concatenate(list(encode(training_texts(source), tokenizer, source)))
-    if source in SOURCES:
-        return np.array(tokenizer.encode(load_text(source, split)))
+def tokens(source, tokenizer, split):
+    """The ids of a split of a source (1-D array): for training document by document, else as perplexity reads them."""
+    if source.endswith(".bin"):
+        ids = open_bin(source, tokenizer)
+        begin, end = part_of(len(ids), split)
+        return ids[begin:end] if split == "train" else ids[begin:end].astype(np.int64)
     if split == "train":
-        return file_tokens(source, "train", tokenizer)
-    ids = file_tokens(source, None if apart else "test", tokenizer).astype(np.int64)
-    return ids[:len(ids) // 2] if split == "validation" else ids[len(ids) // 2:]
+        texts = documents(source, "train")
+        return np.concatenate([np.array([], token_type(tokenizer)), *encode(texts, tokenizer, source)])
+    return np.array(tokenizer.encode(load_text(source, split)))
 
 
 def weighted(name):

@@ -1,8 +1,8 @@
 """Text sources, and windows of token ids cut from them.
 
 A source is a name below or the path of a text file; a split is "train" (calibration, training), "validation" or "test".
-A file has no splits of its own: None takes all of it, "train" its first nine tenths, the others the last tenth. A
-`.jsonl` or `.json` file has a document in the "text" of each line, any other file is one running text.
+A file has no splits of its own, and is cut by its characters as PARTS tells. A `.jsonl` or `.json` file has a document
+in the "text" of each line, any other file is one running text; a `.bin` of data/stream.py, for training, holds tokens.
 """
 
 import filecmp
@@ -19,6 +19,9 @@ from data.processes import say
 from data.stdlib import stdlib_source, stdlib_text
 
 SOURCES = ("tiny", "tiny-code", "wikitext2", "ptb", "c4")
+PARTS = {  # of a file, in twentieths
+    None: (0, 20), "train": (0, 18), "held-out": (18, 20), "validation": (18, 19), "test": (19, 20),
+    "first-half": (0, 10), "second-half": (10, 20)}  # of one that is not for training: for validation, for the test
 
 
 def hub_rows(path, name, split, data_files=None, revision=None):
@@ -31,8 +34,7 @@ def hub_rows(path, name, split, data_files=None, revision=None):
         return datasets.load_dataset(path, name, split=split, data_files=data_files, revision=revision)
     except Exception as e:  # the Hub's client raises a family of errors that changes between versions
         raise InputError(f"the data set {path} is not in the cache and can't be fetched ({type(e).__name__}): "
-                         f"without a network, give text files (--data; where there is one, --calib or --eval-data, "
-                         f"too)") from None
+                         f"without a network, give a text file in its place") from None
 
 
 def json_lines(path):
@@ -44,7 +46,7 @@ def json_lines(path):
             try:  # half a character, which JSON can name, becomes "?"
                 texts += [json.loads(line)["text"].encode(errors="replace").decode()] if line.strip() else []
             except (ValueError, KeyError, TypeError, AttributeError) as e:
-                why = f" ({e})" if isinstance(e, ValueError) else ", which each line has to be"
+                why = f" ({e})" if isinstance(e, ValueError) else ", which each line has to be for itself"
                 raise InputError(f"{path}, line {number}: no JSON object with a \"text\"{why}") from None
     return texts
 
@@ -53,7 +55,7 @@ def documents(source, split, shard=0):
     """The documents of a source as a list of texts; a running text is a single one. shard: which file of C4's 1024."""
     if source not in SOURCES:
         return file_documents(source, split)
-    split = split or "test"
+    split = "test" if split in (None, "held-out") else split
     if source == "tiny":
         return [stdlib_text(split)]
     if source == "tiny-code":
@@ -70,16 +72,26 @@ def documents(source, split, shard=0):
 
 def file_documents(source, split):
     """`documents` of a file."""
-    path, lines = Path(source), Path(source).suffix in (".jsonl", ".json")
+    path = Path(source)
+    if path.suffix == ".bin":
+        raise InputError(f"{source} holds tokens for ast_train.py: give the text that it was made from")
     if not path.is_file():
         raise InputError(f"no text source {source!r}: give a text file or one of {', '.join(SOURCES)}")
     try:  # bytes: line ends stay as they are
-        found = json_lines(path) if lines else path.read_bytes().decode()
+        texts = json_lines(path) if path.suffix in (".jsonl", ".json") else [path.read_bytes().decode()]
     except UnicodeDecodeError as e:
         raise InputError(f"{source} is not UTF-8 text ({e.reason} at byte {e.start}): give a text file") from None
-    cut = len(found) if split is None else len(found) * 9 // 10
-    found = found[:cut] if split in (None, "train") else found[cut:]
-    return found if lines else [found]
+    begin, end = part_of(sum(map(len, texts)), split)
+    found, at = [], 0
+    for text in texts:
+        found.append(text[max(0, begin - at):max(0, end - at)])
+        at += len(text)
+    return [text for text in found if text]
+
+
+def part_of(length, split):
+    """The begin and the end of a split, of so many characters or tokens of a file."""
+    return [length * twentieths // 20 for twentieths in PARTS[split]]
 
 
 def usual_text(folder, otherwise):
@@ -99,14 +111,13 @@ def load_text(source, split=None):
     return text
 
 
-def split_of(source, split):
-    """The split that --split means: where nobody gives it the test text of a named one, None of a file, all of it."""
-    return split or ("test" if source in SOURCES else None)
-
-
 def told(source, split):
     """What is read of a source, in words."""
-    return source if source in SOURCES or split is None else f"the last tenth of {source}"
+    if source in SOURCES:
+        return f"the validation text of {source}" if split == "validation" else source
+    return {None: "", "held-out": "the last tenth of ", "validation": "the first half of the last tenth of ",
+            "test": "the last twentieth of ", "first-half": "the first half of ",
+            "second-half": "the second half of "}[split] + source
 
 
 def evaluation_ids(source, split, tokenizer, seqlen):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from ast_train import SLORB_K, AnnealedAdamW, SparseLinear, backward, make_sparse, options, set_up
+from ast_train import CLIP, SLORB_K, AnnealedAdamW, SparseLinear, backward, make_sparse, options, set_up
 from data.command import record, run, start
 from data.device import timed
 from gpt import GPT
@@ -37,7 +37,7 @@ def main():
 
     def step(student, optimizer):
         backward(student, teacher, ids, args)
-        nn.utils.clip_grad_norm_(student.parameters(), args.clip).item()
+        nn.utils.clip_grad_norm_(student.parameters(), CLIP).item()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import dsnot
 from data import calibration_windows, load_tokenizer
 from data.command import parser, record, run, start
-from data.text import evaluation_ids
+from data.text import SOURCES, evaluation_ids
 from eval import perplexity
 from gpt import GPT
 
@@ -26,7 +26,7 @@ def main():
     start(args)
     tokenizer, rows = load_tokenizer(args.model), []
     calibration = calibration_windows(args.data, tokenizer, 128, 256, args.seed)
-    ids = evaluation_ids(args.data, "validation", tokenizer, 256)
+    ids = evaluation_ids(args.data, "validation" if args.data in SOURCES else "held-out", tokenizer, 256)
     for label, amount in ("70%", dict(sparsity=0.7)), ("2:4", dict(pattern=(2, 4))):
         for free in dsnot.AIM:
             for dsnot.AIM[free] in (0.0, 0.0), (0.5, 0.0), (1.0, 0.0), (0.5, 0.5), (1.0, 1.0):

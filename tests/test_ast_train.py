@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import filesystem
 
 import ast_train
+import bench_ast
 import dsnot
 import sparse_matmul
 from ast_train import learning_rate
@@ -29,7 +30,7 @@ from data import load_text, load_tokenizer
 from data.checkpoint import alone_in
 from data.command import InputError
 from data.state import check_room
-from data.stream import tokens
+from data.stream import open_bin, tokens, write_bin
 from data.train_tiny import train_tokenizer
 from dsnot import prunable
 from gpt import GPT, Config
@@ -313,6 +314,7 @@ DRIVER = """
 import os, sys
 sys.path[:0] = [{root!r}]
 import ast_train
+import bench_ast
 import dsnot
 import sparse_matmul
 from ast_train import decay_at
@@ -515,18 +517,31 @@ def test_a_finished_training_asks_for_no_teacher(tmp_path, train, monkeypatch, c
     assert len(loaded) == 1 and f"saved {tmp_path / 'ast'}, {tmp_path / 'curve.png'}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("data, held_out", [("text.txt", "test"), ("b.txt", None), ("text.bin", "test")])
-def test_validation_and_test_are_apart_from_training(files, data, held_out):
-    """Would catch a file of which a twentieth is measured without need, one that is trained on, and a last tenth that
-    is not the one that eval.py and dsnot.py measure (it holds a fifth of these tokens)."""
-    text = (files / "text.txt").read_text()
-    uneven = files / "uneven.txt"
-    uneven.write_text(text[:40000] + "x" * 4000)
+@pytest.mark.parametrize("data, own, validation, test", [
+    ("uneven.txt", "uneven.txt", "validation", "test"), ("b.txt", "uneven.txt", "first-half", "second-half"),
+    ("b.bin", "uneven.txt", "validation", "test"), ("b.txt", "b.bin", "validation", "test")])
+def test_validation_and_test_are_apart_from_training(files, data, own, validation, test):
+    """Would catch a file of which a twentieth is measured without need, one that is trained on, and a test text that
+    is not the one that eval.py and dsnot.py measure (the last tenth holds a fifth of these tokens)."""
+    text, tokenizer = (files / "text.txt").read_text(), load_tokenizer(files / "model")
+    (files / "uneven.txt").write_text(text[:40000] + "x" * 4000)
     (files / "b.txt").write_text(text[:9999])
-    data = uneven if data == "text.txt" else files / data
-    args = argparse.Namespace(data=[f"{data}:2"], eval_data=str(uneven), seqlen=32)
-    tokenizer = load_tokenizer(files / "model")
-    ids = tokenizer.encode(load_text(str(uneven), held_out))
+    write_bin(files / "b.bin", [lambda: [text[:9999]]], tokenizer, "b", {})
+    args = argparse.Namespace(data=[f"{files / data}:2"], eval_data=str(files / own), seqlen=32)
     found = [ast_train.evaluation_tokens(args, tokenizer, split).tolist() for split in ("validation", "test")]
-    assert found[0] + found[1] == ids and len(found[1]) - len(found[0]) in (0, 1)
-    assert tokens(str(uneven), tokenizer, "train").tolist() == tokenizer.encode(load_text(str(uneven), "train"))
+    if own == "b.bin":
+        ids = open_bin(files / own, tokenizer).tolist()
+        assert found[0] + found[1] == ids[len(ids) * 9 // 10:] and len(found[1]) - len(found[0]) in (0, 1)
+    else:
+        assert found == [tokenizer.encode(load_text(args.eval_data, split)) for split in (validation, test)]
+    if data == own:
+        train = tokens(args.eval_data, tokenizer, "train").tolist()
+        assert train == tokenizer.encode(load_text(args.eval_data, "train"))
+
+
+def test_the_benchmark_runs(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_ast, "STEPS", 3)
+    monkeypatch.setattr(sys, "argv", command(files, tmp_path / "out", "--json", tmp_path / "bench.json"))
+    bench_ast.main()
+    found = json.loads((tmp_path / "bench.json").read_text())["results"]
+    assert list(found) == ["dense", "ast", "ast-slorb"] and found["dense"]["ratio"] == 1

@@ -14,7 +14,7 @@ from conftest import ROOT, SHARED, make_checkpoint
 
 from data import load_text, load_tokenizer, stdlib
 from data.command import InputError, run
-from data.text import evaluation_ids, split_of
+from data.text import documents, evaluation_ids, told
 from eval import perplexity
 from gpt import GPT
 from results.compare import compare, merge, plot, read_rows, table, table_by_method
@@ -71,15 +71,25 @@ def plain_perplexity(folder, ids, seqlen):
     return math.exp(torch.stack(losses).mean())
 
 
-def test_split_of_a_file(tmp_path):
+def test_splits_of_a_file(tmp_path):
     """Would catch a number of dsnot.py, which measures the last tenth of a file that it calibrates on, that eval.py
-    can't repeat, and one that does not say what it was measured on."""
-    text = "".join(f"line {i} of a text\n" for i in range(300))
+    can't repeat, one that does not say what it was measured on, and splits that overlap."""
+    text = "".join(f"line {i} of a text\n" for i in range(600))
     (tmp_path / "a.txt").write_text(text)
-    for split, read, words in (None, text, ""), ("test", text[len(text) * 9 // 10:], "the last tenth of "):
-        assert load_text(str(tmp_path / "a.txt"), split_of(str(tmp_path / "a.txt"), split)) == read
+    n = len(text)
+    for split, read, words in [
+            (None, text, ""), ("held-out", text[n * 9 // 10:], "the last tenth of "),
+            ("validation", text[n * 9 // 10:n * 19 // 20], "the first half of the last tenth of "),
+            ("test", text[n * 19 // 20:], "the last twentieth of ")]:
+        assert load_text(str(tmp_path / "a.txt"), split) == read
         said = run_eval("--data", tmp_path / "a.txt", "--seqlen", 32, *(["--split", split] if split else [])).stdout
         assert f"tiny on {words}{tmp_path / 'a.txt'}: perplexity" in said
+    assert told("tiny", "validation") == "the validation text of tiny" and told("tiny", None) == "tiny"
+    lines = "".join(json.dumps({"text": part}) + "\n" for part in (text[:50], "", text[50:n - 9], text[n - 9:]))
+    (tmp_path / "a.jsonl").write_text(lines)  # of which one document is nearly all: it is cut, too
+    for split in "train", "validation", "test":
+        lines, whole = (documents(str(tmp_path / name), split) for name in ("a.jsonl", "a.txt"))
+        assert "".join(lines) == "".join(whole)
 
 
 def test_splits_of_tiny_share_nothing():
@@ -369,3 +379,12 @@ def test_links_lead_somewhere():
             titles = [re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-")
                       for title in re.findall("^#+ (.*)", there.read_text(), re.M)] if section else [""]
             assert (section or "") in titles, f"{page} shows {path}#{section}"
+
+
+def test_files_that_pages_name_exist():
+    """Would catch a number whose source is not there."""
+    for page, text in readme_pages().items():
+        names = set(re.findall(r"results/[\w./*-]+\.(?:json|py|sh)", text))
+        assert len(names) > 5
+        for name in names:
+            assert list(ROOT.glob(name)), f"{page} names {name}"

@@ -87,7 +87,7 @@ def test_a_bad_line_is_named(checkpoint, tmp_path, monkeypatch, lines, words):
 def test_half_a_character_is_no_reason_to_stop(checkpoint, tmp_path, name):
     (tmp_path / name).write_text('{"text": "a \\ud800 b"}')
     tokenizer = load_tokenizer(checkpoint)
-    assert tokenizer.decode(stream.file_tokens(str(tmp_path / name), None, tokenizer).tolist()).strip() == "a ? b"
+    assert tokenizer.decode(stream.tokens(str(tmp_path / name), tokenizer, None).tolist()).strip() == "a ? b"
 
 
 def test_nothing_is_replaced(checkpoint, tmp_path, monkeypatch):
