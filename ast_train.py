@@ -74,7 +74,7 @@ from data.processes import add_up, mean_over_processes, process_group, processes
 from data.state import check_room, load_state, save_state
 from data.stream import Mixture, tokens, weighted
 from data.text import SOURCES, evaluation_ids, told, usual_text
-from dsnot import keep_mask, magnitude_score, prune, wanda_score
+from dsnot import check_pattern, keep_mask, magnitude_score, prune, wanda_score
 from eval import perplexity
 from gpt import GPT, Block, all_prunable, prunable
 
@@ -336,17 +336,17 @@ def one_shot(args, folder, calibration, replace=False, **method):
     """Prune the model into `folder`, all processes together. What another run has left there is replaced, or an
     InputError."""
     model = GPT.from_pretrained(args.model, device=args.device, stream=True)
-    run = {"command": "ast_train.py"} | {name: str(getattr(args, name)) for name in ("model", "data", "seqlen", "seed")}
-    run |= dict(pattern=None if args.sparsity else args.pattern, sparsity=args.sparsity) | method
-    run |= {"files": versions([*model.source.paths, *training_sources(args), args.eval_data])}
+    options = {name: str(getattr(args, name)) for name in ("model", "data", "seqlen", "seed", "pattern", "sparsity")}
+    made = {"command": "ast_train.py", **options, **method}
+    made["files"] = versions([*model.source.paths, *training_sources(args), args.eval_data])
     for place in folder, folder.with_name(f"{folder.name}.partial"):
-        if noted(place / "run.json") in (None, run):
+        if noted(place / "run.json") in (None, made):
             continue
         if not replace:
             raise InputError(f"{place} holds a start of other options or files (moved or copied ones count as others): "
                              f"give those that it had, choose another --out, or delete it to have it made again")
         shutil.rmtree(place)
-    prune(model, calibration, folder, run, batch=args.micro_batch, **method, **amount(args))
+    prune(model, calibration, folder, made, batch=args.micro_batch, **method, **amount(args))
 
 
 def first_weights(args, calibration):
@@ -541,7 +541,7 @@ def train(method, args, begin, mixture, held_out, calibration):
             log(method, args, state["history"][-1], seconds)
         if done % args.save_every == 0 or done == args.steps:
             state |= dict(step=done, tokens_per_second=args.batch * args.seqlen / seconds)
-            with averaged(student, mean, args.mask_every) if done > average_from else nullcontext():
+            with averaged(student, mean, masks=args.mask_every > 0) if done > average_from else nullcontext():
                 validate(method, args, student, held_out, source, made, state)
             save_state(work, student, optimizer, mean, state, finished=done == args.steps)
     return state
@@ -563,43 +563,47 @@ def plot(path, runs):
     for axis, title in zip(axes, titles):
         axis.set(title=title, xlabel="step")
     axes[1].set_yscale("log")
+    for label in axes[1].yaxis.set_major_formatter, axes[1].yaxis.set_minor_formatter:
+        label("{x:.4g}")
     axes[1].legend()
     figure.tight_layout()
     write_atomically(path, lambda beside: figure.savefig(beside, format="png", dpi=120))
     pyplot.close(figure)
 
 
-def results(args, test_ids, calibration, begin):
-    """Measure dense, one-shot, first (`begin`) and trained models on the test text and print a table; returns its rows
-    by name. gap_closed: how much of the log-perplexity between the best one-shot mask and the dense model has gone."""
-    def measure(folder, used):
+def measure(args, test_ids, calibration, begin):
+    """Measure dense, one-shot, first (`begin`) and trained models on the test text; returns a row for each, by name.
+    gap_closed: how much of the log-perplexity between the best one-shot mask and the dense model has gone."""
+    def row(folder, used):
         model = GPT.from_pretrained(folder, device=args.device)
         return dict(parameters=sum(p.count_nonzero().item() for p in model.parameters()), tokens=used,
                     perplexity=perplexity(model, test_ids, args.seqlen, args.micro_batch, progress=True))
 
     gc.collect()  # what training has left on the GPU
-    text = told(args.eval_data, evaluation_split(args, "test"))
-    print(f"measuring the dense{', one-shot' * args.one_shot} and trained models on {text} ...", flush=True)
-    rows = {"dense": measure(args.model, 0)}
+    rows = {"dense": row(args.model, 0)}
     for score in ["magnitude", "wanda", "sparsegpt"] if args.one_shot else []:
         pruned = Path(args.out) / f"one-shot-{score}"
         one_shot(args, pruned, calibration, replace=True, score=score, refine="none")
-        rows[f"one-shot {score}"] = measure(pruned, 0 if score == "magnitude" else calibration.numel())
+        rows[f"one-shot {score}"] = row(pruned, 0 if score == "magnitude" else calibration.numel())
         shutil.rmtree(pruned)
-    best_mask = min((math.log(row["perplexity"]) for name, row in rows.items() if name != "dense"), default=math.nan)
+    one_shots = [math.log(found["perplexity"]) for name, found in rows.items() if name != "dense"]
     if begin != args.model:
-        rows["swaps + refit (start)"] = measure(begin, calibration.numel())
+        rows["swaps + refit (start)"] = row(begin, calibration.numel())
     for method in args.methods:
         name = {"dense": "dense, trained on", "ast": "AST", "ast-slorb": "AST + SLoRB"}[method]
-        rows[name] = measure(Path(args.out) / method, args.steps * args.batch * args.seqlen)
-    print(f"\n{args.model} on {text}, windows of {args.seqlen} tokens")
+        rows[name] = row(Path(args.out) / method, args.steps * args.batch * args.seqlen)
+    best = min(one_shots, default=math.nan)
+    gap = best - math.log(rows["dense"]["perplexity"])
+    for found in rows.values():
+        found["gap_closed"] = (best - math.log(found["perplexity"])) / gap if gap > 0 else None  # NaN: no masks
+    return rows
+
+
+def print_table(rows):
     print(f"{'':21}  parameters kept  test perplexity  gap closed    tokens read")
-    gap = best_mask - math.log(rows["dense"]["perplexity"])
     for name, row in rows.items():
-        row["gap_closed"] = (best_mask - math.log(row["perplexity"])) / gap if gap > 0 else None  # NaN: no masks
         closed = "" if row["gap_closed"] is None else f"{row['gap_closed']:.1%}"
         print(f"{name:21}  {row['parameters']:15,}  {row['perplexity']:15.3f}  {closed:>10}  {row['tokens']:13,}")
-    return rows
 
 
 # -------------------------------------------------------------------------------------------------------- the command
@@ -668,7 +672,7 @@ def check(args):
     """Raise InputError for options that can't be."""
     world, out = dist.get_world_size(), Path(args.out)
     if len(set(args.methods)) < len(args.methods):
-        raise InputError(f"--methods {' '.join(args.methods)} names one twice")
+        raise InputError(f"--methods {' '.join(args.methods)} names one twice: name it once")
     if (out / "config.json").is_file():
         raise InputError(f"--out {args.out} is a model: give a folder to hold the models that are trained")
     ours = ["curve.png", "*.training", *(f"{name}*/run.json" for name in ["start", *args.methods])]
@@ -730,11 +734,9 @@ def texts(args, tokenizer):
     return mixture, held_out, mixture.batch(args.seed, 0, CALIBRATION, stream=0)[:, :-1]
 
 
-def fitting_k(asked, config):
-    """--slorb-k, or where it is None the default that divides the inputs of all layers. Raises InputError where what is
-    asked for doesn't."""
-    with torch.device("meta"):
-        inputs = {name: linear.in_features for name, linear in prunable(Block(config)).items()}
+def fitting_k(asked, inputs):
+    """--slorb-k, or where it is None the default that divides the inputs {layer: how many} of all layers. Raises
+    InputError where what is asked for doesn't."""
     common = math.gcd(*inputs.values())
     fits = next(k for k in range(min(asked or SLORB_K, common), 0, -1) if common % k == 0)
     for name, width in inputs.items():
@@ -750,33 +752,41 @@ def train_alone(method, args, begin):
         return train(method, args, begin, *texts(args, load_tokenizer(args.model)))
 
 
-def train_all(args, held):
-    """Train the models, side by side or one after the other, with --out locked in the ExitStack `held`. Returns what
-    `results` needs, the ids of the test text, calibration windows and the folder of the first weights, and a record of
-    each method."""
-    check(args)
-    amount(args)
-    folder = model_folder(args.model)
-    model, tokenizer = GPT.open(folder), load_tokenizer(folder)
-    config = model.config
-    model.source.check_dense()
+def settle(args, folder, config):
+    """Settle the options that depend on the model in `folder`. Raises InputError where others don't fit it."""
     if config.slorb_k:
         raise InputError(f"{args.model} has been through AST and has SLoRB parameters: give the dense model")
+    with torch.device("meta"):
+        inputs = {name: linear.in_features for name, linear in prunable(Block(config)).items()}
+    if args.sparsity is None:
+        for width in inputs.values():
+            check_pattern(parse_pattern(args.pattern), width)
     if "ast-slorb" in args.methods:
-        args.slorb_k = fitting_k(args.slorb_k, config)
-    for method in args.methods:
+        args.slorb_k = fitting_k(args.slorb_k, inputs)
+    for method in args.methods:  # which complain where another command's model is
         CheckpointWriter(Path(args.out) / method, config.raw, folder, keep={"command": "ast_train.py"}, goes_on=False)
     text = usual_text(folder, None)
     args.data, args.eval_data = args.data or [text or "c4"], args.eval_data or text or "wikitext2"
+
+
+def train_all(args, held):
+    """Train the models, side by side or one after the other, with --out locked in the ExitStack `held`. Returns what
+    `measure` needs, the ids of the test text, calibration windows and the folder of the first weights, and a record of
+    each method."""
+    check(args)
+    folder = model_folder(args.model)
+    model, tokenizer = GPT.open(folder), load_tokenizer(folder)
+    model.source.check_dense()
+    settle(args, folder, model.config)
     mixture, held_out, calibration = texts(args, tokenizer)
     test_ids = evaluation_tokens(args, tokenizer, "test")
-    for ids in held_out, calibration:
+    for ids in held_out, calibration, windows(test_ids, args.seqlen, f"the test text of {args.eval_data}"):
         model.check_tokens(ids)
     if len(held_out) < dist.get_world_size():
         raise InputError(f"the validation text of {args.eval_data} has {len(held_out)} windows, fewer than there are "
                          f"processes: give a longer text or a smaller --seqlen")
     say(f"{mixture.tokens:,} tokens of training text, {args.steps * args.batch * args.seqlen:,} will be read "
-        f"in windows of {args.seqlen} tokens{config.remark(args.seqlen)}")
+        f"in windows of {args.seqlen} tokens{model.config.remark(args.seqlen)}")
     if pruned_here(folder):
         say(f"note: {args.model} has been pruned before; it is what is called dense here")
     held.enter_context(alone_in(Path(args.out)) if dist.get_rank() == 0 else nullcontext())
@@ -799,7 +809,11 @@ def main():
             found, runs = train_all(args, held)
             if dist.get_rank() > 0:
                 return
-        table = results(args, *found)
+        text = told(args.eval_data, evaluation_split(args, "test"))
+        print(f"measuring the dense{', one-shot' * args.one_shot} and trained models on {text} ...", flush=True)
+        table = measure(args, *found)
+    print(f"\n{args.model} on {text}, windows of {args.seqlen} tokens")
+    print_table(table)
     print("\nsaved " + ", ".join(str(Path(args.out) / name) for name in [*args.methods, "curve.png"]))
     record(args, {"seconds": time.perf_counter() - started, "runs": runs, "table": table})
 

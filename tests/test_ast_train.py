@@ -314,7 +314,6 @@ DRIVER = """
 import os, sys
 sys.path[:0] = [{root!r}]
 import ast_train
-import bench_ast
 import dsnot
 import sparse_matmul
 from ast_train import decay_at
@@ -512,7 +511,7 @@ def test_a_finished_training_asks_for_no_teacher(tmp_path, train, monkeypatch, c
     loaded, load = [], GPT.from_pretrained
     monkeypatch.setattr(GPT, "from_pretrained", lambda *place, **options: (loaded.append(place),
                                                                             load(*place, **options))[1])
-    monkeypatch.setattr(ast_train, "results", lambda *_: {})
+    monkeypatch.setattr(ast_train, "measure", lambda *_: {})
     train(tmp_path, "--steps", 2)
     assert len(loaded) == 1 and f"saved {tmp_path / 'ast'}, {tmp_path / 'curve.png'}" in capsys.readouterr().out
 
