@@ -95,8 +95,8 @@ CALIBRATION, LOG_EVERY = 128, 10  # windows, steps
 SLORB_K = 16  # as in the paper, where it divides a layer's inputs
 NEUTRAL = {"recipe", "methods", "out", "json", "device", "micro_batch", "save_every", "one_shot", "compile", "shard",
            "checkpoint_activations"}  # options that may change when a run goes on
-MASKED = {"pattern", "sparsity", "score", "mask_every", "decay", "decay_steps", "start_from", "kl_weight",
-          "temperature"}  # mean nothing to the dense model, which would be its own teacher
+MASKED = {"pattern", "sparsity", "score", "mask_every", "decay", "decay_steps", "start_from",
+          "kl_weight", "temperature"}  # mean nothing to the dense model, which has no mask and can't teach itself
 
 
 # --------------------------------------------------------------------------------------------------------- the method
@@ -253,11 +253,11 @@ def exchange(model, tensors):
 
 
 def by_chunks(f, logits, *others):
-    """The sum of f(logits [N, V], *others [N, ...]) over chunks of tokens. What a chunk takes, its logits in float32 or
-    better among it, goes after it, and is computed again for the gradient."""
+    """The sum of f(logits [N, V], *others [N, ...]) over chunks of tokens. What is made of a chunk, first of all its
+    logits in float32 or better, exists for one at a time, and once more on the way back."""
     chunks = zip(*(x.split(CHUNK) for x in (logits, *others)))
-    return sum(checkpoint(lambda chunk, *rest: f(at_least_float32(chunk), *rest), *chunk, use_reentrant=False)
-               for chunk in chunks)
+    return sum(checkpoint(lambda chunk, *rest: f(at_least_float32(chunk), *rest), *chunk, use_reentrant=False,
+                          preserve_rng_state=False) for chunk in chunks)  # nothing in f is random
 
 
 def at_least_float32(x):
@@ -273,7 +273,7 @@ def kl(student, teacher, temperature):
 def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """T^2 KL(teacher || student) of logits [..., V], averaged over tokens -> scalar; little memory beside them."""
     student, teacher = student_logits.flatten(0, -2), teacher_logits.flatten(0, -2)
-    return by_chunks(lambda s, t: kl(s, t, temperature), student, teacher) / len(student)
+    return by_chunks(functools.partial(kl, temperature=temperature), student, teacher) / len(student)
 
 
 def mixed_loss(student, target, teacher, kl_weight, temperature):
@@ -333,8 +333,8 @@ def training_sources(args):
 
 
 def one_shot(args, folder, calibration, replace=False, **method):
-    """Prune the model into `folder`, all processes together. What another run has left there is replaced, or an
-    InputError."""
+    """Prune the model into `folder`, all processes together. Raises InputError where another run has left something
+    there, unless `replace`: then that goes."""
     model = GPT.from_pretrained(args.model, device=args.device, stream=True)
     options = {name: str(getattr(args, name)) for name in ("model", "data", "seqlen", "seed", "pattern", "sparsity")}
     made = {"command": "ast_train.py", **options, **method}

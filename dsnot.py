@@ -662,7 +662,7 @@ def prune(model, samples, out, run, *, batch=8, propagate=False, sparsity=None, 
         wait()  # the folder is there
         done, seconds = progress(writer, count)
         if done:
-            say(f"going on after {len(done)} of {count} blocks")
+            say(f"{out}: going on after {len(done)} of {count} blocks")
 
         def embedded():  # made twice, so that what allocation has used is gone before it is needed again
             return (model.embed(ids).to(home) for ids in samples.split(batch))

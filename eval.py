@@ -176,9 +176,9 @@ def speed(model, ids, new_tokens=64, repeats=3):
         import resource
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     tensors = [*model.parameters(), *model.buffers()]  # tied ones once
-    return {"prompt_tokens": ids.shape[1], "prefill_tokens_per_second": ids.shape[1] / prefill,
-            "decode_tokens_per_second": 1 / decode, "weight_bytes": sum(t.numel() * t.element_size() for t in tensors),
-            "peak_memory_bytes": peak}
+    return {"prompt_tokens": ids.shape[1], "new_tokens": new_tokens,
+            "prefill_tokens_per_second": ids.shape[1] / prefill, "decode_tokens_per_second": 1 / decode,
+            "weight_bytes": sum(t.numel() * t.element_size() for t in tensors), "peak_memory_bytes": peak}
 
 
 @torch.inference_mode()

@@ -361,7 +361,7 @@ def save_compressed(model: str, folder, bits: int | None = None) -> dict:
     on_disk, found = GPT.open(model_folder(model)), 0
     source, count = on_disk.source, on_disk.config.num_hidden_layers
     if source.compressed:
-        raise InputError(f"{model} is compressed already")
+        raise InputError(f"{model} is compressed already: give the folder that it was made from")
     made = dict(command="sparse_matmul.py", model=str(source.folder.resolve()), bits=bits, files=versions(source.paths))
     out = CheckpointWriter(folder, source.raw, source.folder, keep=made, goes_on=False)
     if out.differs:

@@ -328,10 +328,14 @@ class CheckpointWriter:
                              f"{self.differing(left)}: give what it had, choose another output folder, or delete it")
 
     def differing(self, other):
-        """The names of what another run's `keep` has otherwise, as text; of files which these are."""
-        ours, theirs = (run.get("files") or [] for run in (self.keep, other))
-        files = {file[0] for file in [*ours, *theirs] if file not in ours or file not in theirs}
-        return ", ".join(f"the size or date of {', '.join(sorted(files))}" if name == "files" else name
+        """The names of what another run's `keep` has otherwise, as text."""
+        def files(run):
+            """{name: all that `versions` tells}; none from a damaged run.json."""
+            found = run.get("files") if isinstance(run.get("files"), list) else []
+            return {str(file[0]): file for file in found if isinstance(file, list) and file}
+        ours, theirs = files(self.keep), files(other)
+        which = ", ".join(sorted(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)))
+        return ", ".join(f"{name} ({which})" if name == "files" and which else name
                          for name in {**other, **self.keep} if other.get(name) != self.keep.get(name))
 
     def __enter__(self):

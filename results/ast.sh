@@ -11,6 +11,7 @@ run() {
 ablate() { run "$1" --methods ast --no-one-shot "${@:2}"; }
 for seed in 0 1 2; do run seed$seed --seed $seed; done  # the first is the default run
 for seed in 0 1 2; do run control$seed --seed $seed --methods dense --no-one-shot; done
+run float32 --no-one-shot --dtype float32
 run control-slow --methods dense --no-one-shot --lr 3e-5
 ablate no-distillation --kl-weight 0
 ablate static-decay --decay-steps 0

@@ -35,15 +35,15 @@ CHOICES = [  # what a reader wants, the command that does it, and its names in c
     ("the best mask a block at a time, weights as they are", "dsnot.py --refine swap", "wanda + swap"),
     ("the best mask with the whole model in memory", "dsnot.py --refine swap --global-swaps 16",
      "wanda + swap + global"),
-    ("and layers that differ in sparsity", "dsnot.py --refine swap --global-swaps 16 --allocate sensitivity",
+    ("the same, layers differ in sparsity", "dsnot.py --refine swap --global-swaps 16 --allocate sensitivity",
      "wanda + swap + global (allocate sensitivity)"),
-    ("the best weights for a mask, too", "dsnot.py --refine swap --refit", "wanda + swap + refit"),
-    ("and layers that differ in sparsity", "dsnot.py --refine swap --refit --allocate sensitivity",
+    ("the best weights for a mask a block at a time, too", "dsnot.py --refine swap --refit", "wanda + swap + refit"),
+    ("the same, layers differ in sparsity", "dsnot.py --refine swap --refit --allocate sensitivity",
      "wanda + swap + refit (allocate sensitivity)"),
-    ("or the whole model in memory", "dsnot.py --refine swap --refit --global-swaps 16",
+    ("the best weights, the whole model in memory", "dsnot.py --refine swap --refit --global-swaps 16",
      "wanda + swap + refit + global"),
     ("the best 2:4, with training", "ast_train.py --methods ast", "AST"),
-    ("and SLoRB, a few dense parameters beside it", "ast_train.py --methods ast-slorb", "AST + SLoRB")]
+    ("the same with SLoRB, a few dense parameters more", "ast_train.py --methods ast-slorb", "AST + SLoRB")]
 ABLATION = {  # what a run is called: its file, and the row of its table
     "AST": ("seed0", "AST"), "no distillation": ("no-distillation", "AST"), "static decay": ("static-decay", "AST"),
     "no decay": ("no-decay", "AST"), "fixed mask": ("fixed-mask", "AST"), "mask by Wanda score": ("wanda", "AST"),
@@ -61,7 +61,7 @@ def made(name, key="results"):
 def results(name, key="results"):
     """The same of a file that must be there; else raises InputError."""
     if (found := made(name, key)) is None:
-        raise InputError(f"there is no results/{name}.json, which README.md shows: make it first")
+        raise InputError(f"there is no results/{name}.json, which a page shows: make it first")
     return found
 
 
@@ -70,7 +70,7 @@ def pruned(*patterns):
     files = {pattern: sorted((ROOT / "results").glob(f"{pattern}.json")) for pattern in patterns}
     for pattern, fit in files.items():
         if not fit:
-            raise InputError(f"there is no results/{pattern}.json, which README.md shows: make some first")
+            raise InputError(f"there is no results/{pattern}.json, which a page shows: make some first")
     return merge([row for fit in files.values() for path in fit for row in read_rows(path)])
 
 
@@ -191,7 +191,7 @@ def retrained():
         closed = statistics.mean(gap_closed(found, found[name]["perplexity"]) for found in tables if name in found)
         trained = "" if name == "dense" or name.startswith("one-shot") else f"{row['tokens']:,}"
         lines.append([name, f"{statistics.mean(values):.3f}{spread}", f"{closed:.1%}", trained])
-    return markdown(["tiny, 2:4", "test perplexity", "gap closed", "tokens trained on"], lines)
+    return markdown(["tiny, 2:4", "test perplexity", "gap closed", "training tokens read"], lines)
 
 
 def ablation():
@@ -281,18 +281,19 @@ def pages():
     for name, table in tables().items():
         marked = re.compile(rf"(<!-- {name} -->).*?(\n<!-- end -->)", re.DOTALL)
         if sum(len(marked.findall(text)) for text in texts.values()) != 1:
-            sys.exit(f"README.md and results/README.md have no place, or several, for the table {name}")
+            raise InputError(f"README.md and results/README.md have no place, or several, for the table {name}")
         texts = {path: marked.sub(lambda found: f"{found[1]}\n{table}{found[2]}", text) for path, text in texts.items()}
     return texts
 
 
 def main():
     argparse.ArgumentParser(description=__doc__).parse_args()
+    texts = pages()
     plot(opening(), ROOT / "assets/overview.png")
     plot(studies(), ROOT / "assets/dsnot.png")
     plot(pruned("tiny/0.7-wanda-swap-refit*"), ROOT / "assets/layers.png")
     draw_ast(ROOT / "assets/ast.png")
-    for path, text in pages().items():
+    for path, text in texts.items():
         path.write_text(text)
     print("README.md, results/README.md and their pictures hold what results/ holds")
 

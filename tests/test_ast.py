@@ -145,8 +145,12 @@ def test_the_loss_is_the_written_out_divergence():
 def test_the_loss_never_holds_all_logits_in_float32(monkeypatch):
     monkeypatch.setattr(ast_train, "CHUNK", 8)
     student, teacher = torch.randn(1, 64, 50).bfloat16().requires_grad_(), torch.randn(1, 64, 50).bfloat16()
-    with Largest() as largest:
-        training_loss(student, teacher, torch.zeros(1, 64, dtype=torch.long), 0.5, 2.0).backward()
+    kept = []  # for the way back
+    with Largest() as largest, torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x), x)[1], lambda x: x):
+        loss = training_loss(student, teacher, torch.zeros(1, 64, dtype=torch.long), 0.5, 2.0)
+    assert kept and all(x.dtype == torch.bfloat16 or x.numel() <= 64 for x in kept)
+    with largest:
+        loss.backward()
     assert largest.size <= 8 * 50 and student.grad.dtype == torch.bfloat16
 
 

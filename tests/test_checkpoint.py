@@ -412,3 +412,12 @@ def test_hub_errors(error, words, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     with pytest.raises(InputError, match=words):
         model_folder("meta-llama/Llama-2-7b-hf")
+
+
+@pytest.mark.parametrize("files", [5, [1], [[]], [["a", 1, 2]], {}])
+def test_a_run_json_of_another_kind_gets_a_sentence(folder, tmp_path, files):
+    """Would catch a traceback where a refusal looks for the files that have changed."""
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "run.json").write_text(json.dumps({"command": "x", "files": files}))
+    with pytest.raises(InputError, match=r"differs in files \(.*b\)"):
+        CheckpointWriter(tmp_path / "there", {"model_type": "llama"}, keep={"command": "x", "files": [["b", 1, 2]]})

@@ -19,6 +19,7 @@ from eval import perplexity
 from gpt import GPT
 from results.compare import compare, merge, plot, read_rows, table, table_by_method
 from results.readme import pages as readme_pages
+from results.readme import tables
 from test_tasks import write_tasks
 
 def run_eval(*arguments):
@@ -366,6 +367,7 @@ def test_pages_show_the_results():
     """Would catch a number in a page's tables that no result file holds, and one that was measured again."""
     for page, text in readme_pages().items():
         assert page.read_text() == text, f"run results/readme.py: {page} has changed"
+    assert sum(text.count("<!-- end -->") for text in readme_pages().values()) == len(tables())
 
 
 def test_links_lead_somewhere():

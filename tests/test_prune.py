@@ -169,7 +169,7 @@ def test_a_finished_folder_is_no_answer_when_the_model_has_changed(monkeypatch, 
     os.utime(tmp_path / "model" / "m" / "model.safetensors", (0, 0))
     with pytest.raises(SystemExit):
         command(monkeypatch, tmp_path / "model", tmp_path / "out")
-    assert "differs in the size or date of model.safetensors: choose another" in capsys.readouterr().err
+    assert "differs in files (model.safetensors): choose another" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("family, changes", ALL)
@@ -530,7 +530,7 @@ def test_a_run_is_told_by_its_texts_and_its_notes(monkeypatch, capsys, model, tm
     text.write_text("the model reads " * 400)
     with pytest.raises(SystemExit):
         command(monkeypatch, model, tmp_path / "out", "--calib", str(text))
-    assert "finished run, which differs in the size or date of text.txt" in capsys.readouterr().err
+    assert "finished run, which differs in files (text.txt)" in capsys.readouterr().err
 
 
 def test_time_is_kept(monkeypatch, model, tmp_path):
