@@ -59,7 +59,9 @@ def encode(texts, tokenizer, label):
         for piece, first, last in pieces(texts):
             ids = tokenizer.encode(piece)
             ids = ids[0 if first else before:len(ids) - (0 if last else after)]
-            yield np.array(ids + tokenizer.end * (last and not before + after), dtype)
+            if last and before + after == 0:
+                ids = ids + tokenizer.end
+            yield np.array(ids, dtype)
             bar.update(len(piece))
 
 
@@ -82,18 +84,23 @@ def write_bin(path, shards, tokenizer, label, made):
         done, count = before["shards"], before["tokens"]
         if done:
             print(f"going on after {done} of {len(shards)} shards")
+
+        def note():
+            text = json.dumps({"made": made, "shards": done, "tokens": count})
+            write_atomically(log, lambda beside: beside.write_text(text))
+
         try:
-            write_atomically(log, lambda beside: beside.write_text(json.dumps(before)))
+            note()
             with open(file, "r+b" if done else "wb") as f:
                 f.truncate(HEADER.size + width * count)
                 f.seek(0, os.SEEK_END)
-                for shard in range(done, len(shards)):
-                    for ids in encode(shards[shard](), tokenizer, label):
+                for texts in shards[done:]:
+                    for ids in encode(texts(), tokenizer, label):
                         f.write(ids.tobytes())
                         count += len(ids)
                     f.flush()
-                    done, now = shard + 1, json.dumps({"made": made, "shards": shard + 1, "tokens": count})
-                    write_atomically(log, lambda beside: beside.write_text(now))
+                    done += 1
+                    note()
                 if not count:
                     raise InputError(f"{label} has no text")
                 f.seek(0)
@@ -139,7 +146,7 @@ def tokens(source, tokenizer, split):
 
 
 def weighted(name):
-    """"text.txt:0.7" -> ("text.txt", "0.7"); without a weight it is "1"."""
+    """"text.txt:0.7" -> ("text.txt", "0.7"); without a weight it is "1" (a path with a ":" needs one)."""
     source, _, weight = name.rpartition(":")
     return (source, weight) if source else (name, "1")
 
@@ -169,15 +176,15 @@ class Mixture:
             weights.append(weight)
         self.weights, self.tokens = np.array(weights) / sum(weights), sum(map(len, self.streams))
 
-    def batch(self, seed, step, windows, stream=None):
-        """ids [windows, seqlen + 1], of one stream or of all. Seed and step alone decide them, so a resumed run reads
-        what it would have read."""
+    def batch(self, seed, step, count, stream=None):
+        """ids [count, seqlen + 1], of one stream or of all. Seed and step alone decide them, so a resumed run reads what
+        it would have read."""
         seed, rows = seed % 2**32, []
-        begin, drawn = np.random.default_rng(seed).random(), np.random.default_rng([seed, step])
-        which = [stream] * windows if stream is not None else drawn.choice(len(self.streams), windows, p=self.weights)
-        for n, i in enumerate(which, step * windows):
-            at = int((begin + n * GOLDEN) % 1 * (len(self.streams[i]) - self.seqlen))
-            rows.append(self.streams[i][at:at + self.seqlen + 1].astype(np.int64))
+        offset, rng = np.random.default_rng(seed).random(), np.random.default_rng([seed, step])
+        chosen = [stream] * count if stream is not None else rng.choice(len(self.streams), count, p=self.weights)
+        for n, i in enumerate(chosen, step * count):  # n counts the windows of all streams
+            begin = int((offset + n * GOLDEN) % 1 * (len(self.streams[i]) - self.seqlen))
+            rows.append(self.streams[i][begin:begin + self.seqlen + 1].astype(np.int64))
         return torch.from_numpy(np.stack(rows))
 
 

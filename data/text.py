@@ -144,29 +144,28 @@ def windows(ids, seqlen: int, name: str = "the text") -> torch.Tensor:
 
 def calibration_windows(source: str, tokenizer, nsamples: int, seqlen: int, seed: int) -> torch.Tensor:
     """`nsamples` random windows [nsamples, seqlen] from the training split of a source, each within one document."""
-    texts, rng, encoded, short = documents(source, "train"), random.Random(seed), {}, set()
+    texts, rng = documents(source, "train"), random.Random(seed)
     if not any(text.strip() for text in texts):
         raise InputError(f"{source} is empty, or too short to calibrate on a part of it: give another text")
-    samples, bar = [], tqdm(total=nsamples, desc="calibration text", unit="window", leave=False, disable=None)
-    while len(samples) < nsamples:
-        if (i := rng.randrange(len(texts))) in short:
-            continue
-        ids = encoded[i] if i in encoded else tokenizer.encode(texts[i])
-        if len(texts) == 1 and not encoded:
-            encoded[i] = ids
-            if seqlen <= len(ids) < nsamples * seqlen:
-                say(f"note: {source} has {len(ids):,} tokens to calibrate on, so that {nsamples} windows of {seqlen} "
-                    f"overlap")
-        if len(ids) >= seqlen:
-            begin = rng.randint(0, len(ids) - seqlen)
-            samples.append(ids[begin:begin + seqlen])
-            bar.update()
-        else:
+    whole = tokenizer.encode(texts[0]) if len(texts) == 1 else None  # once, not for every window
+    if whole and seqlen <= len(whole) < nsamples * seqlen:
+        say(f"note: {source} has {len(whole):,} tokens to calibrate on, so that {nsamples} windows of {seqlen} overlap")
+    samples, short, longest = [], set(), 0
+    with tqdm(total=nsamples, desc="calibration text", unit="window", leave=False, disable=None) as bar:
+        while len(samples) < nsamples:
+            if (i := rng.randrange(len(texts))) in short:
+                continue
+            ids = whole or tokenizer.encode(texts[i])
+            if len(ids) >= seqlen:
+                begin = rng.randint(0, len(ids) - seqlen)
+                samples.append(ids[begin:begin + seqlen])
+                bar.update()
+                continue
             short.add(i)
+            longest = max(longest, len(ids))
             if len(short) == len(texts):
-                which = (f"no document of the calibration text {source} is long enough: one" if len(texts) > 1 else
-                         f"the part of {source} to calibrate on")
-                raise InputError(f"{which} has {len(ids)} tokens, fewer than one window of --seqlen {seqlen}: give a "
+                text = (f"no document of the calibration text {source} is long enough: the longest" if len(texts) > 1
+                        else f"the part of {source} to calibrate on")
+                raise InputError(f"{text} has {longest} tokens, fewer than one window of --seqlen {seqlen}: give a "
                                  f"longer text or a smaller --seqlen")
-    bar.close()
     return torch.tensor(samples)
