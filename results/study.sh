@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The tables of pruned models. A run whose file is there is not made again: delete results/NAME to measure all anew.
-#     bash results/study.sh tiny                       (the model that ships; three hours on one CPU core)
+#     bash results/study.sh tiny                       (the model that ships; an hour on two cores by JOBS=2)
 #     bash results/study.sh deep                       (a model of 32 layers; two hours, and one to train it before)
 #     bash results/study.sh settings                   (DSnoT's own settings, on the validation text of tiny)
 #     bash results/study.sh NAME FOLDER TEXT           (a model and a text file of yours; results go to results/NAME;
