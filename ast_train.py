@@ -76,7 +76,7 @@ from data.stream import Mixture, tokens, weighted
 from data.text import SOURCES, evaluation_ids, told, usual_text
 from dsnot import check_pattern, keep_mask, magnitude_score, prune, wanda_score
 from eval import perplexity
-from gpt import GPT, Block, all_prunable, prunable
+from gpt import GPT, all_prunable, layer_inputs, prunable
 
 RECIPES = {  # ours for the model that ships, the paper's for the others
     "tiny": dict(
@@ -336,8 +336,8 @@ def one_shot(args, folder, calibration, replace=False, **method):
     """Prune the model into `folder`, all processes together. Raises InputError where another run has left something
     there, unless `replace`: then that goes."""
     model = GPT.from_pretrained(args.model, device=args.device, stream=True)
-    options = {name: str(getattr(args, name)) for name in ("model", "data", "seqlen", "seed", "pattern", "sparsity")}
-    made = {"command": "ast_train.py", **options, **method}
+    given = {name: str(getattr(args, name)) for name in ("model", "data", "seqlen", "seed", "pattern", "sparsity")}
+    made = {"command": "ast_train.py", **given, **method}
     made["files"] = versions([*model.source.paths, *training_sources(args), args.eval_data])
     for place in folder, folder.with_name(f"{folder.name}.partial"):
         if noted(place / "run.json") in (None, made):
@@ -388,9 +388,12 @@ def set_up(model, args, checkpoint_activations=False):
     return fully_shard(model, **fsdp) if spread else model
 
 
-def saved_as(source, name):
-    """The dtype of a saved tensor: that of the dense checkpoint `source`, of SLoRB's that of the weight beside them."""
-    return source.stored(name if name in source.files else name.rpartition(".slorb_")[0] + ".weight")
+def to_save(model, source):
+    """{name: (tensor, the dtype in which it is saved)} of a student: that of the dense checkpoint `source`, for SLoRB's
+    that of the weight beside them."""
+    tensors = {name: value for name, value in model.tensors().items() if not name.endswith(".mask")}
+    like = {name: name if name in source.files else name.rpartition(".slorb_")[0] + ".weight" for name in tensors}
+    return {name: (value, source.stored(like[name])) for name, value in tensors.items()}
 
 
 def save_model(folder, model, source, made):
@@ -403,11 +406,10 @@ def save_model(folder, model, source, made):
     masks = {f"{name}.weight": layer.mask for name, layer in model.named_modules() if isinstance(layer, SparseLinear)}
     k = next((layer.slorb_k for layer in model.modules() if isinstance(layer, SparseLinear)), None)
     tensors = {}
-    for name, value in model.tensors().items():
-        if not name.endswith(".mask"):
-            value = whole(value) * masks[name] if name in masks else whole(value)
-            if dist.get_rank() == 0:
-                tensors[name] = value.to("cpu", saved_as(source, name))
+    for name, (value, dtype) in to_save(model, source).items():
+        value = whole(value) * masks[name] if name in masks else whole(value)
+        if dist.get_rank() == 0:
+            tensors[name] = value.to("cpu", dtype)
     if dist.get_rank() == 0:
         raw = model.config.raw | ({"slorb_k": k} if k else {})
         with CheckpointWriter(folder, raw, source.folder, keep=made, goes_on=False) as out:
@@ -467,8 +469,7 @@ def resume(method, args, identity, student, optimizer, mean, source):
     if there not in (None, made):
         raise InputError(f"{saved} holds a model of another training: choose another --out, or delete it")
     if state["step"] < args.steps:
-        tensors = student.tensors().items()
-        size = sum(x.numel() * saved_as(source, name).itemsize for name, x in tensors if not name.endswith(".mask"))
+        size = sum(value.numel() * dtype.itemsize for value, dtype in to_save(student, source).values())
         check_room(work, student, mean, saved, size)
     return state, made
 
@@ -586,13 +587,12 @@ def measure(args, test_ids, calibration, begin):
         one_shot(args, pruned, calibration, replace=True, score=score, refine="none")
         rows[f"one-shot {score}"] = row(pruned, 0 if score == "magnitude" else calibration.numel())
         shutil.rmtree(pruned)
-    one_shots = [math.log(found["perplexity"]) for name, found in rows.items() if name != "dense"]
+    best = min((math.log(found["perplexity"]) for name, found in rows.items() if name != "dense"), default=math.nan)
     if begin != args.model:
         rows["swaps + refit (start)"] = row(begin, calibration.numel())
     for method in args.methods:
         name = {"dense": "dense, trained on", "ast": "AST", "ast-slorb": "AST + SLoRB"}[method]
         rows[name] = row(Path(args.out) / method, args.steps * args.batch * args.seqlen)
-    best = min(one_shots, default=math.nan)
     gap = best - math.log(rows["dense"]["perplexity"])
     for found in rows.values():
         found["gap_closed"] = (best - math.log(found["perplexity"])) / gap if gap > 0 else None  # NaN: no masks
@@ -756,8 +756,7 @@ def settle(args, folder, config):
     """Settle the options that depend on the model in `folder`. Raises InputError where others don't fit it."""
     if config.slorb_k:
         raise InputError(f"{args.model} has been through AST and has SLoRB parameters: give the dense model")
-    with torch.device("meta"):
-        inputs = {name: linear.in_features for name, linear in prunable(Block(config)).items()}
+    inputs = layer_inputs(config)
     if args.sparsity is None:
         for width in inputs.values():
             check_pattern(parse_pattern(args.pattern), width)

@@ -65,7 +65,7 @@ from data.method import (METHOD, NSAMPLES, USUAL, blocks_of, fill_in, has_goal, 
 from data.processes import add_up, from_first, process_group, processes, say, wait
 from data.text import SOURCES, evaluation_ids, told, usual_text
 from eval import perplexity
-from gpt import GPT, Block, Config, all_prunable, prunable, rotary
+from gpt import GPT, Config, all_prunable, layer_inputs, prunable, rotary
 
 
 # --------------------------------------------------------------------------------------------------- scores and masks
@@ -889,9 +889,8 @@ def check(args, config):
     left_out = f"which --refine {args.refine} leaves out"
     at_least(args, nsamples=processes()[1], seqlen=2, cycles=0, threshold=0, global_swaps=0)
     if args.pattern:
-        with torch.device("meta"):
-            for layer in prunable(Block(config)).values():
-                check_pattern(parse_pattern(args.pattern), layer.in_features)
+        for width in layer_inputs(config).values():
+            check_pattern(parse_pattern(args.pattern), width)
     for wrong, sentence in [
             (not 0 <= args.sparsity < 1,
              f"--sparsity {args.sparsity} must be at least 0 and below 1 (0.7 prunes 70 %)"),

@@ -327,6 +327,12 @@ def all_prunable(model):
             for name, layer in prunable(block).items()}
 
 
+def layer_inputs(config):
+    """{name: how many inputs it has} of the layers of a block that are pruned."""
+    with torch.device("meta"):
+        return {name: layer.in_features for name, layer in prunable(Block(config)).items()}
+
+
 def graphed(step, *inputs):
     """step as a CUDA graph: launched at once for every later call, so that Python is out of the way. The tensors of a
     call are copied into those of the first, and the result is overwritten by the next call."""

@@ -177,8 +177,8 @@ class Mixture:
         self.weights, self.tokens = np.array(weights) / sum(weights), sum(map(len, self.streams))
 
     def batch(self, seed, step, count, stream=None):
-        """ids [count, seqlen + 1], of one stream or of all. Seed and step alone decide them, so a resumed run reads what
-        it would have read."""
+        """ids [count, seqlen + 1], of one stream or of all. Seed and step alone decide them, so a resumed run reads
+        what it would have read."""
         seed, rows = seed % 2**32, []
         offset, rng = np.random.default_rng(seed).random(), np.random.default_rng([seed, step])
         chosen = [stream] * count if stream is not None else rng.choice(len(self.streams), count, p=self.weights)

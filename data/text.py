@@ -19,9 +19,11 @@ from data.processes import say
 from data.stdlib import stdlib_source, stdlib_text
 
 SOURCES = ("tiny", "tiny-code", "wikitext2", "ptb", "c4")
-PARTS = {  # of a file, in twentieths
-    None: (0, 20), "train": (0, 18), "held-out": (18, 20), "validation": (18, 19), "test": (19, 20),
-    "first-half": (0, 10), "second-half": (10, 20)}  # of one that is not for training: for validation, for the test
+PARTS = {  # the splits of a file: from which to which twentieth, and in words
+    None: (0, 20, ""), "train": (0, 18, "the first nine tenths of "), "held-out": (18, 20, "the last tenth of "),
+    "validation": (18, 19, "the first half of the last tenth of "), "test": (19, 20, "the last twentieth of "),
+    # of one that is not for training: for validation, for the test
+    "first-half": (0, 10, "the first half of "), "second-half": (10, 20, "the second half of ")}
 
 
 def hub_rows(path, name, split, data_files=None, revision=None):
@@ -91,7 +93,7 @@ def file_documents(source, split):
 
 def part_of(length, split):
     """The begin and the end of a split, of so many characters or tokens of a file."""
-    return [length * twentieths // 20 for twentieths in PARTS[split]]
+    return [length * twentieths // 20 for twentieths in PARTS[split][:2]]
 
 
 def usual_text(folder, otherwise):
@@ -115,9 +117,7 @@ def told(source, split):
     """What is read of a source, in words."""
     if source in SOURCES:
         return f"the validation text of {source}" if split == "validation" else source
-    return {None: "", "held-out": "the last tenth of ", "validation": "the first half of the last tenth of ",
-            "test": "the last twentieth of ", "first-half": "the first half of ",
-            "second-half": "the second half of "}[split] + source
+    return PARTS[split][2] + source
 
 
 def evaluation_ids(source, split, tokenizer, seqlen):

@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 from data.command import InputError, run
 from results.compare import COLOURS, LOOK, markdown, merge, plot, read_rows, table_by_method
 
+PAGES = ROOT / "README.md", ROOT / "results/README.md"
 MODELS = "tiny", "stories260K", "deep"
 OPENING = {  # the methods of the first picture, as compare.py names them and as they are called there
     "dense": "dense", "magnitude": "magnitude", "wanda": "Wanda",
@@ -277,7 +278,7 @@ def draw_ast(path):
 
 def pages():
     """{path: text} of the pages, with their tables as results/ has them now."""
-    texts = {path: path.read_text() for path in (ROOT / "README.md", ROOT / "results/README.md")}
+    texts = {path: path.read_text() for path in PAGES}
     for name, table in tables().items():
         marked = re.compile(rf"(<!-- {name} -->).*?(\n<!-- end -->)", re.DOTALL)
         if sum(len(marked.findall(text)) for text in texts.values()) != 1:

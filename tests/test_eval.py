@@ -18,8 +18,7 @@ from data.text import documents, evaluation_ids, told
 from eval import perplexity
 from gpt import GPT
 from results.compare import compare, merge, plot, read_rows, table, table_by_method
-from results.readme import pages as readme_pages
-from results.readme import tables
+from results.readme import PAGES, pages, tables
 from test_tasks import write_tasks
 
 def run_eval(*arguments):
@@ -365,14 +364,15 @@ def test_a_table_of_nothing_is_refused(tmp_path):
 
 def test_pages_show_the_results():
     """Would catch a number in a page's tables that no result file holds, and one that was measured again."""
-    for page, text in readme_pages().items():
+    shown = pages()
+    for page, text in shown.items():
         assert page.read_text() == text, f"run results/readme.py: {page} has changed"
-    assert sum(text.count("<!-- end -->") for text in readme_pages().values()) == len(tables())
+    assert sum(text.count("<!-- end -->") for text in shown.values()) == len(tables())
 
 
 def test_links_lead_somewhere():
     """Would catch a picture or a section that has moved."""
-    for page in readme_pages():
+    for page in PAGES:
         links = re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", page.read_text())
         assert links
         for path, section in links:
@@ -385,8 +385,8 @@ def test_links_lead_somewhere():
 
 def test_files_that_pages_name_exist():
     """Would catch a number whose source is not there."""
-    for page, text in readme_pages().items():
-        names = set(re.findall(r"results/[\w./*-]+\.(?:json|py|sh)", text))
+    for page in PAGES:
+        names = set(re.findall(r"results/[\w./*-]+\.(?:json|py|sh)", page.read_text()))
         assert len(names) > 5
         for name in names:
             assert list(ROOT.glob(name)), f"{page} names {name}"
