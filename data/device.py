@@ -11,14 +11,26 @@ import torch
 
 def free_memory(device):
     """Bytes that are free on a device, of a GPU with what PyTorch holds and does not use; of a CPU what Linux calls
-    available, elsewhere all that is built in, or no end where even that is not known."""
+    available and a container's limit leaves, elsewhere all that is built in, or no end where even that is not known."""
     if device.type == "cuda":
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + idle
     try:
-        return 1024 * int(re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())[1])
+        available = 1024 * int(re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())[1])
+        return min([available, *allowed()])
     except (OSError, TypeError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**62
+
+
+def allowed(root=Path("/sys/fs/cgroup"), own=Path("/proc/self/cgroup")):
+    """Bytes that this process may still take by each limit on its control groups (version 2), which is what containers
+    and schedulers set; cached files count as free, for they make room."""
+    group = re.search(r"^0::/(.*)$", own.read_text(), re.MULTILINE) if own.exists() else None
+    for folder in [root / group[1], *(root / group[1]).parents] if group else []:
+        limit = folder / "memory.max"
+        if limit.exists() and (most := limit.read_text().strip()) != "max":
+            cached = re.search(r"^inactive_file (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
+            yield int(most) - int((folder / "memory.current").read_text()) + int(cached[1])
 
 
 def fast_in_bf16(device):

@@ -21,6 +21,7 @@ from data import calibration, estimate
 from data.calibration import inputs_of, place_for, watch
 from data.checkpoint import alone_in
 from data.command import run
+from data.device import allowed
 from test_gpt import ALL, ids_for, theirs
 
 
@@ -482,6 +483,20 @@ def test_activations_lie_in_one_place(monkeypatch, gpu, cpu, fits):
         estimate.check_memory(args, None)
     place = place_for(argparse.Namespace(hidden_size=1), 75e9, torch.device("cuda"), torch.float16)
     assert fits == (150 < (cpu if place == "cpu" else gpu))
+
+
+def test_the_limits_of_a_container_count_and_cached_files_do_not(tmp_path):
+    root, own = tmp_path / "cgroup", tmp_path / "own"
+    job = root / "cluster" / "job"
+    job.mkdir(parents=True)
+    for folder, most, used, cached in (job, "max", 500, 0), (job.parent, "1000", 700, 200):
+        (folder / "memory.max").write_text(most + "\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 1\ninactive_anon 7\ninactive_file {cached}\n")
+    own.write_text("1:cpu:/elsewhere\n0::/cluster/job\n")
+    assert list(allowed(root, own)) == [1000 - 700 + 200]
+    own.write_text("4:memory:/version/1\n")
+    assert not list(allowed(root, own)) and not list(allowed(root, tmp_path / "no Linux"))
 
 
 def test_what_an_unfinished_run_differs_in_is_said(monkeypatch, capsys, model, tmp_path):
