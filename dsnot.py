@@ -80,18 +80,6 @@ def wanda_score(W: Tensor, stats: InputStats) -> Tensor:
     return W.float().abs().mul_(stats.square.sqrt())
 
 
-def extremes(key, k, largest=False):
-    """The k smallest entries of each row of key [rows, width] (largest: the k largest), best first: their indices
-    [rows, k] and how many are finite [rows]. Equal to the first k columns of a stable sort (largest: the last k,
-    reversed), but only rows with ties are sorted."""
-    value, index = key.topk(min(k + 1, key.shape[1]), dim=1, largest=largest)
-    tied = ((value[:, 1:] == value[:, :-1]) & value[:, 1:].isfinite()).any(1)
-    if tied.any():
-        order = key[tied].argsort(dim=1, stable=True)
-        index[tied] = (order.flip(1) if largest else order)[:, :index.shape[1]]
-    return index[:, :k], value[:, :k].isfinite().sum(1)
-
-
 def check_pattern(pattern, width):
     """The pattern (n, m), or InputError where m does not divide a row of `width` weights."""
     n, m = pattern
@@ -194,6 +182,18 @@ def _prune_candidates(W, keep, stats, cycles):
     above, above_count = extremes(torch.where(keep & (score > 0), score, torch.inf), cycles)
     below, below_count = extremes(torch.where(keep & (score < 0), -score, torch.inf), cycles)
     return torch.stack([above, below], 1), torch.stack([above_count, below_count], 1)
+
+
+def extremes(key, k, largest=False):
+    """The k smallest entries of each row of key [rows, width] (largest: the k largest), best first: their indices
+    [rows, k] and how many are finite [rows]. Those come in the order of a stable sort (largest: of one read from its
+    end), but only rows with ties are sorted."""
+    value, index = key.topk(min(k + 1, key.shape[1]), dim=1, largest=largest)
+    tied = ((value[:, 1:] == value[:, :-1]) & value[:, 1:].isfinite()).any(1)
+    if tied.any():
+        order = key[tied].argsort(dim=1, stable=True)
+        index[tied] = (order.flip(1) if largest else order)[:, :index.shape[1]]
+    return index[:, :k], value[:, :k].isfinite().sum(1)
 
 
 # -------------------------------------------------------------------------------------------------------- exact swaps
