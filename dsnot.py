@@ -249,7 +249,7 @@ def _swap_round(price, mask, slope, G, left, least, candidates, pattern):
     """Choose a few swaps in each row, the best first, at most left[row], each of which lowers the error by more than
     least[row]. Returns the columns that flip, pruned and grown by turns [rows, 2 swaps], and which of these flips count
     (bool, the same). price [2, rows, in] of pruning and of growing, mask, slope [rows, in], G: as in swap_refine."""
-    drop, grow = _candidates(price, mask, candidates, pattern)
+    drop, grow = _swap_candidates(price, mask, candidates, pattern)
     (rows, groups, a), b = drop.shape, grow.shape[2]
     drop, grow, k = drop.flatten(1), grow.flatten(1), groups * a
     both = torch.cat([drop, grow], 1)
@@ -277,10 +277,19 @@ def _swap_round(price, mask, slope, G, left, least, candidates, pattern):
     return both.gather(1, torch.cat(chosen, 1)), made.repeat_interleave(2, 1)
 
 
-def entries(G, i, j):
-    """G[i, j] of indices that are broadcast together, on a CPU several times as fast."""
-    at = i * G.shape[1] + j
-    return G.flatten().index_select(0, at.view(-1)).view(at.shape)
+def _swap_candidates(price, keep, candidates, pattern):
+    """The weights of each row that may be pruned and grown for each other [rows, groups, a] and [rows, groups, b]:
+    those with the lowest price, as one group, or the most promising groups of a pattern."""
+    rows, width = keep.shape
+    if pattern is None:  # a side that has fewer is filled up with others, which _swap_round leaves alone
+        return [lowest(side, min(candidates, width))[:, None] for side in price]
+    n, m = pattern
+    promise = price.unflatten(2, (-1, m)).amin(3).sum(0)  # a group's best of each side
+    count = min(max(1, candidates // max(n, m - n)), width // m)
+    group = promise.topk(count, dim=1, largest=False)[1]  # [rows, groups]
+    group = group[:, :, None].expand(-1, -1, m)
+    member = group * m + keep.view(rows, -1, m).gather(1, group).long().argsort(-1)  # the pruned ones first
+    return member[:, :, m - n:], member[:, :, :m - n]
 
 
 def lowest(x, k):
@@ -294,19 +303,10 @@ def lowest(x, k):
     return among.gather(1, x.gather(1, among).topk(k, dim=1, largest=False)[1])
 
 
-def _candidates(price, keep, candidates, pattern):
-    """The weights of each row that may be pruned and grown for each other [rows, groups, a] and [rows, groups, b]:
-    those with the lowest price, as one group, or the most promising groups of a pattern."""
-    rows, width = keep.shape
-    if pattern is None:  # a side that has fewer is filled up with others, which _swap_round leaves alone
-        return [lowest(side, min(candidates, width))[:, None] for side in price]
-    n, m = pattern
-    promise = price.unflatten(2, (-1, m)).amin(3).sum(0)  # a group's best of each side
-    count = min(max(1, candidates // max(n, m - n)), width // m)
-    group = promise.topk(count, dim=1, largest=False)[1]  # [rows, groups]
-    group = group[:, :, None].expand(-1, -1, m)
-    member = group * m + keep.view(rows, -1, m).gather(1, group).long().argsort(-1)  # the pruned ones first
-    return member[:, :, m - n:], member[:, :, :m - n]
+def entries(G, i, j):
+    """G[i, j] of indices that are broadcast together, on a CPU several times as fast."""
+    at = i * G.shape[1] + j
+    return G.flatten().index_select(0, at.view(-1)).view(at.shape)
 
 
 def refit_weights(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = None, damp: float = 1e-4) -> Tensor:
