@@ -226,9 +226,9 @@ def swap_refine(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = 
         most = square.amax(1)
         # smaller gains are rounding: 1e-6 of the row's largest w^2 G_kk, less where few inputs are gigantic
         least = (1e-2 * square.median(1)[0]).clamp(1e-9 * most, 1e-6 * most)
-        square = torch.where(torch.stack([mask, ~mask]), square, torch.inf)  # inf: not to be pruned, not to be grown
+        squares = torch.where(torch.stack([mask, ~mask]), square, torch.inf)  # [2, rows, in], to prune and to grow
         while len(rows):
-            price = torch.addcmul(square, slope, g)  # [2, rows, in]: of pruning or growing one weight and no other
+            price = torch.addcmul(squares, slope, g)  # of pruning or growing one weight and no other; inf: can't be
             column, made = _swap_round(price, mask, slope, G, left, least, candidates, pattern)
             (row, which), count = made.nonzero(as_tuple=True), made.sum(1)
             if not len(row):
@@ -237,10 +237,10 @@ def swap_refine(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = 
             at, used, first = column[row, which], count // 2, count.cumsum(0) - count  # first: a row's flips in `at`
             g += F.embedding_bag(at, G, first, mode="sum", per_sample_weights=slope[row, at] / 2)
             mask[row, at], slope[row, at] = ~mask[row, at], -slope[row, at]
-            square[:, row, at] = square[:, row, at].flip(0)
+            squares[:, row, at] = squares[:, row, at].flip(0)
             go_on, left = (used > 0) & (used < left), left - used
             if go_on.sum() <= 0.8 * len(rows):  # often enough: it copies everything
-                new[rows], square = mask, square[:, go_on]
+                new[rows], squares = mask, squares[:, go_on]
                 rows, mask, g, slope, left, least = (x[go_on] for x in (rows, mask, g, slope, left, least))
     return new
 
