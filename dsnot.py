@@ -539,17 +539,17 @@ def prune_layer(W, stats, *, score, refine, goal=None, sparsity=None, pattern=No
     if "dsnot" in refine:
         few = max(1, round(W.shape[1] * 50 / 4096)) if cycles is None else cycles
         keep = dsnot_refine(W, keep, stats, scores, pattern=pattern, cycles=few, **dsnot_options)
-    swap = dict(goal=goal, max_swaps=cycles, pattern=pattern)
+    if refit and "swap" in refine:
+        return swap_and_refit(W, keep, stats.gram, goal=goal, max_swaps=cycles, pattern=pattern)
     if refit:
-        return (swap_and_refit(W, keep, stats.gram, **swap) if "swap" in refine else
-                refit_weights(W, keep, stats.gram, goal=goal))
+        return refit_weights(W, keep, stats.gram, goal=goal)
     if "dsnot" in refine:
         new = weights_for(keep=keep)
     if "swap" in refine:
-        if score == "sparsegpt":
-            swap["goal"] = W @ stats.gram if goal is None else goal
-            W = with_pruned(new, keep, stats.gram, swap["goal"])
-        new = weights_for(keep=swap_refine(W, keep, stats.gram, **swap))
+        if score == "sparsegpt":  # swaps are made among the corrected weights
+            goal = W @ stats.gram if goal is None else goal
+            W = with_pruned(new, keep, stats.gram, goal)
+        new = weights_for(keep=swap_refine(W, keep, stats.gram, goal=goal, max_swaps=cycles, pattern=pattern))
     return new
 
 
