@@ -20,12 +20,12 @@ a sparsity of its own for every layer (`allocation`), and at last swaps by the o
 (`swap_globally`).
 
 Where this differs from the authors' code: every linear layer is refined unless you ask for `--refine-layers attn`
-(their default silently skips the MLP); a row of 4096 inputs makes 50 swaps, a narrower one fewer in proportion (theirs
-makes 50 of any width); the sign check is an option, on if nobody asks (theirs is on with a pattern, off without one,
-whatever its flag says); a row without candidates stops instead of running off its lists, so layers of any size work;
-fifty swaps need only the fifty best candidates of each kind, so a row is sorted only where candidates tie; SparseGPT as
-the starting mask really uses its Hessian, and corrects the weights for the refined mask; on its n:m masks, too, weights
-are pruned by the lowest Wanda score (theirs: w^2 over the diagonal of the inverse Hessian).
+(their default silently skips the MLP); a row of 4096 inputs makes 50 swaps, one of 11008 inputs 134, one of 256 three
+(theirs make 50 whatever the width); the sign check is an option, on if nobody asks (theirs is on with a pattern, off
+without one, whatever its flag says); a row without candidates stops instead of running off its lists, so layers of any
+size work; fifty swaps need only the fifty best candidates of each kind, so a row is sorted only where candidates tie;
+SparseGPT as the starting mask really uses its Hessian, and corrects the weights for the refined mask; on its n:m masks,
+too, weights are pruned by the lowest Wanda score (theirs: w^2 over the diagonal of the inverse Hessian).
 The threshold is in units of s, so its meaning depends on the sequence length, as in the paper.
 
 One block of the model is in memory at a time, with propagation also its dense self; for swaps by the whole model's
@@ -313,7 +313,7 @@ def refit_weights(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None 
     """The weights that give the least squared error for a mask [out, in]: on each row's kept weights k they solve
     G_kk u = (G w)_k, or goal_k with `goal` [out, in] as in swap_refine. damp: added to G's diagonal, times its mean,
     which draws the weights towards W, or with a goal towards 0; in rows for which that is too little in float32, a
-    hundred times as much. Batched Cholesky over rows."""
+    hundred times as much, towards 0. Batched Cholesky over rows."""
     W, G = W.float(), damped(gram.float(), damp)
     goal, new = W @ G if goal is None else goal.float(), torch.zeros_like(W)
     kept = keep.sum(1)
@@ -703,10 +703,10 @@ def swap_globally(model: GPT, dense: GPT, samples: Tensor, rounds: int, pattern:
     changes by d (pruned: -w; grown: w of the dense model) changes it by about
         d dL/dw + damping / 2 * f q d^2,
     where f is the mean square of -log P's gradient at the row's output, for tokens that the model itself draws, and q
-    that of the weight's input: the curvature as K-FAC (arXiv 1503.05671) takes it apart, and of that the diagonal. In a
-    round each row makes the swap that promises most, if one promises anything. Where all together don't lower the loss
-    on the round's own text, they are taken back, and the damping doubles until they do, ten times at most
-    (Levenberg-Marquardt).
+    that of the weight's input: the curvature as K-FAC (arXiv 1503.05671) takes it apart, and of that the diagonal, as
+    it is before the first round. In a round each row makes the swap that promises most, if one promises anything. Where
+    all together don't lower the loss on the round's own text, they are taken back, and the damping doubles until they
+    do, ten times at most; where they do at once, it falls by a third (Levenberg-Marquardt).
 
     samples [n, seqlen]: calibration ids, ROUND tokens a round by turns, which processes share. Both models are whole in
     memory, on one device. pattern: (n, m) of the masks, which stays; None: each row keeps as many as it has."""
