@@ -711,7 +711,7 @@ def swap_globally(model: GPT, dense: GPT, samples: Tensor, rounds: int, pattern:
     samples [n, seqlen]: calibration ids, ROUND tokens a round by turns, which processes share. Both models are whole in
     memory, on one device. pattern: (n, m) of the masks, which stays; None: each row keeps as many as it has."""
     (rank, world), device = processes(), model.lm_head.weight.device
-    layers, known = all_prunable(model), all_prunable(dense)
+    layers, originals = all_prunable(model), all_prunable(dense)
     seqlen = samples.shape[1]
     texts = samples[rank::world].split(max(1, ROUND // seqlen // world))
     texts = [[ids.to(device) for ids in text.split(probe_tokens(seqlen) // seqlen)] for text in texts]
@@ -724,7 +724,7 @@ def swap_globally(model: GPT, dense: GPT, samples: Tensor, rounds: int, pattern:
             expected = [dense(ids).float().log_softmax(-1) for ids in text]
         before, found = output_gradients(model, layers, text, expected, divergence)
         for attempt in range(10):
-            undone = {name: swap_one(layer.weight, known[name].weight, found[name][0], *curvature[name], damping,
+            undone = {name: swap_one(layer.weight, originals[name].weight, found[name][0], *curvature[name], damping,
                                      pattern) for name, layer in layers.items()}
             with torch.no_grad():
                 after = mean_loss(sum(divergence(model(ids), x) for ids, x in zip(text, expected)), text)
@@ -923,8 +923,8 @@ def prune_and_measure(args, folder, amount, passes):
     model.source.check_dense()
     same = shared_by(args, model.source)
     notes = check_folders(args, model, passes[1:], same)
-    shared = Path(args.data).resolve() == Path(args.calib).resolve()
-    split = args.split or ("held-out" if shared else None)
+    one_text = Path(args.data).resolve() == Path(args.calib).resolve()
+    split = args.split or ("held-out" if one_text else None)
     ids = evaluation_ids(args.data, split, tokenizer, args.seqlen)
     calibration = calibration_windows(args.calib, tokenizer, args.nsamples, args.seqlen, args.seed)
     count = len(windows(ids, args.seqlen))
