@@ -76,7 +76,7 @@ from data.stream import Mixture, tokens, weighted
 from data.text import SOURCES, evaluation_ids, told, usual_text
 from dsnot import check_pattern, keep_mask, magnitude_score, prune, wanda_score
 from eval import perplexity
-from gpt import GPT, all_prunable, layer_inputs, prunable
+from gpt import GPT, all_prunable, layer_inputs
 
 RECIPES = {  # ours for the model that ships, the paper's for the others
     "tiny": dict(
@@ -307,24 +307,28 @@ def amount(args):
     return dict(pattern=parse_pattern(args.pattern)) if args.sparsity is None else dict(sparsity=args.sparsity)
 
 
+@torch.no_grad()
+def calibrated(model, args, calibration):
+    """{name: InputStats} of the linear layers of all blocks."""
+    linears = all_prunable(model)
+    stats = {name: InputStats(linear.in_features) for name, linear in linears.items()}
+
+    def seen(name, x):
+        for sequence in x:
+            stats[name].add(sequence)
+
+    with watch(linears, seen):
+        for ids in calibration.split(args.micro_batch):
+            model(ids.to(args.device))
+    return stats
+
+
 def make_sparse(model, args, slorb_k, calibration):
     """Turn the linear layers of all blocks into SparseLinear."""
-    blocks, stats = model.model.layers, {}  # {layer: InputStats}
-
-    def seen(linear, x):
-        stats.setdefault(linear, InputStats(x.shape[-1]))
-        for sequence in x:
-            stats[linear].add(sequence)
-
-    if args.score == "wanda":
-        linears = all_prunable(model).values()
-        with watch(dict(zip(linears, linears)), seen), torch.no_grad():
-            for ids in calibration.split(args.micro_batch):
-                model(ids.to(args.device))
-    for block in blocks:
-        for name, linear in prunable(block).items():
-            score = functools.partial(wanda_score, stats=stats[linear]) if stats else magnitude_score
-            block.set_submodule(name, SparseLinear(linear, score, slorb_k, **amount(args)))
+    stats = calibrated(model, args, calibration) if args.score == "wanda" else None
+    for name, linear in all_prunable(model).items():
+        score = functools.partial(wanda_score, stats=stats[name]) if stats else magnitude_score
+        model.set_submodule(name, SparseLinear(linear, score, slorb_k, **amount(args)))
 
 
 def training_sources(args):
