@@ -195,12 +195,17 @@ class SparseLinear(nn.Linear):
         return linear
 
 
+def sparse_layers(model):
+    """{name: layer} of a model's SparseLinear layers."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseLinear)}
+
+
 class AnnealedAdamW(torch.optim.AdamW):
     """AdamW, and for the weights of SparseLinear layers the update at the head of this file. Their group's `decay` is
     lambda(t), to be set before each step as the learning rate is."""
 
     def __init__(self, model, lr, betas=BETAS):
-        self.layer_of = {layer.weight: layer for layer in model.modules() if isinstance(layer, SparseLinear)}
+        self.layer_of = {layer.weight: layer for layer in sparse_layers(model).values()}
         rest = [p for p in model.parameters() if p not in self.layer_of]
         groups = [dict(params=list(self.layer_of), betas=(0.0, betas[1]), first_beta=betas[0], decay=0.0),
                   dict(params=rest)]
@@ -230,7 +235,7 @@ def add_to_mean(mean, model, count):
 def averaged(model, mean, masks=True):
     """Inside, `model` has the weights of `mean`, and where `masks` may change those that fit them. An error leaves them
     there."""
-    layers = [layer for layer in model.modules() if isinstance(layer, SparseLinear) and masks]
+    layers = sparse_layers(model).values() if masks else []
     before = [layer.mask.clone() for layer in layers]
     exchange(model, mean)
     for layer in layers:
@@ -407,8 +412,9 @@ def save_model(folder, model, source, made):
     SLoRB's S and X stand beside each weight. `transformers` does not know them; there, add them to the weights, with k
     the "slorb_k" of config.json:      weight += slorb_S.repeat_interleave(k, 1) * slorb_X
     (GPT-2's files have W^T and S^T, and those of q, k and v side by side, as they have their X: take each third.)"""
-    masks = {f"{name}.weight": layer.mask for name, layer in model.named_modules() if isinstance(layer, SparseLinear)}
-    k = next((layer.slorb_k for layer in model.modules() if isinstance(layer, SparseLinear)), None)
+    layers = sparse_layers(model)
+    masks = {f"{name}.weight": layer.mask for name, layer in layers.items()}
+    k = next((layer.slorb_k for layer in layers.values()), None)
     tensors = {}
     for name, (value, dtype) in to_save(model, source).items():
         value = whole(value) * masks[name] if name in masks else whole(value)
@@ -505,7 +511,7 @@ def train(method, args, begin, mixture, held_out, calibration):
     torch.compiler.reset()  # a function is compiled for a few kinds of blocks; those of all methods are too many
     gc.collect()  # compiled blocks of the method before refer to each other, and stay on the GPU until this
     student, identity = new_student(args, method, begin, source, calibration)
-    layers = [layer for layer in student.modules() if isinstance(layer, SparseLinear)]
+    layers = list(sparse_layers(student).values())
     student, teacher = set_up(student, args, args.checkpoint_activations), None
     optimizer = AnnealedAdamW(student, args.lr)
     mean = {name: W.detach().clone() for name, W in student.named_parameters()} if args.average else {}

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from ast_train import CLIP, SLORB_K, AnnealedAdamW, SparseLinear, backward, make_sparse, options, set_up
+from ast_train import CLIP, SLORB_K, AnnealedAdamW, backward, make_sparse, options, set_up, sparse_layers
 from data.command import record, run, start
 from data.device import timed
 from gpt import GPT
@@ -42,9 +42,8 @@ def main():
         optimizer.zero_grad()
 
     def choose(student):
-        for layer in student.modules():
-            if isinstance(layer, SparseLinear):
-                layer.update_mask()
+        for layer in sparse_layers(student).values():
+            layer.update_mask()
 
     pairs = {method: (set_up(student, args), AnnealedAdamW(student, 1e-6)) for method, student in students.items()}
     steps, choices = {method: [] for method in pairs}, []
