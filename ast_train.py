@@ -341,20 +341,13 @@ def training_sources(args):
     return [weighted(name)[0] for name in args.data]
 
 
-def one_shot(args, folder, calibration, replace=False, **method):
-    """Prune the model into `folder`, all processes together. Raises InputError where another run has left something
-    there, unless `replace`: then that goes."""
+def one_shot(args, folder, calibration, **method):
+    """Prune the model into `folder`, all processes together. Raises InputError where a run with other options or files
+    has left something there."""
     model = GPT.from_pretrained(args.model, device=args.device, stream=True)
     given = {name: str(getattr(args, name)) for name in ("model", "data", "seqlen", "seed", "pattern", "sparsity")}
     made = {"command": "ast_train.py", **given, **method}
     made["files"] = versions([*model.source.paths, *training_sources(args), args.eval_data])
-    for place in folder, folder.with_name(f"{folder.name}.partial"):
-        if noted(place / "run.json") in (None, made):
-            continue
-        if not replace:
-            raise InputError(f"{place} holds a start of other options or files (moved or copied ones count as others): "
-                             f"give those that it had, choose another --out, or delete it to have it made again")
-        shutil.rmtree(place)
     prune(model, calibration, folder, made, batch=args.micro_batch, **method, **amount(args))
 
 
@@ -594,7 +587,9 @@ def measure(args, test_ids, calibration, begin):
     rows = {"dense": row(args.model, 0)}
     for score in ["magnitude", "wanda", "sparsegpt"] if args.one_shot else []:
         pruned = Path(args.out) / f"one-shot-{score}"
-        one_shot(args, pruned, calibration, replace=True, score=score, refine="none")
+        for left in pruned, pruned.with_name(f"{pruned.name}.partial"):  # by a run that was stopped here
+            shutil.rmtree(left, ignore_errors=True)
+        one_shot(args, pruned, calibration, score=score, refine="none")
         rows[f"one-shot {score}"] = row(pruned, 0 if score == "magnitude" else calibration.numel())
         shutil.rmtree(pruned)
     best = min((math.log(found["perplexity"]) for name, found in rows.items() if name != "dense"), default=math.nan)

@@ -126,7 +126,7 @@ def test_swaps_make_the_first_weights(files, tmp_path, train):
     dense = train(tmp_path / "dense", "--steps", 1, "--lr", 1e-12)
     assert found["table"]["AST"]["perplexity"] == found["table"]["swaps + refit (start)"]["perplexity"]
     assert found["runs"]["ast"]["history"][0]["loss"] < dense["runs"]["ast"]["history"][0]["loss"]
-    with pytest.raises(InputError, match="holds a start of other options"):  # and is still there
+    with pytest.raises(InputError, match="start holds a finished run, which differs in seed"):  # and is still there
         train(tmp_path, "--start-from", "swap", "--steps", 1, "--lr", 1e-12, "--seed", 5)
     assert (tmp_path / "start" / "model.safetensors.index.json").is_file()
 
