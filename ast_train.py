@@ -5,15 +5,15 @@ Adaptive Sparse Trainer (Huang et al., AAAI 2025, arXiv 2407.20584). The dense w
 The gradient g at W~ is applied to all of W ("straight through"), so a pruned weight goes on learning and may come back.
 A decay pulls pruned weights to zero, weak at first so that masks can still change, then strong so that they settle:
     lambda(t) = lambda * min(t / T0, 1)
-    M <- b1 M + (1 - b1) g                                        the decay stays out of the first moment ...
-    u  = M / (1 - b1^t) + lambda(t) (1 - m) W
-    V <- b2 V + (1 - b2) u^2                                      ... and is inside the second
+    M <- b1 M + (1 - b1) g                      in step t = 1, 2, ...: the decay stays out of the first moment ...
+    u  = M / (1 - b1^t) + lambda(t - 1) (1 - m) W
+    V <- b2 V + (1 - b2) u^2                    ... and is inside the second
     W <- W - lr * u / (sqrt(V / (1 - b2^t)) + eps)
 The loss is a * T^2 KL(teacher || student), both at temperature T, + (1 - a) * cross-entropy; the dense model teaches.
 SLoRB adds a few dense parameters, y = x W~^T + (x X^T) S^T: X [in/k, in] sums k neighbouring inputs, S [out, in/k]
-begins as the mean of the pruned weights of each group. X is trained where it isn't zero and kept as a vector [in], so
-x X^T stays a grouped sum. Merged into the weights it makes them dense, W~ + (S, each column repeated k times) * X: so
-it is trained, with one product a layer; a finished model keeps the two apart, so that W~ stays sparse.
+begins as the mean of k neighbours of (1 - m) W. X is trained where it isn't zero and kept as a vector [in], so x X^T
+stays a grouped sum. Merged into the weights it makes them dense, W~ + (S, each column repeated k times) * X: so it is
+trained, with one product a layer; a finished model keeps the two apart, so that W~ stays sparse.
 Not in the paper: with --average the result is the mean of W over the last steps, which evens out what single windows
 did to it; with --start-from swap W begins as dsnot.py's exact swaps and refit leave it, pruned weights and S at 0.
 
@@ -41,7 +41,7 @@ Precision, and bytes for LLaMA2-7B (6.74 G parameters) on one GPU; activations c
 A run that was stopped goes on when the same command is given again, on as many processes as you like, and ends with the
 same weights (with another number of processes, or on a GPU, but for rounding): nothing is random but the windows that
 are read, and those depend on --seed and the step alone.
-Letters: B windows, T tokens of a window, N = B * T, V vocabulary (of logits).
+Shapes: B windows, N = B * tokens of a window.
 """
 
 import functools
@@ -258,8 +258,8 @@ def exchange(model, tensors):
 
 
 def by_chunks(f, logits, *others):
-    """The sum of f(logits [N, V], *others [N, ...]) over chunks of tokens. What is made of a chunk, first of all its
-    logits in float32 or better, exists for one at a time, and once more on the way back."""
+    """The sum of f(logits [N, vocab], *others [N, ...]) over chunks of tokens. What is made of a chunk, first of all
+    its logits in float32 or better, exists for one at a time, and once more on the way back."""
     chunks = zip(*(x.split(CHUNK) for x in (logits, *others)))
     return sum(checkpoint(lambda chunk, *rest: f(at_least_float32(chunk), *rest), *chunk, use_reentrant=False,
                           preserve_rng_state=False) for chunk in chunks)  # nothing in f is random
@@ -270,19 +270,19 @@ def at_least_float32(x):
 
 
 def kl(student, teacher, temperature):
-    """T^2 KL(teacher || student), summed over tokens; logits [N, V]."""
+    """T^2 KL(teacher || student), summed over tokens; logits [N, vocab]."""
     student, teacher = (F.log_softmax(at_least_float32(x) / temperature, -1) for x in (student, teacher))
     return temperature ** 2 * F.kl_div(student, teacher, reduction="sum", log_target=True)
 
 
 def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(teacher || student) of logits [..., V], averaged over tokens -> scalar; little memory beside them."""
+    """T^2 KL(teacher || student) of logits [..., vocab], averaged over tokens -> scalar; little memory beside them."""
     student, teacher = student_logits.flatten(0, -2), teacher_logits.flatten(0, -2)
     return by_chunks(functools.partial(kl, temperature=temperature), student, teacher) / len(student)
 
 
 def mixed_loss(student, target, teacher, kl_weight, temperature):
-    """a * distillation + (1 - a) * cross-entropy, summed over tokens; logits [N, V], targets [N]."""
+    """a * distillation + (1 - a) * cross-entropy, summed over tokens; logits [N, vocab], targets [N]."""
     loss = kl_weight * kl(student, teacher, temperature)
     return loss + (1 - kl_weight) * F.cross_entropy(student, target, reduction="sum") if kl_weight < 1 else loss
 
@@ -291,8 +291,8 @@ compiled_mixed_loss = torch.compile(mixed_loss)  # which costs nothing before th
 
 
 def training_loss(student_logits, teacher_logits, targets, kl_weight, temperature, compiled=False):
-    """a * distillation + (1 - a) * cross-entropy, averaged over tokens; logits [B, T, V], targets [B, T]. Without a
-    teacher (None) the cross-entropy alone."""
+    """a * distillation + (1 - a) * cross-entropy, averaged over tokens; logits [B, tokens, vocab], targets [B, tokens].
+    Without a teacher (None) the cross-entropy alone."""
     student, target = student_logits.flatten(0, 1), targets.flatten()
     if teacher_logits is None:
         return by_chunks(functools.partial(F.cross_entropy, reduction="sum"), student, target) / len(target)
