@@ -284,7 +284,9 @@ def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperatur
 def mixed_loss(student, target, teacher, kl_weight, temperature):
     """a * distillation + (1 - a) * cross-entropy, summed over tokens; logits [N, vocab], targets [N]."""
     loss = kl_weight * kl(student, teacher, temperature)
-    return loss + (1 - kl_weight) * F.cross_entropy(student, target, reduction="sum") if kl_weight < 1 else loss
+    if kl_weight < 1:
+        loss = loss + (1 - kl_weight) * F.cross_entropy(student, target, reduction="sum")
+    return loss
 
 
 compiled_mixed_loss = torch.compile(mixed_loss)  # which costs nothing before the first call
@@ -425,7 +427,8 @@ def save_model(folder, model, source, made):
 def validation_perplexity(model, ids, args):
     """Perplexity on windows [n, seqlen + 1]; last ones of which not every process gets one are left out."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    ids, loss = ids[:len(ids) // world * world][rank::world], torch.zeros((), device=args.device)
+    ids = ids[:len(ids) // world * world][rank::world]
+    loss = torch.zeros((), device=args.device)
     for part in ids.split(args.micro_batch):
         part = part.to(args.device)
         with arithmetic(args):
@@ -505,11 +508,12 @@ def train(method, args, begin, mixture, held_out, calibration):
     gc.collect()  # compiled blocks of the method before refer to each other, and stay on the GPU until this
     student, identity = new_student(args, method, begin, source, calibration)
     layers = list(sparse_layers(student).values())
-    student, teacher = set_up(student, args, args.checkpoint_activations), None
+    student = set_up(student, args, args.checkpoint_activations)
     optimizer = AnnealedAdamW(student, args.lr)
     mean = {name: W.detach().clone() for name, W in student.named_parameters()} if args.average else {}
     average_from = args.steps - round(args.average * args.steps)
     state, made = resume(method, args, identity, student, optimizer, mean, source)
+    teacher = None
     if layers and args.kl_weight and state["step"] < args.steps:
         teacher = set_up(GPT.from_pretrained(args.model, args.device, getattr(torch, args.dtype)), args)
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -567,8 +571,8 @@ def plot(path, runs):
     for axis, title in zip(axes, titles):
         axis.set(title=title, xlabel="step")
     axes[1].set_yscale("log")
-    for label in axes[1].yaxis.set_major_formatter, axes[1].yaxis.set_minor_formatter:
-        label("{x:.4g}")
+    axes[1].yaxis.set_major_formatter("{x:.4g}")
+    axes[1].yaxis.set_minor_formatter("{x:.4g}")
     axes[1].legend()
     figure.tight_layout()
     write_atomically(path, lambda beside: figure.savefig(beside, format="png", dpi=120))
@@ -810,12 +814,12 @@ def main():
     args, started = options(), time.perf_counter()
     with ExitStack() as held, memory_is_enough(args):
         with process_group(args, alone=True):
-            found, runs = train_all(args, held)
+            needed, runs = train_all(args, held)
             if dist.get_rank() > 0:
                 return
         text = told(args.eval_data, evaluation_split(args, "test"))
         print(f"measuring the dense{', one-shot' * args.one_shot} and trained models on {text} ...", flush=True)
-        table = measure(args, *found)
+        table = measure(args, *needed)
     print(f"\n{args.model} on {text}, windows of {args.seqlen} tokens")
     print_table(table)
     print("\nsaved " + ", ".join(str(Path(args.out) / name) for name in [*args.methods, "curve.png"]))
