@@ -777,10 +777,9 @@ def settle(args, folder, config):
     args.data, args.eval_data = args.data or [text or "c4"], args.eval_data or text or "wikitext2"
 
 
-def train_all(args, held):
-    """Train the models, side by side or one after the other, with --out locked in the ExitStack `held`. Returns what
-    `measure` needs, the ids of the test text, calibration windows and the folder of the first weights, and a record of
-    each method."""
+def prepare(args):
+    """Check the options, settle those that depend on the model, and read what `texts` does and the ids of the test
+    text. Raises InputError for what can't be trained; nothing is written yet."""
     check(args)
     folder = model_folder(args.model)
     model, tokenizer = GPT.open(folder), load_tokenizer(folder)
@@ -797,9 +796,12 @@ def train_all(args, held):
         f"in windows of {args.seqlen} tokens{model.config.remark(args.seqlen)}")
     if pruned_here(folder):
         say(f"note: {args.model} has been pruned before; it is what is called dense here")
-    held.enter_context(alone_in(Path(args.out)) if dist.get_rank() == 0 else nullcontext())
-    begin, runs = first_weights(args, calibration), {}
-    threads = torch.get_num_threads() // len(args.methods)
+    return mixture, held_out, calibration, test_ids
+
+
+def train_all(args, begin, mixture, held_out, calibration):
+    """Train the models, side by side or one after the other; returns a record of each method."""
+    runs, threads = {}, torch.get_num_threads() // len(args.methods)
     # on a CPU side by side: two processes of one thread get more done than two threads that wait for each other
     beside = args.device == "cpu" and dist.get_world_size() == 1 and len(args.methods) > 1 and threads > 0
     one_by_one = ((method, train(method, args, begin, mixture, held_out, calibration)) for method in args.methods)
@@ -807,19 +809,23 @@ def train_all(args, held):
         runs[method] = state
         if dist.get_rank() == 0:
             plot(Path(args.out) / "curve.png", runs)
-    return (test_ids, calibration, begin), runs
+    return runs
 
 
 def main():
     args, started = options(), time.perf_counter()
     with ExitStack() as held, memory_is_enough(args):
         with process_group(args, alone=True):
-            needed, runs = train_all(args, held)
+            mixture, held_out, calibration, test_ids = prepare(args)
+            if dist.get_rank() == 0:
+                held.enter_context(alone_in(Path(args.out)))  # until all is measured
+            begin = first_weights(args, calibration)
+            runs = train_all(args, begin, mixture, held_out, calibration)
             if dist.get_rank() > 0:
                 return
         text = told(args.eval_data, evaluation_split(args, "test"))
         print(f"measuring the dense{', one-shot' * args.one_shot} and trained models on {text} ...", flush=True)
-        table = measure(args, *needed)
+        table = measure(args, test_ids, calibration, begin)
     print(f"\n{args.model} on {text}, windows of {args.seqlen} tokens")
     print_table(table)
     print("\nsaved " + ", ".join(str(Path(args.out) / name) for name in [*args.methods, "curve.png"]))
