@@ -109,14 +109,14 @@ def log_likelihoods(model, pairs, max_length, batch=8, progress=False):
 
 def accuracy(examples, scores, normalise):
     """{acc, acc_stderr, questions} and where `normalise` {acc_norm, acc_norm_stderr}. scores: a log-likelihood for each
-    pair of each example. The standard error pools the variances of the examples' groups; None for a single question."""
-    right = {"acc": [], "acc_norm": []} if normalise else {"acc": []}
-    scores = iter(scores)
+    pair of each example. The standard error pools the variances of the examples' groups; None where each group has a
+    single question."""
+    right, scores = {"acc": []} | ({"acc_norm": []} if normalise else {}), iter(scores)
     for example in examples:
         own = [next(scores) for _ in example.pairs]
-        per_character = [score / n if n else -math.inf for score, n in zip(own, example.lengths)]
-        for name, values in zip(right, (own, per_character)):
-            right[name].append(float(values.index(max(values)) == example.gold))
+        values = {"acc": own, "acc_norm": [score / n if n else -math.inf for score, n in zip(own, example.lengths)]}
+        for name in right:
+            right[name].append(float(values[name].index(max(values[name])) == example.gold))
     groups = {}
     for i, example in enumerate(examples):
         groups.setdefault(example.group, []).append(i)
