@@ -246,7 +246,7 @@ PAIR = {4: torch.int8, 8: torch.int16, 16: torch.int32}  # two values of so many
 ONE_ROW = [(2, 64, 1, 2, 1), (2, 64, 1, 2, 3), (4, 64, 1, 2, 1), (4, 128, 1, 2, 1), (4, 128, 1, 4, 1)]
 # all with K split: their sum is a launch more, and on small weights the time of launches, not of work, would decide
 MORE_ROWS = [(64, 32, 2, 4, 4), (64, 32, 4, 4, 3), (64, 32, 8, 4, 2), (64, 64, 4, 4, 3)]
-MOST_ROWS = 1024  # of x that are tried with the kernel; the dense way wins from about 256 on
+MOST_ROWS = 1024  # of x that are tried with the kernel; from about 256 on it is faster to decompress W first
 fastest = {}  # (shape, bits, dtype, device, rows of x rounded up) -> tile, or None for the dense way; measured once
 
 
@@ -358,7 +358,7 @@ def expect_compressed(module: nn.Module, stored, prefix: str = ""):
 def save_compressed(model: str, folder, bits: int | None = None) -> dict:
     """Write a checkpoint (a preset, a Hub id or a folder) again as `folder` with its 2:4 layers compressed, a block at
     a time. Returns {layers: how many, before, after: bytes on disk}. Raises InputError if no layer is 2:4."""
-    on_disk, found = GPT.open(model_folder(model)), 0
+    on_disk, layers = GPT.open(model_folder(model)), 0
     source, count = on_disk.source, on_disk.config.num_hidden_layers
     if source.compressed:
         raise InputError(f"{model} is compressed already: give the folder that it was made from")
@@ -373,16 +373,16 @@ def save_compressed(model: str, folder, bits: int | None = None) -> dict:
                 block = Block(on_disk.config, i)
             tensors = {name: source.tensor(f"model.layers.{i}.{name}").contiguous() for name in block.state_dict()}
             block.load_state_dict(tensors, assign=True)  # in the dtypes that they have on disk
-            found += sparsify(block, bits)
+            layers += sparsify(block, bits)
             if source.layout.conv1d and len({type(getattr(block.self_attn, f"{x}_proj")) for x in "qkv"}) > 1:
                 raise InputError(f"{model}: q, k and v of block {i} share a tensor, but not all of them are 2:4")
             held = {f"model.layers.{i}.{name}": value for name, value in block.state_dict().items()}
             out.write(shard(i, count), held)
-        if not found:
+        if not layers:
             raise InputError(f"{model}: no linear layer of the blocks is 2:4; prune it with a 2:4 pattern first")
         out.write(shard(count, count), source.rest())
     before, after = (sum(path.stat().st_size for path in c.paths) for c in (source, GPT.open(folder).source))
-    return {"layers": found, "before": before, "after": after}
+    return {"layers": layers, "before": before, "after": after}
 
 
 # ---------------------------------------------------------------------------------------------- check and the command
