@@ -719,11 +719,11 @@ def memory_is_enough(args):
 
 
 def evaluation_split(args, split):
-    """What `split`, "validation" or "test", is of --eval-data: of a file halves, of all of it or, where it is trained
-    on, too, or may be, as a .bin, of the tenth that is not."""
-    files = {Path(source).resolve() for source in training_sources(args)}
-    own = Path(args.eval_data).resolve()
-    if args.eval_data in SOURCES or own in files or any(file.suffix == ".bin" for file in {*files, own}):
+    """What `split`, "validation" or "test", is of --eval-data. A named text has both. A file is cut in halves; where it
+    is trained on, too, or may be (nobody knows what went into a .bin), only its last tenth is."""
+    own, *trained = (Path(source).resolve() for source in [args.eval_data, *training_sources(args)])
+    may_be_trained_on = own in trained or ".bin" in {path.suffix for path in [own, *trained]}
+    if args.eval_data in SOURCES or may_be_trained_on:
         return split
     return {"validation": "first-half", "test": "second-half"}[split]
 
