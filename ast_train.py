@@ -28,7 +28,7 @@ up to 4.4 times as long.
 Precision, and bytes for LLaMA2-7B (6.74 G parameters) on one GPU; activations come on top (--checkpoint-activations),
 6.5 GB with SLoRB, 27.0 GB with --average.
     student W            float32    27.0 GB     small steps would be lost in bf16
-    its gradient         float32    27.0 GB     also holds u, so the update needs no memory of its own
+    its gradient         float32    27.0 GB     also holds u; an update takes one layer's memory more
     M and V              float32    53.9 GB
     mask                 bool        6.5 GB     whole on every GPU
     teacher              bf16       13.5 GB     arithmetic is bf16, on several GPUs hidden states, too; norms, logits
@@ -349,7 +349,7 @@ def one_shot(args, folder, calibration, **method):
     model = GPT.from_pretrained(args.model, device=args.device, stream=True)
     given = {name: str(getattr(args, name)) for name in ("model", "data", "seqlen", "seed", "pattern", "sparsity")}
     made = {"command": "ast_train.py", **given, **method}
-    made["files"] = versions([*model.source.paths, *training_sources(args), args.eval_data])
+    made["files"] = versions([*model.source.paths, *training_sources(args)])
     prune(model, calibration, folder, made, batch=args.micro_batch, **method, **amount(args))
 
 

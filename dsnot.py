@@ -313,18 +313,22 @@ def refit_weights(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None 
     """The weights that give the least squared error for a mask [out, in]: on each row's kept weights k they solve
     G_kk u = (G w)_k, or goal_k with `goal` [out, in] as in swap_refine. damp: added to G's diagonal, times its mean,
     which draws the weights towards W, or with a goal towards 0; in rows for which that is too little in float32, a
-    hundred times as much, towards 0. Batched Cholesky over rows."""
-    W, G = W.float(), damped(gram.float(), damp)
-    goal, new = W @ G if goal is None else goal.float(), torch.zeros_like(W)
+    hundred times as much. Batched Cholesky over rows."""
+    W, gram = W.float(), gram.float()
+    G, new = damped(gram, damp), torch.zeros_like(W)
+    right = W @ G if goal is None else goal.float()
     kept = keep.sum(1)
     for count in kept[kept > 0].unique().tolist():  # rows that keep equally many are solved together
         for rows in (kept == count).nonzero()[:, 0].split(max(1, CHUNK // count ** 2)):
             k = keep[rows].nonzero()[:, 1].view(-1, count)
+            b = right[rows[:, None], k]
             L, failed = torch.linalg.cholesky_ex(entries(G, k[:, :, None], k[:, None, :]))
             if (again := failed > 0).any():
-                more, j = damped(gram.float(), 100 * damp), k[again]
+                more, j = damped(gram, 100 * damp), k[again]
                 L[again] = torch.linalg.cholesky(entries(more, j[:, :, None], j[:, None, :]))
-            new[rows[:, None], k] = torch.cholesky_solve(goal[rows[:, None], k][:, :, None], L)[:, :, 0]
+                if goal is None:
+                    b[again] = (W[rows[again]] @ more).gather(1, j)
+            new[rows[:, None], k] = torch.cholesky_solve(b[:, :, None], L)[:, :, 0]
     return new
 
 
@@ -333,12 +337,12 @@ def swap_and_refit(W, keep, gram, *, goal=None, max_swaps=None, pattern=None, ro
     that suit it, those of `with_pruned`. But for refit's damping the error never rises. Arguments as in swap_refine,
     keep: to start from."""
     gram = gram.float()
-    goal = W.float() @ gram if goal is None else goal.float()
-    swap = partial(swap_refine, gram=gram, goal=goal, max_swaps=max_swaps, pattern=pattern)
+    aim = W.float() @ gram if goal is None else goal.float()
+    swap = partial(swap_refine, gram=gram, goal=aim, max_swaps=max_swaps, pattern=pattern)
     keep = swap(W, keep)
     new = refit_weights(W, keep, gram, goal=goal)
     for _ in range(rounds):
-        keep = swap(with_pruned(new, keep, gram, goal), keep)
+        keep = swap(with_pruned(new, keep, gram, aim), keep)
         new = refit_weights(W, keep, gram, goal=goal)
     return new
 

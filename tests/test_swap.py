@@ -139,6 +139,16 @@ def test_refit_of_inputs_that_are_nearly_alike():
     assert torch.linalg.cholesky_ex(dsnot.damped(gram, 1e-3))[1] > 0
     assert new.isfinite().all() and torch.equal(new != 0, keep)
     assert dsnot.relative_error(W, new, gram) < 1e-3
+    torch.testing.assert_close(new[2:], W[2:], rtol=0, atol=1e-3)  # rows that keep all lack nothing
+
+
+def test_swaps_and_refit_of_few_tokens_draw_the_weights_towards_the_dense_ones():
+    """Would catch turns that tell refit a goal where none was given, so that damping draws towards 0."""
+    W, inputs, _, gram, _, keep = swap_case(5, dict(sparsity=0.5), False, rows=16, width=128, tokens=5)
+    new = dsnot.swap_and_refit(W, keep, gram)
+    again = dsnot.refit_weights(W, new != 0, gram)
+    torch.testing.assert_close(new, again)
+    assert new.norm() > 0.95 * (W * (new != 0)).norm()  # else 0.56
 
 
 @pytest.mark.parametrize("with_cross", [False, True])
