@@ -571,7 +571,8 @@ def prune_rows(W, stats, goal, **options):
 
 def prune_linear(weight, name, stats, adjusts, dtype, **options):
     """prune_rows of one layer's weight, in place, rounded to the dtype in which it will be read again; its record.
-    adjusts: as in layer_goal. Raises InputError where its inputs are not finite, or too few to fit weights to."""
+    adjusts: as in layer_goal. Raises InputError where its inputs are not finite or too few to fit weights to, or where
+    these don't fit into the dtype."""
     if not stats.square.isfinite().all():
         raise InputError(f"the calibration activations that flow into {name} are not finite")
     try:
@@ -579,6 +580,9 @@ def prune_linear(weight, name, stats, adjusts, dtype, **options):
     except torch.linalg.LinAlgError:
         raise InputError(f"the calibration activations that flow into {name} are too few or too much alike to fit its "
                          f"weights to them: give more --nsamples, or another --calib text") from None
+    if not W.isfinite().all():  # float16 ends at 65504
+        raise InputError(f"the weights that suit {name} do not fit into {str(dtype).removeprefix('torch.')}, in which "
+                         f"the checkpoint is stored: store it in bfloat16, or do without --refit and --propagate")
     error = {} if stats.gram is None else {"error": relative_error(weight, W, stats.gram)}
     weight.copy_(W)
     return layer_record(name, W) | error

@@ -98,7 +98,10 @@ class Config:
         said = {"hidden_act": "silu", **raw, **no_windows, **ours}  # in LLaMA's words; what comes later wins
         heads, layers, bias = said["num_attention_heads"], said["num_hidden_layers"], said.get("attention_bias", False)
         check_whole("num_hidden_layers", layers, 5)  # before lists of so many are made
-        rope = dict(said.get("rope_scaling") or said.get("rope_parameters") or {})
+        rope = said.get("rope_scaling") or said.get("rope_parameters") or {}
+        if not isinstance(rope, dict):
+            raise InputError(f"config.json: the rotary scaling {rope!r} is no JSON object")
+        rope = dict(rope)
         rope["original_max_position_embeddings"] = (
             said.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
             or said.get("max_position_embeddings"))
@@ -144,6 +147,9 @@ class Config:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
                      "head_dim", "context_length"):
             check_whole(name, getattr(self, name), 8)
+        for name in "tie_word_embeddings", "attention_bias", "mlp_bias", "enable_bias", "use_sliding_window":
+            if (asked := self.raw.get(name)) not in (None, True, False):
+                raise InputError(f"config.json: {name} {asked!r} is neither true nor false")
         if type(self.slorb_k) is not int or self.slorb_k < 0:
             raise InputError(f"config.json: slorb_k {self.slorb_k!r} is not a whole number from 0")
         for name in "rms_norm_eps", "rope_theta":
@@ -626,9 +632,11 @@ def main():
     ids = encode_open(tokenizer, args.prompt)
     if not ids:
         raise InputError(f"--prompt {args.prompt!r} has no tokens")
+    prompt = torch.tensor([ids])
+    model.check_tokens(prompt)  # before anything is written
+    model.check_length(len(ids) + args.max_new_tokens - 1)
     begin, shown = time.perf_counter(), len(tokenizer.decode(ids))
     print(tokenizer.decode(ids), end="", flush=True)
-    prompt = torch.tensor([ids], device=args.device)
     for token in model.sample(prompt, args.max_new_tokens, args.temperature, args.top_k):
         ids.append(token.item())
         text = tokenizer.decode(ids)

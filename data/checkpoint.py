@@ -114,6 +114,9 @@ def weight_files(folder):
     names = ["model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin"]
     path = next((folder / name for name in names if (folder / name).is_file()), folder / "model.safetensors")
     if path.suffix != ".json":
+        if not path.is_file() and (parts := sorted(folder.glob("model-*-of-*.safetensors"))):
+            raise InputError(f"{folder} holds {parts[0].name}, but not {names[0]}, which tells what else there is; is "
+                             f"the download complete?")
         return [path]
     try:
         named = sorted(set(json.loads(path.read_text())["weight_map"].values()))

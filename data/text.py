@@ -80,7 +80,7 @@ def file_documents(source, split):
     if not path.is_file():
         raise InputError(f"no text source {source!r}: give a text file or one of {', '.join(SOURCES)}")
     try:  # bytes: line ends stay as they are
-        texts = json_lines(path) if path.suffix in (".jsonl", ".json") else [path.read_bytes().decode()]
+        texts = json_lines(path) if path.suffix in (".jsonl", ".json") else [path.read_bytes().decode("utf-8-sig")]
     except UnicodeDecodeError as e:
         raise InputError(f"{source} is not UTF-8 text ({e.reason} at byte {e.start}): give a text file") from None
     begin, end = part_of(sum(map(len, texts)), split)
@@ -123,7 +123,7 @@ def told(source, split):
 def evaluation_ids(source, split, tokenizer, seqlen):
     """The ids of the text that perplexity is measured on: of C4 the first 256 windows, as the papers do, else all."""
     ids = tokenizer.encode(load_text(source, split))
-    check_length(ids, seqlen, f"the evaluation text {source}")
+    check_length(ids, seqlen, f"the evaluation text, {told(source, split)},")
     return ids[:256 * seqlen] if source == "c4" else ids
 
 

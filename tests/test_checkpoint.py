@@ -298,6 +298,10 @@ def test_tensors_are_accounted_for(edit, words, folder, monkeypatch, capsys):
     ("config.json", lambda b: b.replace(b'"num_key_value_heads": 4', b'"num_key_value_heads": 3'), "evenly"),
     ("config.json", lambda b: b.replace(b'"num_attention_heads": 4', b'"num_attention_heads": 0'), "config.json"),
     ("config.json", lambda b: b.replace(b'"num_hidden_layers": 3', b'"num_hidden_layers": 1' + b"0" * 12), "10^5"),
+    ("config.json", lambda b: b.replace(b'"silu"', b'"silu", "rope_scaling": "x"'), "'x' is no JSON object"),
+    ("config.json", lambda b: b.replace(b'"silu"', b'"silu", "rope_scaling": [["factor", 2]]'), "is no JSON object"),
+    ("config.json", lambda b: b.replace(b'"tie_word_embeddings": false', b'"tie_word_embeddings": "false"'),
+     "tie_word_embeddings 'false' is neither true nor false"),
     ("config.json", None, "config.json is missing"),
     ("model.safetensors", None, "model.safetensors is missing"),
 ], ids=lambda x: x if isinstance(x, str) else "")
@@ -309,6 +313,12 @@ def test_damaged_files(file, damage, words, folder, monkeypatch, capsys):
     if damage:
         path.write_bytes(damage(content))
     assert words in refused(monkeypatch, capsys, folder)
+
+
+def test_shards_without_their_index(folder, monkeypatch, capsys):
+    """Would catch model.safetensors, which such a model does not have, asked for in its place."""
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    assert "model.safetensors.index.json, which tells what else" in refused(monkeypatch, capsys, folder)
 
 
 def test_damaged_pytorch_files(folder, monkeypatch, capsys):

@@ -92,6 +92,13 @@ def test_splits_of_a_file(tmp_path):
         assert "".join(lines) == "".join(whole)
 
 
+def test_a_mark_of_the_encoding_is_no_text(tmp_path):
+    """Would catch a token in front of a file that some editors have saved."""
+    for name, content in ("a.txt", "wörter\r\n"), ("a.jsonl", '{"text": "wörter\\r\\n"}\n'):
+        (tmp_path / name).write_bytes(content.encode("utf-8-sig"))
+        assert documents(str(tmp_path / name), None) == ["wörter\r\n"]
+
+
 def test_splits_of_tiny_share_nothing():
     """Would catch test text that is trained on: a module in two splits, or a docstring that a training module has,
     too."""

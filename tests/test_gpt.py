@@ -218,6 +218,18 @@ def test_story(monkeypatch, capsys):
     assert "tokens/s" in shown
 
 
+@pytest.mark.parametrize("vocabulary, words", [(300, "tokens are too many"), (96, "beyond the model's 96")])
+def test_what_a_model_cannot_read_is_refused_before_anything_is_written(vocabulary, words, monkeypatch, capsys, tmp_path):
+    """Would catch an error that sticks to the prompt."""
+    theirs("gpt2", dict(vocab_size=vocabulary)).save_pretrained(tmp_path)
+    make_checkpoint(tmp_path / "other")
+    (tmp_path / "other" / "tokenizer.model").rename(tmp_path / "tokenizer.model")
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "--model", str(tmp_path), "--prompt", "the model", "--max-new-tokens", "100")
+    out, error = capsys.readouterr()
+    assert words in error and not out
+
+
 def test_torchrun_is_refused(monkeypatch, capsys):
     """Would catch every process printing the same text."""
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -367,7 +367,7 @@ def test_bad_options(monkeypatch, capsys, model, tmp_path, name):
 
 def test_bad_texts_and_files(monkeypatch, capsys, model, tmp_path):
     """An empty text, one that is too short, one that is no text; a missing and a truncated weight file."""
-    for name, content, said in [("empty.txt", b"", "empty"), ("short.txt", b"the words", "fewer than one window"),
+    for name, content, said in [("empty.txt", b"", "empty"), ("short.txt", b"the words", "tokens, fewer than one window"),
                                 ("no.txt", b"\xff\xfe\x00", "UTF-8")]:
         (tmp_path / name).write_bytes(content)
         for option in "--calib", "--data":
@@ -386,6 +386,18 @@ def test_activations_that_are_not_finite(monkeypatch, capsys, model, tmp_path):
     real = gpt.GPT.embed
     monkeypatch.setattr(gpt.GPT, "embed", lambda self, *ids: real(self, *ids) * float("nan"))
     expect_refusal(monkeypatch, capsys, model, tmp_path / "out", [], "layers.0.self_attn.q_proj are not finite")
+
+
+def test_weights_that_do_not_fit_into_the_dtype_of_the_checkpoint():
+    """Would catch an infinite weight written as finished, and the layer after it accused."""
+    weight, stats = torch.randn(8, 16), dsnot.InputStats(16)
+    weight[2, 3] = 1e5
+    stats.add(torch.randn(4, 16))
+    how = dict(score="wanda", refine="none", sparsity=0.5)
+    with pytest.raises(dsnot.InputError, match="that suit layer 7 do not fit into float16"):
+        dsnot.prune_linear(weight, "layer 7", stats, "mask", torch.float16, **how)
+    assert weight[2, 3] == 1e5  # nothing has changed
+    assert dsnot.prune_linear(weight, "layer 7", stats, "mask", torch.bfloat16, **how)["sparsity"] == 0.5
 
 
 def test_full_disk(monkeypatch, capsys, model, tmp_path):
