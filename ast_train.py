@@ -582,26 +582,30 @@ def plot(path, runs):
 def measure(args, test_ids, calibration, begin):
     """Measure dense, one-shot, first (`begin`) and trained models on the test text; returns a row for each, by name.
     gap_closed: how much of the log-perplexity between the best one-shot mask and the dense model has gone."""
-    def row(folder, used):
+    rows = {}
+
+    def add(name, folder, used):
         model = GPT.from_pretrained(folder, device=args.device)
-        return dict(parameters=sum(p.count_nonzero().item() for p in model.parameters()), tokens=used,
-                    perplexity=perplexity(model, test_ids, args.seqlen, args.micro_batch, progress=True))
+        kept = sum(p.count_nonzero().item() for p in model.parameters())
+        ppl = perplexity(model, test_ids, args.seqlen, args.micro_batch, progress=True)
+        rows[name] = dict(parameters=kept, tokens=used, perplexity=ppl)
+        print(f"  {name:21}  {ppl:15.3f}", flush=True)
 
     gc.collect()  # what training has left on the GPU
-    rows = {"dense": row(args.model, 0)}
+    add("dense", args.model, 0)
     for score in ["magnitude", "wanda", "sparsegpt"] if args.one_shot else []:
         pruned = Path(args.out) / f"one-shot-{score}"
         for left in pruned, pruned.with_name(f"{pruned.name}.partial"):  # by a run that was stopped here
             shutil.rmtree(left, ignore_errors=True)
         one_shot(args, pruned, calibration, score=score, refine="none")
-        rows[f"one-shot {score}"] = row(pruned, 0 if score == "magnitude" else calibration.numel())
+        add(f"one-shot {score}", pruned, 0 if score == "magnitude" else calibration.numel())
         shutil.rmtree(pruned)
     best = min((math.log(found["perplexity"]) for name, found in rows.items() if name != "dense"), default=math.nan)
     if begin != args.model:
-        rows["swaps + refit (start)"] = row(begin, calibration.numel())
+        add("swaps + refit (start)", begin, calibration.numel())
     for method in args.methods:
         name = {"dense": "dense, trained on", "ast": "AST", "ast-slorb": "AST + SLoRB"}[method]
-        rows[name] = row(Path(args.out) / method, args.steps * args.batch * args.seqlen)
+        add(name, Path(args.out) / method, args.steps * args.batch * args.seqlen)
     gap = best - math.log(rows["dense"]["perplexity"])
     for found in rows.values():
         found["gap_closed"] = (best - math.log(found["perplexity"])) / gap if gap > 0 else None  # NaN: no masks
@@ -824,7 +828,7 @@ def main():
             if dist.get_rank() > 0:
                 return
         text = told(args.eval_data, evaluation_split(args, "test"))
-        print(f"measuring the dense{', one-shot' * args.one_shot} and trained models on {text} ...", flush=True)
+        print(f"measuring the dense{', one-shot' * args.one_shot} and trained models on {text}:", flush=True)
         table = measure(args, test_ids, calibration, begin)
     print(f"\n{args.model} on {text}, windows of {args.seqlen} tokens")
     print_table(table)

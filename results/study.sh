@@ -37,7 +37,7 @@ mkdir -p "results/$name"
 
 measured=()
 trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
-trap 'echo "interrupted: the same command goes on from what is saved" >&2; exit 130' INT
+trap 'echo "interrupted: the same command goes on from what has been saved" >&2; exit 130' INT
 train_deep() {  # unless it is there: the model of all runs in results/deep
     [ ! -d out/deep ] || return 0
     [ -z "$(ls results/deep)" ] || {
