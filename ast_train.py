@@ -72,8 +72,8 @@ from data.hub import model_folder
 from data.method import parse_pattern
 from data.processes import add_up, mean_over_processes, process_group, processes, say, side_by_side
 from data.state import check_room, load_state, save_state
-from data.stream import Mixture, tokens, weighted
-from data.text import SOURCES, evaluation_ids, told, usual_text
+from data.stream import Mixture, evaluation_split, evaluation_tokens, sources_of
+from data.text import SOURCES, told, usual_text
 from dsnot import check_pattern, keep_mask, magnitude_score, prune, wanda_score
 from eval import perplexity
 from gpt import GPT, all_prunable, layer_inputs
@@ -338,18 +338,13 @@ def make_sparse(model, args, slorb_k, calibration):
         model.set_submodule(name, SparseLinear(linear, score, slorb_k, **amount(args)))
 
 
-def training_sources(args):
-    """The sources of --data, without their weights."""
-    return [weighted(name)[0] for name in args.data]
-
-
 def one_shot(args, folder, calibration, **method):
     """Prune the model into `folder`, all processes together. Raises InputError where a run with other options or files
     has left something there."""
     model = GPT.from_pretrained(args.model, device=args.device, stream=True)
     given = {name: str(getattr(args, name)) for name in ("model", "data", "seqlen", "seed", "pattern", "sparsity")}
     made = {"command": "ast_train.py", **given, **method}
-    made["files"] = versions([*model.source.paths, *training_sources(args)])
+    made["files"] = versions([*model.source.paths, *sources_of(args.data)])
     prune(model, calibration, folder, made, batch=args.micro_batch, **method, **amount(args))
 
 
@@ -466,7 +461,7 @@ def resume(method, args, identity, student, optimizer, mean, source):
     work, saved = Path(args.out) / f"{method}.training", Path(args.out) / method
     unused = NEUTRAL | (MASKED if method == "dense" else set()) | (set() if method == "ast-slorb" else {"slorb_k"})
     options = {name: str(value) for name, value in vars(args).items() if name not in unused}
-    options |= {"model": identity, "texts": str(versions([*training_sources(args), args.eval_data]))}
+    options |= {"model": identity, "texts": str(versions([*sources_of(args.data), args.eval_data]))}
     made = {"command": "ast_train.py", "method": method} | options
     state = load_state(work, student, optimizer, mean, options, args.steps)
     if (there := noted(saved / "run.json")) != made and state["step"]:
@@ -722,28 +717,11 @@ def memory_is_enough(args):
                          f"take more GPUs{kept}") from None
 
 
-def evaluation_split(args, split):
-    """What `split`, "validation" or "test", is of --eval-data. A named text has both. A file is cut in halves; where it
-    is trained on, too, or may be (nobody knows what went into a .bin), only its last tenth is."""
-    own, *trained = (Path(source).resolve() for source in [args.eval_data, *training_sources(args)])
-    may_be_trained_on = own in trained or ".bin" in {path.suffix for path in [own, *trained]}
-    if args.eval_data in SOURCES or may_be_trained_on:
-        return split
-    return {"validation": "first-half", "test": "second-half"}[split]
-
-
-def evaluation_tokens(args, tokenizer, split):
-    """The ids of the validation or test text."""
-    if args.eval_data in SOURCES and split == "test":
-        return evaluation_ids(args.eval_data, "test", tokenizer, args.seqlen)
-    return tokens(args.eval_data, tokenizer, evaluation_split(args, split))
-
-
 def texts(args, tokenizer):
     """What training reads: a mixture, validation windows, and Wanda's and SparseGPT's inputs [CALIBRATION, seqlen]."""
     mixture = Mixture(args.data, tokenizer, args.seqlen, args.batch)
-    held_out = windows(evaluation_tokens(args, tokenizer, "validation"), args.seqlen + 1,
-                       f"the validation text of {args.eval_data}")
+    held_out = windows(evaluation_tokens(args.eval_data, "validation", args.data, tokenizer, args.seqlen),
+                       args.seqlen + 1, f"the validation text of {args.eval_data}")
     return mixture, held_out, mixture.batch(args.seed, 0, CALIBRATION, stream=0)[:, :-1]
 
 
@@ -790,7 +768,7 @@ def prepare(args):
     model.source.check_dense()
     settle(args, folder, model.config)
     mixture, held_out, calibration = texts(args, tokenizer)
-    test_ids = evaluation_tokens(args, tokenizer, "test")
+    test_ids = evaluation_tokens(args.eval_data, "test", args.data, tokenizer, args.seqlen)
     for ids in held_out, calibration, windows(test_ids, args.seqlen, f"the test text of {args.eval_data}"):
         model.check_tokens(ids)
     if len(held_out) < dist.get_world_size():
@@ -827,7 +805,7 @@ def main():
             runs = train_all(args, begin, mixture, held_out, calibration)
             if dist.get_rank() > 0:
                 return
-        text = told(args.eval_data, evaluation_split(args, "test"))
+        text = told(args.eval_data, evaluation_split(args.eval_data, "test", args.data))
         print(f"measuring the dense{', one-shot' * args.one_shot} and trained models on {text}:", flush=True)
         table = measure(args, test_ids, calibration, begin)
     print(f"\n{args.model} on {text}, windows of {args.seqlen} tokens")

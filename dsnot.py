@@ -28,9 +28,9 @@ SparseGPT as the starting mask really uses its Hessian, and corrects the weights
 too, weights are pruned by the lowest Wanda score (theirs: w^2 over the diagonal of the inverse Hessian).
 The threshold is in units of s, so its meaning depends on the sequence length, as in the paper.
 
-One block of the model is in memory at a time, with propagation also its dense self; for swaps by the whole model's
-output it is all of it. A finished block on disk is the record of progress: start an interrupted run again and it goes
-on.
+One block of the model is in memory at a time, also its dense self where layers aim at what that gives; for swaps by
+the whole model's output it is all of it. A finished block on disk is the record of progress: start an interrupted run
+again and it goes on.
 
     python dsnot.py                                             (the model that ships, 70 %)
     python dsnot.py --model llama2-7b --sparsity 0.7
@@ -41,7 +41,6 @@ Shapes: a weight W, its scores and masks are [out, in]; True in a mask = keep.
 import argparse
 import copy
 import itertools
-import json
 import os
 import time
 from contextlib import nullcontext
@@ -57,7 +56,7 @@ from tqdm import tqdm
 from data import calibration_windows, load_tokenizer, windows
 from data.calibration import InputStats, add_product, input_stats, move, place_for, readers, steps, watch_gradients
 from data.checkpoint import CheckpointWriter, finished, noted, pruned_here, remove, shard
-from data.command import InputError, at_least, check_disk, parser, record, run, write_atomically
+from data.command import InputError, at_least, check_disk, parser, record, run
 from data.estimate import CHUNK, ROUND, check_folders, dry_run, held_states, probe_tokens
 from data.hub import model_folder
 from data.method import (METHOD, NSAMPLES, USUAL, blocks_of, fill_in, has_goal, method_of, needs_gram, parse_pattern,
@@ -627,21 +626,6 @@ def layer_record(name, W):
     return {"layer": name, "weights": W.numel(), "sparsity": (W == 0).double().mean().item()}
 
 
-def note(writer, **what):
-    """Write the pruning.json of an unfinished folder: its run, the seconds so far, the records of its layers."""
-    text = json.dumps(what, indent=1)
-    write_atomically(writer.partial / "pruning.json", lambda path: path.write_text(text))
-
-
-def progress(writer, count):
-    """Of an unfinished folder, {block: the records of its layers} of those of its `count` blocks that are done, and the
-    seconds that they took."""
-    known = noted(writer.partial / "pruning.json") or {"layers": [], "seconds": 0}
-    records = {i: [one for one in known["layers"] if one["layer"].startswith(f"model.layers.{i}.")]
-               for i in range(count)}
-    return {i: found for i, found in records.items() if found and writer.done(shard(i, count))}, known["seconds"]
-
-
 @torch.inference_mode()
 def prune(model, samples, out, run, *, batch=8, propagate=False, sparsity=None, allocate="uniform", **options):
     """Prune a streamed model block by block into the checkpoint folder `out`.
@@ -668,7 +652,7 @@ def prune(model, samples, out, run, *, batch=8, propagate=False, sparsity=None, 
         if rank == 0:
             check_disk(writer.partial, writer.missing(source.size()), out)
         wait()  # the folder is there
-        done, seconds = progress(writer, count)
+        done, seconds = writer.progress(count)
         if done:
             say(f"{out}: going on after {len(done)} of {count} blocks")
 
@@ -690,7 +674,7 @@ def prune(model, samples, out, run, *, batch=8, propagate=False, sparsity=None, 
                 records += prune_block(block, where, hidden, dense, prefix, source.stored, sparsity=shares,
                                        propagate=propagate, **options)
                 if rank == 0:
-                    note(writer, run=run, seconds=seconds + time.perf_counter() - begin, layers=records)
+                    writer.note(run=run, seconds=seconds + time.perf_counter() - begin, layers=records)
                     tensors = {f"{prefix}.{k}": v for k, v in block.state_dict().items()}
                     writer.write(file, {name: v.to(source.stored(name)) for name, v in tensors.items()})
             del block  # before the next one is read
@@ -796,8 +780,8 @@ def output_gradients(model, layers, text, expected, loss):
 
 @torch.no_grad()
 def swap_one(W, dense, gradient, f, q, damping, pattern):
-    """Make in every row of W [out, in], in place, the swap that promises most, if one does; the arguments are those of
-    swap_globally. Returns what undoes it: (places, values)."""
+    """Make in every row of W [out, in], in place, the swap that promises most, if one does. dense, gradient [out, in]:
+    of the same layer; f, q, damping, pattern as in swap_globally. Returns what undoes it: (places, values)."""
     keep = W != 0
     d = torch.where(keep, -W, dense).float()
     price = d * (gradient + damping / 2 * f[:, None] * q * d)
@@ -829,7 +813,7 @@ def prune_globally(model, samples, out, run, *, global_swaps, pattern=None, **op
         records = [layer_record(name, layer.weight) for name, layer in all_prunable(pruned).items()]
         if first:
             seconds = before["seconds"] + time.perf_counter() - begin
-            note(writer, run=run, seconds=seconds, losses=losses, layers=records)
+            writer.note(run=run, seconds=seconds, losses=losses, layers=records)
             tensors = {name: W.to(source.stored(name)) for name, W in pruned.tensors().items()}
             writer.write("model.safetensors", tensors | source.rest())
     if first:

@@ -362,6 +362,18 @@ class CheckpointWriter:
     def done(self, file):
         return (self.partial / file).is_file()
 
+    def note(self, **what):
+        """Write pruning.json: the name of the run, the seconds so far, a record of each layer."""
+        text = json.dumps(what, indent=1)
+        write_atomically(self.partial / "pruning.json", lambda path: path.write_text(text))
+
+    def progress(self, count):
+        """{block: the records of its layers} of those of `count` blocks that are done, and the seconds they took."""
+        known = noted(self.partial / "pruning.json") or {"layers": [], "seconds": 0}
+        records = {i: [one for one in known["layers"] if one["layer"].startswith(f"model.layers.{i}.")]
+                   for i in range(count)}
+        return {i: found for i, found in records.items() if found and self.done(shard(i, count))}, known["seconds"]
+
     def load(self, file, module, prefix):
         """Fill a module with the tensors below `prefix` of a file that is done."""
         held, names = read_tensors(self.partial / file), {k: f"{prefix}.{k}" for k in module.state_dict()}

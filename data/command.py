@@ -180,5 +180,6 @@ def run(main, goes_on=False):
         print(f"error: {e.filename}: {e.strerror}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted" + ": the same command goes on from what has been saved, if anything has" * goes_on, file=sys.stderr)
+        way_on = ": the same command goes on from what has been saved, if anything has" * goes_on
+        print(f"interrupted{way_on}", file=sys.stderr)
         sys.exit(130)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from data.checkpoint import alone_in, noted
 from data.command import InputError, parser, record, run, start, versions, what_keeps_from_writing, write_atomically
 from data.hub import model_folder
-from data.text import SOURCES, documents, load_text, part_of
+from data.text import SOURCES, documents, evaluation_ids, load_text, part_of
 from data.tokenizer import load_tokenizer
 
 HEADER, MARK = struct.Struct("<8sQQQ"), b"TOKENBIN"
@@ -149,6 +149,29 @@ def weighted(name):
     """"text.txt:0.7" -> ("text.txt", "0.7"); without a weight it is "1" (a path with a ":" needs one)."""
     source, _, weight = name.rpartition(":")
     return (source, weight) if source else (name, "1")
+
+
+def sources_of(names):
+    """The sources of a mixture, without their weights."""
+    return [weighted(name)[0] for name in names]
+
+
+def evaluation_split(source, split, names):
+    """What `split`, "validation" or "test", is of a source that is measured where a mixture of `names` is trained on. A
+    named text has both. A file is cut in halves; where it is trained on, too, or may be (nobody knows what went into a
+    .bin), only its last tenth is."""
+    own, *trained = (Path(name).resolve() for name in [source, *sources_of(names)])
+    may_be_trained_on = own in trained or ".bin" in {path.suffix for path in [own, *trained]}
+    if source in SOURCES or may_be_trained_on:
+        return split
+    return {"validation": "first-half", "test": "second-half"}[split]
+
+
+def evaluation_tokens(source, split, names, tokenizer, seqlen):
+    """The ids of the validation or the test text, as evaluation_split cuts it."""
+    if source in SOURCES and split == "test":
+        return evaluation_ids(source, "test", tokenizer, seqlen)
+    return tokens(source, tokenizer, evaluation_split(source, split, names))
 
 
 class Mixture:

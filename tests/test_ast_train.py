@@ -30,7 +30,7 @@ from data import load_text, load_tokenizer
 from data.checkpoint import alone_in
 from data.command import InputError
 from data.state import check_room
-from data.stream import open_bin, tokens, write_bin
+from data.stream import evaluation_tokens, open_bin, tokens, write_bin
 from data.train_tiny import train_tokenizer
 from dsnot import prunable
 from gpt import GPT, Config
@@ -526,16 +526,15 @@ def test_validation_and_test_are_apart_from_training(files, data, own, validatio
     (files / "uneven.txt").write_text(text[:40000] + "x" * 4000)
     (files / "b.txt").write_text(text[:9999])
     write_bin(files / "b.bin", [lambda: [text[:9999]]], tokenizer, "b", {})
-    args = argparse.Namespace(data=[f"{files / data}:2"], eval_data=str(files / own), seqlen=32)
-    found = [ast_train.evaluation_tokens(args, tokenizer, split).tolist() for split in ("validation", "test")]
+    source, trained = str(files / own), [f"{files / data}:2"]
+    found = [evaluation_tokens(source, split, trained, tokenizer, 32).tolist() for split in ("validation", "test")]
     if own == "b.bin":
         ids = open_bin(files / own, tokenizer).tolist()
         assert found[0] + found[1] == ids[len(ids) * 9 // 10:] and len(found[1]) - len(found[0]) in (0, 1)
     else:
-        assert found == [tokenizer.encode(load_text(args.eval_data, split)) for split in (validation, test)]
+        assert found == [tokenizer.encode(load_text(source, split)) for split in (validation, test)]
     if data == own:
-        train = tokens(args.eval_data, tokenizer, "train").tolist()
-        assert train == tokenizer.encode(load_text(args.eval_data, "train"))
+        assert tokens(source, tokenizer, "train").tolist() == tokenizer.encode(load_text(source, "train"))
 
 
 def test_the_benchmark_runs(files, tmp_path, monkeypatch):

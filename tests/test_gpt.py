@@ -219,7 +219,7 @@ def test_story(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("vocabulary, words", [(300, "tokens are too many"), (96, "beyond the model's 96")])
-def test_what_a_model_cannot_read_is_refused_before_anything_is_written(vocabulary, words, monkeypatch, capsys, tmp_path):
+def test_what_a_model_cannot_read_leaves_no_prompt_behind(vocabulary, words, monkeypatch, capsys, tmp_path):
     """Would catch an error that sticks to the prompt."""
     theirs("gpt2", dict(vocab_size=vocabulary)).save_pretrained(tmp_path)
     make_checkpoint(tmp_path / "other")

@@ -19,7 +19,7 @@ import dsnot
 from conftest import ROOT, make_checkpoint
 from data import calibration, estimate
 from data.calibration import inputs_of, place_for, watch
-from data.checkpoint import alone_in
+from data.checkpoint import CheckpointWriter, alone_in
 from data.command import run
 from data.device import allowed
 from test_gpt import ALL, ids_for, theirs
@@ -367,8 +367,8 @@ def test_bad_options(monkeypatch, capsys, model, tmp_path, name):
 
 def test_bad_texts_and_files(monkeypatch, capsys, model, tmp_path):
     """An empty text, one that is too short, one that is no text; a missing and a truncated weight file."""
-    for name, content, said in [("empty.txt", b"", "empty"), ("short.txt", b"the words", "tokens, fewer than one window"),
-                                ("no.txt", b"\xff\xfe\x00", "UTF-8")]:
+    for name, content, said in [("empty.txt", b"", "empty"), ("no.txt", b"\xff\xfe\x00", "UTF-8"),
+                                ("short.txt", b"the words", "tokens, fewer than one window")]:
         (tmp_path / name).write_bytes(content)
         for option in "--calib", "--data":
             expect_refusal(monkeypatch, capsys, model, tmp_path / "out", [option, str(tmp_path / name)], said)
@@ -512,15 +512,15 @@ def test_the_limits_of_a_container_count_and_cached_files_do_not(tmp_path):
 
 
 def test_what_an_unfinished_run_differs_in_is_said(monkeypatch, capsys, model, tmp_path):
-    real, written = dsnot.write_atomically, []
+    real, noted = CheckpointWriter.note, []
 
-    def killed(path, write):
-        real(path, write)
-        written.append(path)
-        if len(written) == 2:
+    def killed(writer, **what):
+        real(writer, **what)
+        noted.append(what)
+        if len(noted) == 2:
             raise KeyboardInterrupt
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(dsnot, "write_atomically", killed)
+        patch.setattr(CheckpointWriter, "note", killed)
         command(patch, model, tmp_path / "out")
     capsys.readouterr()
     with pytest.raises(SystemExit):
