@@ -338,13 +338,17 @@ def make_sparse(model, args, slorb_k, calibration):
         model.set_submodule(name, SparseLinear(linear, score, slorb_k, **amount(args)))
 
 
-def one_shot(args, folder, calibration, **method):
+def one_shot(args, folder, calibration, replace=False, **method):
     """Prune the model into `folder`, all processes together. Raises InputError where a run with other options or files
-    has left something there."""
+    has left something there, unless `replace`: then what this command has left goes."""
     model = GPT.from_pretrained(args.model, device=args.device, stream=True)
     given = {name: str(getattr(args, name)) for name in ("model", "data", "seqlen", "seed", "pattern", "sparsity")}
     made = {"command": "ast_train.py", **given, **method}
     made["files"] = versions([*model.source.paths, *sources_of(args.data)])
+    for left in [folder, folder.with_name(f"{folder.name}.partial")] if replace else []:
+        before = noted(left / "run.json") or {}
+        if before.get("command") == made["command"] and before != made:
+            shutil.rmtree(left)
     prune(model, calibration, folder, made, batch=args.micro_batch, **method, **amount(args))
 
 
@@ -590,9 +594,7 @@ def measure(args, test_ids, calibration, begin):
     add("dense", args.model, 0)
     for score in ["magnitude", "wanda", "sparsegpt"] if args.one_shot else []:
         pruned = Path(args.out) / f"one-shot-{score}"
-        for left in pruned, pruned.with_name(f"{pruned.name}.partial"):  # by a run that was stopped here
-            shutil.rmtree(left, ignore_errors=True)
-        one_shot(args, pruned, calibration, score=score, refine="none")
+        one_shot(args, pruned, calibration, replace=True, score=score, refine="none")
         add(f"one-shot {score}", pruned, 0 if score == "magnitude" else calibration.numel())
         shutil.rmtree(pruned)
     best = min((math.log(found["perplexity"]) for name, found in rows.items() if name != "dense"), default=math.nan)
@@ -805,6 +807,7 @@ def main():
             runs = train_all(args, begin, mixture, held_out, calibration)
             if dist.get_rank() > 0:
                 return
+        del mixture, held_out  # which measuring needs no more
         text = told(args.eval_data, evaluation_split(args.eval_data, "test", args.data))
         print(f"measuring the dense{', one-shot' * args.one_shot} and trained models on {text}:", flush=True)
         table = measure(args, test_ids, calibration, begin)

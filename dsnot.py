@@ -572,7 +572,7 @@ def prune_linear(weight, name, stats, adjusts, dtype, **options):
     """prune_rows of one layer's weight, in place, rounded to the dtype in which it will be read again; its record.
     adjusts: as in layer_goal. Raises InputError where its inputs are not finite or too few to fit weights to, or where
     these don't fit into the dtype."""
-    if not stats.square.isfinite().all():
+    if not all(x.isfinite().all() for x in (stats.square, stats.cross, stats.lack) if x is not None):
         raise InputError(f"the calibration activations that flow into {name} are not finite")
     try:
         W = prune_rows(weight, stats, layer_goal(weight, stats, adjusts), **options).to(dtype)
@@ -581,7 +581,7 @@ def prune_linear(weight, name, stats, adjusts, dtype, **options):
                          f"weights to them: give more --nsamples, or another --calib text") from None
     if not W.isfinite().all():  # float16 ends at 65504
         raise InputError(f"the weights that suit {name} do not fit into {str(dtype).removeprefix('torch.')}, in which "
-                         f"the checkpoint is stored: store it in bfloat16, or do without --refit and --propagate")
+                         f"the checkpoint is stored: leave out --refit or --score sparsegpt, which change them")
     error = {} if stats.gram is None else {"error": relative_error(weight, W, stats.gram)}
     weight.copy_(W)
     return layer_record(name, W) | error

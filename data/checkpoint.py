@@ -114,9 +114,10 @@ def weight_files(folder):
     names = ["model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin"]
     path = next((folder / name for name in names if (folder / name).is_file()), folder / "model.safetensors")
     if path.suffix != ".json":
-        if not path.is_file() and (parts := sorted(folder.glob("model-*-of-*.safetensors"))):
-            raise InputError(f"{folder} holds {parts[0].name}, but not {names[0]}, which tells what else there is; is "
-                             f"the download complete?")
+        if not path.is_file() and (parts := sorted(folder.glob("*model-*-of-*"))):
+            index = names[0] if parts[0].suffix == ".safetensors" else names[2]
+            raise InputError(f"{folder} holds {parts[0].name}, but not {index}, which tells what else there is; is the "
+                             f"download complete?")
         return [path]
     try:
         named = sorted(set(json.loads(path.read_text())["weight_map"].values()))
@@ -363,7 +364,8 @@ class CheckpointWriter:
         return (self.partial / file).is_file()
 
     def note(self, **what):
-        """Write pruning.json: the name of the run, the seconds so far, a record of each layer."""
+        """Write pruning.json: what names the run, the seconds so far, a record of each layer, and what else is known.
+        """
         text = json.dumps(what, indent=1)
         write_atomically(self.partial / "pruning.json", lambda path: path.write_text(text))
 

@@ -27,10 +27,11 @@ def allowed(root=Path("/sys/fs/cgroup"), own=Path("/proc/self/cgroup")):
     and schedulers set; cached files count as free, for they make room."""
     group = re.search(r"^0::/(.*)$", own.read_text(), re.MULTILINE) if own.exists() else None
     for folder in [root / group[1], *(root / group[1]).parents] if group else []:
-        limit = folder / "memory.max"
-        if limit.exists() and (most := limit.read_text().strip()) != "max":
-            cached = re.search(r"^inactive_file (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
-            yield int(most) - int((folder / "memory.current").read_text()) + int(cached[1])
+        try:
+            most, used, stat = ((folder / f"memory.{name}").read_text() for name in ("max", "current", "stat"))
+            yield int(most) - int(used) + sum(map(int, re.findall(r"^(?:in)?active_file (\d+)$", stat, re.MULTILINE)))
+        except (OSError, ValueError):  # no such group, or one without a limit ("max")
+            pass
 
 
 def fast_in_bf16(device):

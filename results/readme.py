@@ -46,7 +46,7 @@ CHOICES = [  # what a reader wants, the command that does it, and its names in c
     ("the same, and layers may differ in sparsity",
      "dsnot.py --refine swap --refit --global-swaps 16 --allocate sensitivity",
      "wanda + swap + refit + global (allocate sensitivity)"),
-    ("2:4, and there is time to train", "ast_train.py --methods ast", "AST"),
+    ("2:4, with time to train", "ast_train.py --methods ast", "AST"),
     ("the same with SLoRB, a few dense parameters more", "ast_train.py --methods ast-slorb", "AST + SLoRB")]
 ABLATION = {  # what a run is called: its file, and the row of its table
     "AST": ("seed0", "AST"), "no distillation": ("no-distillation", "AST"), "static decay": ("static-decay", "AST"),

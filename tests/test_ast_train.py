@@ -222,7 +222,8 @@ def test_a_model_of_another_training_is_not_replaced(tmp_path, train, capsys):
 
 
 def test_what_a_run_stopped_while_measuring_leaves_stops_nobody(tmp_path, train, monkeypatch):
-    """Would catch a training that ends with an error because of a mask that another one has left."""
+    """Would catch a training that ends with an error because of a mask that another one has left, and a folder of the
+    user's that is taken for one."""
     def killed(*_):
         raise KeyboardInterrupt
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -232,6 +233,11 @@ def test_what_a_run_stopped_while_measuring_leaves_stops_nobody(tmp_path, train,
     found = train(tmp_path, "--one-shot", "--steps", 1, "--methods", "dense", "--seed", 1)
     assert "one-shot magnitude" in found["table"]
     assert not list(tmp_path.glob("one*"))
+    (tmp_path / "one-shot-wanda").mkdir()
+    (tmp_path / "one-shot-wanda" / "mine.txt").write_text("mine")
+    with pytest.raises(InputError, match="one-shot-wanda exists and is no model that was written here"):
+        train(tmp_path, "--one-shot", "--steps", 1, "--methods", "dense", "--seed", 1)
+    assert (tmp_path / "one-shot-wanda" / "mine.txt").is_file()
 
 
 def test_a_run_killed_between_its_first_model_and_its_first_state_begins_anew(tmp_path, train, monkeypatch):

@@ -317,8 +317,11 @@ def test_damaged_files(file, damage, words, folder, monkeypatch, capsys):
 
 def test_shards_without_their_index(folder, monkeypatch, capsys):
     """Would catch model.safetensors, which such a model does not have, asked for in its place."""
-    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
-    assert "model.safetensors.index.json, which tells what else" in refused(monkeypatch, capsys, folder)
+    before = folder / "model.safetensors"
+    for name, index in [("model-00001-of-00002.safetensors", "model.safetensors.index.json"),
+                        ("pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json")]:
+        before = before.rename(folder / name)
+        assert f"{index}, which tells what else" in refused(monkeypatch, capsys, folder)
 
 
 def test_damaged_pytorch_files(folder, monkeypatch, capsys):

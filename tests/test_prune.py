@@ -21,7 +21,7 @@ from data import calibration, estimate
 from data.calibration import inputs_of, place_for, watch
 from data.checkpoint import CheckpointWriter, alone_in
 from data.command import run
-from data.device import allowed
+from data.device import allowed, free_memory
 from test_gpt import ALL, ids_for, theirs
 
 
@@ -390,14 +390,15 @@ def test_activations_that_are_not_finite(monkeypatch, capsys, model, tmp_path):
 
 def test_weights_that_do_not_fit_into_the_dtype_of_the_checkpoint():
     """Would catch an infinite weight written as finished, and the layer after it accused."""
-    weight, stats = torch.randn(8, 16), dsnot.InputStats(16)
-    weight[2, 3] = 1e5
-    stats.add(torch.randn(4, 16))
-    how = dict(score="wanda", refine="none", sparsity=0.5)
+    torch.manual_seed(0)
+    weight, stats = 6e4 * torch.randn(8, 16).sign(), dsnot.InputStats(16, gram=True)
+    stats.add(torch.randn(40, 1) + 0.1 * torch.randn(40, 16))  # one input stands for the others
+    before, how = weight.half(), dict(score="wanda", refine="none", refit=True, sparsity=0.5)
+    assert before.isfinite().all()
     with pytest.raises(dsnot.InputError, match="that suit layer 7 do not fit into float16"):
-        dsnot.prune_linear(weight, "layer 7", stats, "mask", torch.float16, **how)
-    assert weight[2, 3] == 1e5  # nothing has changed
-    assert dsnot.prune_linear(weight, "layer 7", stats, "mask", torch.bfloat16, **how)["sparsity"] == 0.5
+        dsnot.prune_linear(weight, "layer 7", stats, "weights", torch.float16, **how)
+    assert torch.equal(weight, before.float())  # nothing has changed
+    assert dsnot.prune_linear(weight, "layer 7", stats, "weights", torch.bfloat16, **how)["sparsity"] == 0.5
 
 
 def test_full_disk(monkeypatch, capsys, model, tmp_path):
@@ -497,21 +498,30 @@ def test_activations_lie_in_one_place(monkeypatch, gpu, cpu, fits):
     assert fits == (150 < (cpu if place == "cpu" else gpu))
 
 
-def test_the_limits_of_a_container_count_and_cached_files_do_not(tmp_path):
+def test_the_limits_of_a_container_count_and_cached_files_do_not(monkeypatch, tmp_path):
+    """Would catch a decision by the memory of a host of which a job may have a part, and one against a model because
+    it is in the cache."""
     root, own = tmp_path / "cgroup", tmp_path / "own"
     job = root / "cluster" / "job"
     job.mkdir(parents=True)
     for folder, most, used, cached in (job, "max", 500, 0), (job.parent, "1000", 700, 200):
         (folder / "memory.max").write_text(most + "\n")
         (folder / "memory.current").write_text(f"{used}\n")
-        (folder / "memory.stat").write_text(f"anon 1\ninactive_anon 7\ninactive_file {cached}\n")
+        (folder / "memory.stat").write_text(f"anon 1\ninactive_anon 7\ninactive_file {cached}\nactive_file 30\n")
     own.write_text("1:cpu:/elsewhere\n0::/cluster/job\n")
-    assert list(allowed(root, own)) == [1000 - 700 + 200]
+    assert list(allowed(root, own)) == [1000 - 700 + 200 + 30]
+    with monkeypatch.context() as patch:
+        patch.setattr("data.device.allowed", lambda: allowed(root, own))
+        assert free_memory(torch.device("cpu")) == 530
+    (job.parent / "memory.stat").unlink()  # a group that goes away
+    assert not list(allowed(root, own))
     own.write_text("4:memory:/version/1\n")
     assert not list(allowed(root, own)) and not list(allowed(root, tmp_path / "no Linux"))
 
 
 def test_what_an_unfinished_run_differs_in_is_said(monkeypatch, capsys, model, tmp_path):
+    """Would catch a run of other options that goes on, and a block that is noted, but not written, taken for done."""
+    command(monkeypatch, model, tmp_path / "whole")
     real, noted = CheckpointWriter.note, []
 
     def killed(writer, **what):
@@ -526,6 +536,9 @@ def test_what_an_unfinished_run_differs_in_is_said(monkeypatch, capsys, model, t
     with pytest.raises(SystemExit):
         command(monkeypatch, model, tmp_path / "out", "--nsamples", "3", "--cycles", "2")
     assert "another run, which differs in cycles, nsamples: give what it had" in capsys.readouterr().err
+    command(monkeypatch, model, tmp_path / "out")
+    assert "going on after 1 of 2 blocks" in capsys.readouterr().out
+    assert all(torch.equal(tensors(tmp_path / "out")[name], W) for name, W in tensors(tmp_path / "whole").items())
 
 
 def test_what_may_surprise_is_said(monkeypatch, capsys, model, tmp_path):
