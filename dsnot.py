@@ -506,7 +506,7 @@ def cheapest(cost, grid, sizes, sparsity):
     return shares
 
 
-# ------------------------------------------------------------------------------------------------- walking the blocks
+# -------------------------------------------------------------------------------- walking the blocks, from a layer up
 
 # What a layer's output should be with --propagate, (a, b). a mixes two targets: at 0 what the dense weights make of the
 # inputs that the layer now gets, at 1 its output in the dense model. b, for o_proj and down_proj alone, whose outputs
