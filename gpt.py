@@ -101,10 +101,9 @@ class Config:
         rope = said.get("rope_scaling") or said.get("rope_parameters") or {}
         if not isinstance(rope, dict):
             raise InputError(f"config.json: the rotary scaling {rope!r} is no JSON object")
-        rope = dict(rope)
-        rope["original_max_position_embeddings"] = (
+        rope = rope | {"original_max_position_embeddings": (
             said.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
-            or said.get("max_position_embeddings"))
+            or said.get("max_position_embeddings"))}
         reach = said.get("sliding_window") if said.get("use_sliding_window") else None
         first = min(said.get("first_sliding_layer", layers), layers)
         kinds = said.get("layer_types") or ["full_attention"] * first + ["sliding_attention"] * (layers - first)
@@ -445,16 +444,19 @@ class GPT(nn.Module):
         shape = (batch, c.num_key_value_heads, length, c.head_dim)
         return [(w.new_zeros(shape), w.new_zeros(shape)) for _ in self.model.layers]
 
-    @torch.inference_mode()
     def sample(self, ids: Tensor, max_new_tokens: int, temperature: float = 1.0,
                top_k: int | None = None) -> Iterator[Tensor]:
         """Yield `max_new_tokens` times the next token [B, 1] of ids [B, T]. temperature 0 takes the most likely token;
-        top_k samples among the k most likely ones."""
-        B, T = ids.shape
+        top_k samples among the k most likely ones. Raises InputError at once where the model can't read so much."""
+        T = ids.shape[1]
         assert T > 0 and temperature >= 0 and (top_k is None or top_k > 0), (T, temperature, top_k)
-        self.check_length(T + max_new_tokens - 1)  # the last token is not read
         self.check_tokens(ids)
-        ids = ids.to(self.device)
+        self.check_length(T + max_new_tokens - 1)  # the last token is not read
+        return self._sampled(ids.to(self.device), max_new_tokens, temperature, top_k)
+
+    @torch.inference_mode()
+    def _sampled(self, ids, max_new_tokens, temperature, top_k):
+        B, T = ids.shape
         caches = self.new_caches(B, T + max_new_tokens)
         everywhere = torch.arange(T + max_new_tokens, device=ids.device)
         angles = rotary(self.config, everywhere)
@@ -632,12 +634,11 @@ def main():
     ids = encode_open(tokenizer, args.prompt)
     if not ids:
         raise InputError(f"--prompt {args.prompt!r} has no tokens")
-    prompt = torch.tensor([ids])
-    model.check_tokens(prompt)  # before anything is written
-    model.check_length(len(ids) + args.max_new_tokens - 1)
+    prompt = torch.tensor([ids], device=args.device)
+    sampled = model.sample(prompt, args.max_new_tokens, args.temperature, args.top_k)
     begin, shown = time.perf_counter(), len(tokenizer.decode(ids))
     print(tokenizer.decode(ids), end="", flush=True)
-    for token in model.sample(prompt, args.max_new_tokens, args.temperature, args.top_k):
+    for token in sampled:
         ids.append(token.item())
         text = tokenizer.decode(ids)
         if not text.endswith("\ufffd"):  # a character of several tokens is shown when it is whole
