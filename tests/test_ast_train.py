@@ -137,7 +137,7 @@ def test_the_dense_control_learns(tmp_path, train):
     found = train(tmp_path, "--methods", "dense", "--kl-weight", 1)
     loss, decay = [[row[key] for row in found["runs"]["dense"]["history"]] for key in ("loss", "decay")]
     assert min(loss) > 1 and not any(decay)
-    assert found["table"]["dense, trained on"]["perplexity"] < found["table"]["dense"]["perplexity"] / 2
+    assert found["table"]["dense, trained on"]["perplexity"] < 0.75 * found["table"]["dense"]["perplexity"]
     assert train(tmp_path, "--methods", "dense", "--kl-weight", 0.5, "--temperature", 3)["table"] == found["table"]
 
 
