@@ -424,15 +424,18 @@ def save_model(folder, model, source, made):
 
 @torch.no_grad()
 def validation_perplexity(model, ids, args):
-    """Perplexity on windows [n, seqlen + 1]; last ones of which not every process gets one are left out."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    ids = ids[:len(ids) // world * world][rank::world]
+    """Perplexity on windows [n, seqlen + 1]."""
+    rank, world = processes()
+    own = ids[rank::world]
+    left, spare = len(own), -(-len(ids) // world) - len(own)  # a spare window is read, so that all read equally many
     loss = torch.zeros((), device=args.device)
-    for part in ids.split(args.micro_batch):
+    for part in torch.cat([own, ids[:spare]]).split(args.micro_batch):
         part = part.to(args.device)
         with arithmetic(args):
             logits = model(part[:, :-1])
-        loss += training_loss(logits, None, part[:, 1:], 0, 1) * (len(part) / len(ids))
+        if count := min(len(part), left):
+            loss += training_loss(logits[:count], None, part[:count, 1:], 0, 1) * (count * world / len(ids))
+        left -= count
     return math.exp(min(700.0, mean_over_processes(loss)))  # a ruined model: no overflow, no NaN
 
 
@@ -773,9 +776,6 @@ def prepare(args):
     test_ids = evaluation_tokens(args.eval_data, "test", args.data, tokenizer, args.seqlen)
     for ids in held_out, calibration, windows(test_ids, args.seqlen, f"the test text of {args.eval_data}"):
         model.check_tokens(ids)
-    if len(held_out) < dist.get_world_size():
-        raise InputError(f"the validation text of {args.eval_data} has {len(held_out)} windows, fewer than there are "
-                         f"processes: give a longer text or a smaller --seqlen")
     say(f"{mixture.tokens:,} tokens of training text, {args.steps * args.batch * args.seqlen:,} will be read "
         f"in windows of {args.seqlen} tokens{model.config.remark(args.seqlen)}")
     if pruned_here(folder):

@@ -35,10 +35,11 @@ def allowed(root=Path("/sys/fs/cgroup"), own=Path("/proc/self/cgroup")):
 
 
 def fast_in_bf16(device):
-    """Whether a device multiplies faster in bf16 than in float32: a GPU since Ampere, a CPU with AMX."""
+    """Whether a device multiplies faster in bf16 than in float32: a GPU since Ampere, a CPU that names AMX or
+    AVX512_BF16 among what it can do."""
     if device != "cpu":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("amx_tile", "avx512_bf16"))
 
 
 def timed(work, device):

@@ -3,7 +3,7 @@
 The unit is the module. A checksum of its name decides where it belongs, so the same module is held out on every machine
 and in every Python: one in ten for validation, one in ten for test, the rest for training. The text `tiny` of a split
 is documentation: a page for each module, made of its docstrings; in a held-out split without those that a training
-module has too (inherited ones), for training with the language reference that `help()` shows. `tiny-code` is the source
+page has too (inherited ones), for training with the language reference that `help()` shows. `tiny-code` is the source
 code. The standard library differs a little from one Python to the next and so do numbers measured on it.
 """
 

@@ -1,6 +1,7 @@
 """Token streams for training: long arrays of token ids, in memory or memory-mapped, and mixtures of them.
 
-A text that is too long to tokenize at every start is tokenized once into a `.bin` file, which training memory-maps:
+A text that is too long to tokenize at every start is tokenized once, but for what is held out of it, into a `.bin`
+file, which training memory-maps:
 
     python -m data.stream --model llama2-7b --data c4 --shards 48 --out c4.bin
     python -m data.stream --model llama2-7b --data arxiv.jsonl --out arxiv.bin
@@ -28,7 +29,7 @@ from data.hub import model_folder
 from data.text import SOURCES, documents, evaluation_ids, load_text, part_of
 from data.tokenizer import load_tokenizer
 
-HEADER, MARK = struct.Struct("<8sQQQ"), b"TOKENBIN"
+HEADER, MARK = struct.Struct("<8sQQQ"), b"TRAINBIN"
 GOLDEN = (5 ** 0.5 - 1) / 2
 PIECE = 50_000  # characters that are tokenized at a time: SentencePiece is slower on long texts
 
@@ -63,11 +64,6 @@ def encode(texts, tokenizer, label):
                 ids = ids + tokenizer.end
             yield np.array(ids, dtype)
             bar.update(len(piece))
-
-
-def training_texts(source, shard=0):
-    """The documents of a source that are for training; all of a file's. shard: which file of C4."""
-    return documents(source, "train" if source in SOURCES else None, shard)
 
 
 def write_bin(path, shards, tokenizer, label, made):
@@ -159,10 +155,14 @@ def sources_of(names):
 def evaluation_split(source, split, names):
     """What `split`, "validation" or "test", is of a source that is measured where a mixture of `names` is trained on. A
     named text has both. A file is cut in halves; where it is trained on, too, or may be (nobody knows what went into a
-    .bin), only its last tenth is."""
+    .bin), only its last tenth is. Raises InputError for a .bin that is measured where other texts, of which it may have
+    been made, are trained on: they are not cut where it is."""
     own, *trained = (Path(name).resolve() for name in [source, *sources_of(names)])
-    may_be_trained_on = own in trained or ".bin" in {path.suffix for path in [own, *trained]}
-    if source in SOURCES or may_be_trained_on:
+    bins = [path.suffix == ".bin" for path in trained]
+    if own.suffix == ".bin" and not all(bins):
+        raise InputError(f"--eval-data {source} may hold what is trained on, unless all --data end in .bin, too: "
+                         f"give the text that it was made from")
+    if source in SOURCES or own in trained or any(bins):
         return split
     return {"validation": "first-half", "test": "second-half"}[split]
 
@@ -232,7 +232,7 @@ def main():
         raise InputError(f"--shards {args.shards}: C4 has 1024 of them, every other text 1")
     folder = model_folder(args.model, weights=False)
     made = dict(model=str(folder.resolve()), data=args.data, shards=args.shards, files=versions([args.data]))
-    shards = [functools.partial(training_texts, args.data, shard) for shard in range(args.shards)]
+    shards = [functools.partial(documents, args.data, "train", shard) for shard in range(args.shards)]
     count = write_bin(args.out, shards, load_tokenizer(folder), args.data, made)
     print(f"{args.out}: {count:,} tokens, {Path(args.out).stat().st_size / 1e6:,.1f} MB")
     record(args, {"tokens": count})

@@ -33,7 +33,7 @@ from gpt import GPT, Config
 
 CONFIG = dict(  # what does not depend on the size
     architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=4096, head_dim=64, hidden_act="silu",
-    rms_norm_eps=1e-5, rope_theta=10000.0, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=1,
+    rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=True, bos_token_id=1,
     eos_token_id=2, attention_bias=False, mlp_bias=False, torch_dtype="bfloat16")
 TOKENIZER = dict(  # tokenizer_config.json, without which transformers adds neither BOS nor the first word's space
     tokenizer_class="LlamaTokenizer", add_bos_token=True, add_eos_token=False, bos_token="<s>", eos_token="</s>",
@@ -61,16 +61,18 @@ def learning_rate(step, steps, peak, warmup):
 
 @torch.no_grad()
 def validation_loss(model, ids):
-    return torch.stack([F.cross_entropy(model(x[:, :-1]).float().flatten(0, 1), x[:, 1:].flatten())
-                        for x in ids.split(32)]).mean()
+    return sum(F.cross_entropy(model(x[:, :-1]).float().flatten(0, 1), x[:, 1:].flatten()) * len(x)
+               for x in ids.split(32)) / len(ids)
 
 
-def new_model(hidden_size, layers):
-    """A model of some width and depth with GPT-2's initialisation, residual projections scaled by depth."""
+def new_model(hidden_size, layers, seqlen):
+    """A model of some width and depth for windows of `seqlen` tokens, with GPT-2's initialisation, residual projections
+    scaled by depth."""
     heads = hidden_size // CONFIG["head_dim"]
     model = GPT(Config.from_dict(CONFIG | dict(
         hidden_size=hidden_size, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads // 2,
-        intermediate_size=round(hidden_size / 6) * 16)))  # 8/3 as wide, and 2:4 can be stored
+        intermediate_size=round(hidden_size / 6) * 16,  # 8/3 as wide, and 2:4 can be stored
+        max_position_embeddings=seqlen)))
     for name, weight in model.named_parameters():
         if weight.dim() == 2:
             scale = (2 * layers) ** -0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
@@ -207,7 +209,7 @@ def main():
     held_out = windows(tokenizer.encode(stdlib_text("validation")), args.seqlen + 1).to(args.device)
     print(f"{len(streams[0]):,} tokens of documentation, {len(streams[1]):,} of source, "
           f"{held_out.numel():,} for validation")
-    model = new_model(args.hidden_size, args.layers).to(args.device)
+    model = new_model(args.hidden_size, args.layers, args.seqlen).to(args.device)
     history = train(args, model, streams, held_out, work / "state.pt")
     model.bfloat16().save_pretrained(args.out, tokenizer_from=work)
     shutil.rmtree(work)

@@ -23,7 +23,8 @@ def test_a_bin_file_returns_the_tokens(checkpoint, tmp_path, monkeypatch, capsys
     assert isinstance(ids, np.memmap) and f"{len(ids):,} tokens" in capsys.readouterr().out
     assert ids[0] == tokenizer.bos and (ids == tokenizer.bos).sum() == 1
     begin = tokenizer.decode(ids.tolist())
-    assert len(begin) > 10_000 and Path(argparse.__file__).read_text().startswith(begin[:4000])
+    text = Path(argparse.__file__).read_text()
+    assert text.startswith(begin[:4000]) and 0.89 * len(text) < len(begin) < 0.91 * len(text)  # the rest is measured
     parts = [stream.tokens(str(tmp_path / "text.bin"), tokenizer, split) for split in ("train", "validation", "test")]
     assert np.array_equal(np.concatenate(parts), ids)  # the splits share nothing and lose nothing
 

@@ -30,6 +30,13 @@ def train(monkeypatch):
     return run
 
 
+def test_every_window_of_the_validation_counts_once():
+    """Would catch a last batch that is smaller and counts as much as the others."""
+    model, ids = train_tiny.new_model(128, 1, 4), torch.randint(400, (33, 5))
+    expected = torch.nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).item()
+    assert train_tiny.validation_loss(model, ids).item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_documentation_is_not_learned_by_heart():
     """Would catch a change of the recipe that ships, and a long training that reads few pages again and again."""
     assert train_tiny.documentation_share(549_679, 2000 * 32 * 256) == 0.3
@@ -62,7 +69,8 @@ def test_a_stopped_training_ends_with_the_same_bytes(tmp_path, train, monkeypatc
     train(tmp_path / "late")
     assert (tmp_path / "late" / "model.safetensors").read_bytes() == whole.read_bytes()
     ids = load_tokenizer(tmp_path / "cut").encode("the parser")
-    assert GPT.from_pretrained(tmp_path / "cut")(torch.tensor([ids])).isfinite().all()
+    model = GPT.from_pretrained(tmp_path / "cut")
+    assert model(torch.tensor([ids])).isfinite().all() and model.config.raw["max_position_embeddings"] == 32
 
 
 def test_a_damaged_state_gets_a_sentence(tmp_path, train):
