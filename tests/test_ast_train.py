@@ -29,6 +29,7 @@ from conftest import ROOT, make_checkpoint
 from data import load_text, load_tokenizer
 from data.checkpoint import alone_in
 from data.command import InputError
+from data.device import fast_in_bf16
 from data.state import check_room
 from data.stream import evaluation_tokens, open_bin, tokens, write_bin
 from data.train_tiny import train_tokenizer
@@ -450,6 +451,13 @@ def test_validation_does_not_depend_on_how_many_windows_fit(files, train, tmp_pa
     found = [train(tmp_path / str(n), "--micro-batch", n, "--steps", 1)["runs"]["ast"]["validation"][0][1]
              for n in (2, 3, 2000)]
     assert found[1:] == pytest.approx(found[:1] * 2, rel=1e-5)
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="only Linux tells what a processor can do")
+def test_bf16_is_taken_where_the_processor_multiplies_it_fast():
+    """Would catch a PyTorch that tells it by another name: training would take twice as long, and nobody would know."""
+    flags = Path("/proc/cpuinfo").read_text().split()
+    assert fast_in_bf16("cpu") == ("amx_tile" in flags or "avx512_bf16" in flags)
 
 
 @pytest.mark.parametrize("inside", [False, True])
