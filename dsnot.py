@@ -802,7 +802,7 @@ def prune_globally(model, samples, out, run, *, global_swaps, pattern=None, **op
     which the dense and the pruned model are held whole in memory. The arguments are those of `prune`."""
     (start, local), first, source = blocks_of(out, run), processes()[0] == 0, model.source
     if done := finished(out, run):
-        if first and finished(start, local):  # a run was killed before it was removed
+        if first and (finished(start, local) or not start.exists()):  # a run was killed before or while it was removed
             remove(start)
         return done["layers"]
     prune(model, samples, start, local, pattern=pattern, **options)
@@ -960,7 +960,7 @@ def main():
         plain = method | USUAL | dict(refine="none", refit=False, propagate=False)
         method |= dict(global_swaps=args.global_swaps) if args.global_swaps else {}
         if args.dry_run:
-            return dry_run(args, config, amount, [method] + [plain] * args.compare, prune_layer)
+            return dry_run(args, config, amount, [method] + [plain] * args.compare, prune_layer, divergence)
         out = Path(os.path.normpath(args.out))  # "missing/.." is where it will be written
         passes = [("dense", folder, None), (title, out, method)]
         if args.compare:

@@ -428,8 +428,9 @@ class CheckpointWriter:
 
 
 def remove(folder):
-    """Remove a folder, which is whole under its name or not there."""
+    """Remove a folder, which is whole under its name or not there, and what a run that was killed in here has left."""
     gone = folder.with_name(f".{folder.name}.gone")
     shutil.rmtree(gone, ignore_errors=True)
-    folder.rename(gone)
-    shutil.rmtree(gone)
+    if folder.exists():
+        folder.rename(gone)
+        shutil.rmtree(gone)

@@ -102,7 +102,7 @@ def whole_memory(args, model):
     return {"two models": 2 * sum(p.numel() for p in model.parameters()) * itemsize,
             "a gradient": 4 * weights,
             "activations": kept * tokens * (config.num_hidden_layers * (4 * C + M) + 32 * C + 11 * M) * itemsize,
-            "logits": 4 * config.vocab_size * (max(ROUND, args.seqlen) + 4 * tokens)}
+            "logits": 4 * config.vocab_size * (max(ROUND, args.seqlen) + 6 * tokens)}
 
 
 def check_whole(args, model):
@@ -129,15 +129,15 @@ def needed_memory(args, model, methods):
         "a batch's activations": 4 * max(ROUND, args.seqlen) * config.intermediate_size * itemsize,
         "Gram matrices": gram * (24 if args.score == "sparsegpt" else 16) * widest ** 2,
         "refit's equations": args.refit * 20 * min(max(CHUNK, (widest * n / m) ** 2), equations),
-        "the logits of trials": sensitivity * 16 * probe_tokens(args.seqlen) * config.vocab_size}
+        "the logits of trials": sensitivity * 24 * probe_tokens(args.seqlen) * config.vocab_size}
     if args.global_swaps and sum((later := whole_memory(args, model)).values()) > sum(needed.values()):
         needed = {f"{name} for global swaps": size for name, size in later.items()}  # when all else is gone
     return {name: size for name, size in needed.items() if size}
 
 
 @torch.inference_mode()
-def needed_seconds(args, config, methods, block, prune_layer):
-    """How long pruning takes each process, from a random block on which its steps are timed."""
+def needed_seconds(args, config, methods, block, prune_layer, divergence):
+    """How long pruning takes each process, from a random block and a random head on which its steps are timed."""
     def fastest(work):  # `timed`, short work again: the first time is longer
         taken = [timed(work, args.device)]
         while sum(seconds for seconds, _ in taken) < 0.5 and len(taken) < 5:
@@ -162,24 +162,32 @@ def needed_seconds(args, config, methods, block, prune_layer):
 
     tokens = -(-args.nsamples // world) * args.seqlen
     needed = sum(walking(m["propagate"], has_goal(**m)) for m in methods) * tokens / len(sample)
+    trials, rounds, heads, blocks = 0, 0, 0.0, config.num_hidden_layers
     if args.allocate != "uniform":  # a pass through the dense model, and for "sensitivity" a trial of each layer
-        trials = len(layers) * probe_tokens(args.seqlen) if args.allocate == "sensitivity" else 0
-        trials *= (config.num_hidden_layers + 1) / 2  # each goes on through the blocks that follow
-        needed += len(methods) * ((running + watching) * tokens + running * trials) / len(sample)
-    # the dense model's output, the pruned one's with a gradient, which takes three passes more, and a check or two
-    needed += args.global_swaps * max(ROUND, args.seqlen * world) * 6 * running / len(sample) / world
+        trials = len(layers) * blocks * probe_tokens(args.seqlen) if args.allocate == "sensitivity" else 0  # tokens
+        mean = (blocks + 1) / 2 / blocks  # each goes on through the blocks that follow
+        needed += len(methods) * ((running + watching) * tokens + running * trials * mean) / len(sample)
+    if args.global_swaps:  # of tokens, and one more for the curvature
+        rounds = (args.global_swaps + 1) * max(ROUND, args.seqlen * world) / world
+        # the dense model's output, the pruned one's with a gradient, which takes three passes more, and a check or two
+        needed += rounds * 6 * running / len(sample)
+    if trials or rounds:
+        head = torch.randn(config.vocab_size, config.hidden_size, device=x.device, dtype=x.dtype)
+        expected = (x @ head.T).float().log_softmax(-1)
+        comparing, _ = fastest(lambda: divergence(x @ head.T, expected))
+        heads = comparing * (len(methods) * trials + 5 * rounds) / len(sample)
     for method, name in itertools.product(methods, layers):
         W, options = layers[name].weight, {k: method[k] for k in LAYER} | dict(refine=refine_of(name, **method))
         how = partial(prune_layer, stats=stats[name], **options)
         part = args.device == "cpu" and args.score != "sparsegpt"  # elsewhere time is not in proportion to the rows
-        rows = 64 if part else len(W)
+        rows = min(64, len(W)) if part else len(W)
         if args.device != "cpu":
             how(W[:64])  # warms up
         needed += fastest(lambda: how(W[:rows]))[0] * len(W) / rows / (world if rows_apart(**options) else 1)
-    return needed * config.num_hidden_layers
+    return needed * blocks + heads
 
 
-def dry_run(args, config, amount, methods, prune_layer):
+def dry_run(args, config, amount, methods, prune_layer, divergence):
     """Print what a run with these methods (the options of prune, each) would take: from the configuration, and from a
     random block."""
     with torch.device("meta"):
@@ -188,7 +196,7 @@ def dry_run(args, config, amount, methods, prune_layer):
     blocks, (rank, world) = config.num_hidden_layers, processes()
     memory = needed_memory(args, model, methods)
     block = Block(config).to(args.device, held_dtype(args, config))
-    needed = needed_seconds(args, config, methods, block, prune_layer)
+    needed = needed_seconds(args, config, methods, block, prune_layer, divergence)
     weights, size = {name: layer.weight for name, layer in prunable(block).items()}, whole * stored.itemsize
     say(f"{args.model}, {amount} pruned: {blocks} blocks with {sum(W.numel() for W in weights.values()):,} weights to "
         f"prune in each, {whole:,} parameters")

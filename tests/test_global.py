@@ -5,6 +5,7 @@ import gc
 import itertools
 import json
 import math
+import shutil
 import weakref
 
 import pytest
@@ -175,6 +176,9 @@ def test_the_folders_of_a_run(monkeypatch, capsys, model, tmp_path):
         command(monkeypatch, model, tmp_path / "out", *words)
     assert (tmp_path / "out").exists() and (tmp_path / "out.blocks").exists()
     monkeypatch.setattr(dsnot, "remove", removed)
+    shutil.copytree(tmp_path / "out.blocks", tmp_path / "half")
+    command(monkeypatch, model, tmp_path / "out", *words)
+    (tmp_path / "half").rename(tmp_path / ".out.blocks.gone")  # killed while they were removed
     command(monkeypatch, model, tmp_path / "out", *words)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     command(monkeypatch, model, tmp_path / "mine.blocks", "--refine", "none")

@@ -267,7 +267,7 @@ def test_dry_run_writes_nothing(monkeypatch, capsys, model, tmp_path):
     only.mkdir()
     (only / "config.json").write_bytes((model / "m" / "config.json").read_bytes())
     for options in (["--refine", "swap", "--refit"], ["--score", "sparsegpt", "--pattern", "2:4"],
-                    ["--refine", "swap", "--no-propagate"], ["--global-swaps", "4"]):
+                    ["--refine", "swap", "--no-propagate"], ["--global-swaps", "4"], ["--allocate", "sensitivity"]):
         command(monkeypatch, model, tmp_path / "out", "--model", str(only), "--dry-run", *options)
         printed = capsys.readouterr().out
         assert all(f"{name}_proj" in printed for name in "q k v o gate up down".split()) and "memory" in printed
