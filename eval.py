@@ -15,7 +15,7 @@ bfloat16.
     python eval.py --model tiny
     python eval.py --model llama2-7b --data wikitext2 --seqlen 2048
     python eval.py --model out/llama2-7b-wanda-dsnot-70 --tasks --json results/tasks.json
-    python eval.py --compare results/tiny/*.json --plot assets/dsnot.png
+    python eval.py --compare results/tiny/*.json --plot out/tiny.png
 
 Shapes: B batch, T tokens, C hidden size.
 """
@@ -240,9 +240,10 @@ def check(args):
         raise InputError("--limit and --tasks-dir tell how to run tasks: they need --tasks")
     if args.by_method and not args.compare:
         raise InputError("--by-method tells how to print a table: it needs --compare")
-    if args.compare and (args.data or args.split or args.tasks is not None or args.speed or args.seqlen or args.sparse):
-        raise InputError("--compare prints what was measured before: leave out --data, --split, --seqlen, --tasks, "
-                         "--speed and --sparse")
+    if args.compare and (args.data or args.split or args.tasks is not None or args.speed or args.seqlen or args.sparse
+                         or args.model != "tiny"):
+        raise InputError("--compare prints what was measured before: leave out --model, --data, --split, --seqlen, "
+                         "--tasks, --speed and --sparse")
     if args.plot and not args.compare:
         raise InputError(f"--plot {args.plot} draws what is compared: it needs --compare")
     if args.plot and Path(args.plot).suffix.lower() not in (".png", ".svg"):

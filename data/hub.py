@@ -67,7 +67,8 @@ def model_folder(name, weights=True, config_only=False):
         raise InputError(f"the Hub has no public model {target}: check the id, "
                          f"or run `hf auth login` if it is private") from None
     except (OSError, errors.HTTPError) as e:  # HTTPError: what the Hub's HTTP library raises, whichever it is
-        reason = getattr(e, "strerror", None) or type(e).__name__
+        absent = isinstance(e, errors.LocalEntryNotFoundError)
+        reason = "the Hub is out of reach" if absent else getattr(e, "strerror", None) or type(e).__name__
         what = "a folder with its config.json" if config_only else "its folder"
         raise InputError(f"{target} is no folder here, not in the Hub's cache, and can't be fetched ({reason}): "
                          f"without a network, copy {what} here and give --model FOLDER") from None

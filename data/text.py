@@ -79,8 +79,9 @@ def file_documents(source, split):
         raise InputError(f"{source} holds tokens for ast_train.py: give the text that it was made from")
     if not path.is_file():
         raise InputError(f"no text source {source!r}: give a text file or one of {', '.join(SOURCES)}")
-    try:  # bytes: line ends stay as they are
-        texts = json_lines(path) if path.suffix in (".jsonl", ".json") else [path.read_bytes().decode("utf-8-sig")]
+    try:
+        texts = (json_lines(path) if path.suffix in (".jsonl", ".json") else
+                 [path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")])  # models seldom know Windows' line ends
     except UnicodeDecodeError as e:
         raise InputError(f"{source} is not UTF-8 text ({e.reason} at byte {e.start}): give a text file") from None
     begin, end = part_of(sum(map(len, texts)), split)

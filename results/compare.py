@@ -1,6 +1,6 @@
 """Tables and plots of what was measured: of result files (--json of any command) and of pruned checkpoints.
 
-    python eval.py --compare results/tiny/*.json --by-method --plot assets/dsnot.png
+    python eval.py --compare results/tiny/*.json --by-method --plot out/tiny.png
 
 A row is a dict: model, data, seqlen, method ("wanda + dsnot"), amount ("70%" or "2:4"), sparsity (a share), perplexity,
 options (of the run), layers [{layer, weights, sparsity, error}], and what else was measured (tasks, speed, seconds).

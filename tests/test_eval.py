@@ -92,10 +92,11 @@ def test_splits_of_a_file(tmp_path):
         assert "".join(lines) == "".join(whole)
 
 
-def test_a_mark_of_the_encoding_is_no_text(tmp_path):
-    """Would catch a token in front of a file that some editors have saved."""
-    (tmp_path / "a.txt").write_bytes("wörter\r\n".encode("utf-8-sig"))
-    assert documents(str(tmp_path / "a.txt"), None) == ["wörter\r\n"]
+def test_what_windows_adds_to_a_file_is_no_text(tmp_path):
+    """Would catch a token in front of a file that some editors have saved, and line ends that no model has seen, which
+    multiply perplexity by three."""
+    (tmp_path / "a.txt").write_bytes("wörter\r\nund\rmehr\n".encode("utf-8-sig"))
+    assert documents(str(tmp_path / "a.txt"), None) == ["wörter\nund\rmehr\n"]
 
 
 def test_splits_of_tiny_share_nothing():
@@ -327,7 +328,8 @@ def test_speed_of_a_model_with_few_positions(tmp_path):
     (["--compare", "results/tiny"], "to compare the files that --json wrote, give results/tiny/*.json"),
     (["--plot", "a.png"], "needs --compare"), (["--seqlen", "1"], "--seqlen 1"),
     (["--limit", "3"], "they need --tasks"), (["--by-method"], "needs --compare"),
-    (["--compare", "x.json", "--speed"], "leave out --data"), (["--compare", "x.json", "--seqlen", "9"], "leave out"),
+    (["--compare", "x.json", "--model", "x"], "leave out --model"),
+    (["--compare", "x.json", "--speed"], "leave out --model"), (["--compare", "x.json", "--seqlen", "9"], "leave out"),
     (["--speed", "--split", "validation"], "--split validation is for perplexity"),
 ])
 def test_bad_input_is_one_sentence(arguments, said, monkeypatch, capsys, tmp_path):
