@@ -654,7 +654,7 @@ def options():
                         f"(default: tiny where the model has tiny's tokenizer, else c4)")
     g.add_argument("--eval-data", metavar="SOURCE",
                    help="validation and test text, one of the same; of a file half for each, or half of its last tenth "
-                        "if it, or a .bin, is trained on (default: tiny or wikitext2)")
+                        "if it, or a .bin, is trained on; a .bin only if it alone is (default: tiny or wikitext2)")
     g.add_argument("--seqlen", type=int, help="tokens a window")
     g = p.add_argument_group("training")
     g.add_argument("--steps", type=int, help="updates of the weights, each of --batch windows")

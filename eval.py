@@ -206,7 +206,7 @@ def describe(model, name):
 
 def options():
     p = parser(__doc__)
-    p.add_argument("--model", default="tiny", help="a preset (data/hub.py lists them), a Hub id or a folder")
+    p.add_argument("--model", help="a preset (data/hub.py lists them), a Hub id or a folder (default: tiny)")
     p.add_argument("--batch", type=int, default=8, help="windows or choices at a time")
     p.add_argument("--sparse", action=BooleanOptionalAction, default=False,
                    help="keep 2:4 layers compressed and compute with them (sparse_matmul.py)")
@@ -241,7 +241,7 @@ def check(args):
     if args.by_method and not args.compare:
         raise InputError("--by-method tells how to print a table: it needs --compare")
     if args.compare and (args.data or args.split or args.tasks is not None or args.speed or args.seqlen or args.sparse
-                         or args.model != "tiny"):
+                         or args.model):
         raise InputError("--compare prints what was measured before: leave out --model, --data, --split, --seqlen, "
                          "--tasks, --speed and --sparse")
     if args.plot and not args.compare:
@@ -266,6 +266,7 @@ def main():
     check(args)
     if args.compare:
         return compare(args)
+    args.model = args.model or "tiny"
     streamed = not args.speed and not args.sparse  # they need all blocks in memory
     model = GPT.from_pretrained(args.model, device=args.device, stream=streamed, sparse=args.sparse)
     data = args.data or usual_text(model.source.folder, "wikitext2")

@@ -433,4 +433,4 @@ def remove(folder):
     shutil.rmtree(gone, ignore_errors=True)
     if folder.exists():
         folder.rename(gone)
-        shutil.rmtree(gone)
+        shutil.rmtree(gone, ignore_errors=True)  # another run may be at it, too

@@ -35,8 +35,8 @@ def allowed(root=Path("/sys/fs/cgroup"), own=Path("/proc/self/cgroup")):
 
 
 def fast_in_bf16(device):
-    """Whether a device multiplies faster in bf16 than in float32: a GPU since Ampere, a CPU that names AMX or
-    AVX512_BF16 among what it can do."""
+    """Whether a device multiplies faster in bf16 than in float32: a GPU since Ampere, a CPU with AMX or
+    AVX512_BF16."""
     if device != "cpu":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("amx_tile", "avx512_bf16"))

@@ -162,20 +162,21 @@ def needed_seconds(args, config, methods, block, prune_layer, divergence):
 
     tokens = -(-args.nsamples // world) * args.seqlen
     needed = sum(walking(m["propagate"], has_goal(**m)) for m in methods) * tokens / len(sample)
-    trials, rounds, heads, blocks = 0, 0, 0.0, config.num_hidden_layers
+    tried, swapped, heads, blocks = 0, 0, 0.0, config.num_hidden_layers  # tried, swapped: tokens
     if args.allocate != "uniform":  # a pass through the dense model, and for "sensitivity" a trial of each layer
-        trials = len(layers) * blocks * probe_tokens(args.seqlen) if args.allocate == "sensitivity" else 0  # tokens
+        tried = len(layers) * blocks * probe_tokens(args.seqlen) if args.allocate == "sensitivity" else 0
         mean = (blocks + 1) / 2 / blocks  # each goes on through the blocks that follow
-        needed += len(methods) * ((running + watching) * tokens + running * trials * mean) / len(sample)
-    if args.global_swaps:  # of tokens, and one more for the curvature
-        rounds = (args.global_swaps + 1) * max(ROUND, args.seqlen * world) / world
+        needed += len(methods) * ((running + watching) * tokens + running * tried * mean) / len(sample)
+    if args.global_swaps:  # a round more is for the curvature
+        swapped = (args.global_swaps + 1) * max(ROUND, args.seqlen * world) / world
         # the dense model's output, the pruned one's with a gradient, which takes three passes more, and a check or two
-        needed += rounds * 6 * running / len(sample)
-    if trials or rounds:
-        head = torch.randn(config.vocab_size, config.hidden_size, device=x.device, dtype=x.dtype)
+        needed += swapped * 6 * running / len(sample)
+    if tried or swapped:  # time is in proportion to the vocabulary
+        vocabulary = min(config.vocab_size, 8192)
+        head = torch.randn(vocabulary, config.hidden_size, device=x.device, dtype=x.dtype)
         expected = (x @ head.T).float().log_softmax(-1)
         comparing, _ = fastest(lambda: divergence(x @ head.T, expected))
-        heads = comparing * (len(methods) * trials + 5 * rounds) / len(sample)
+        heads = comparing * config.vocab_size / vocabulary * (len(methods) * tried + 5 * swapped) / len(sample)
     for method, name in itertools.product(methods, layers):
         W, options = layers[name].weight, {k: method[k] for k in LAYER} | dict(refine=refine_of(name, **method))
         how = partial(prune_layer, stats=stats[name], **options)

@@ -122,7 +122,7 @@ def open_bin(path, tokenizer):
     except struct.error:
         mark = None
     if mark != MARK or Path(path).stat().st_size != HEADER.size + width * count:
-        raise InputError(f"{path} is damaged or was not made by `python -m data.stream`: make it anew")
+        raise InputError(f"{path} is damaged, of an older version, or was not made by `python -m data.stream`: make it anew")
     if vocabulary != tokenizer.vocab_size:
         raise InputError(f"{path} was made with a vocabulary of {vocabulary} tokens, the model has "
                          f"{tokenizer.vocab_size}: make it anew with this --model")
@@ -155,13 +155,14 @@ def sources_of(names):
 def evaluation_split(source, split, names):
     """What `split`, "validation" or "test", is of a source that is measured where a mixture of `names` is trained on. A
     named text has both. A file is cut in halves; where it is trained on, too, or may be (nobody knows what went into a
-    .bin), only its last tenth is. Raises InputError for a .bin that is measured where other texts, of which it may have
-    been made, are trained on: they are not cut where it is."""
-    own, *trained = (Path(name).resolve() for name in [source, *sources_of(names)])
-    bins = [path.suffix == ".bin" for path in trained]
-    if own.suffix == ".bin" and not all(bins):
-        raise InputError(f"--eval-data {source} may hold what is trained on, unless all --data end in .bin, too: "
-                         f"give the text that it was made from")
+    .bin), only its last tenth is. Raises InputError for a .bin that is measured where others are trained on, which may
+    hold the same text and are cut elsewhere."""
+    names = sources_of(names)
+    own, *trained = (Path(name).resolve() for name in [source, *names])
+    bins = [name.endswith(".bin") for name in names]  # as `tokens` tells them: a link may point to any name
+    if source.endswith(".bin") and {own} != set(trained):
+        raise InputError(f"--eval-data {source} can be measured where it alone is trained on, for other --data may hold "
+                         f"the same text: give the text that it was made from")
     if source in SOURCES or own in trained or any(bins):
         return split
     return {"validation": "first-half", "test": "second-half"}[split]

@@ -73,7 +73,7 @@ def documents(source, split, shard=0):
 
 
 def file_documents(source, split):
-    """`documents` of a file."""
+    """`documents` of a file. Windows' line ends in a running text become "\\n": models have seldom seen others."""
     path = Path(source)
     if path.suffix == ".bin":
         raise InputError(f"{source} holds tokens for ast_train.py: give the text that it was made from")
@@ -81,7 +81,7 @@ def file_documents(source, split):
         raise InputError(f"no text source {source!r}: give a text file or one of {', '.join(SOURCES)}")
     try:
         texts = (json_lines(path) if path.suffix in (".jsonl", ".json") else
-                 [path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")])  # models seldom know Windows' line ends
+                 [path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")])
     except UnicodeDecodeError as e:
         raise InputError(f"{source} is not UTF-8 text ({e.reason} at byte {e.start}): give a text file") from None
     begin, end = part_of(sum(map(len, texts)), split)

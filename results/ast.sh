@@ -1,12 +1,19 @@
 #!/usr/bin/env bash
-# Every number on AST, from scratch (hours on two CPU cores; what is measured already is skipped):
+# Every number on AST, from scratch (what is measured already is skipped; where a run fails, the others go on):
 #     bash results/ast.sh
+#     JOBS=2 OMP_NUM_THREADS=1 bash results/ast.sh          (two runs at a time: three quarters of an hour on two cores)
 # Then `python results/readme.py` puts them into README.md and results/README.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+measured=()
+trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
+trap 'echo "interrupted: the same command goes on from what has been saved" >&2; exit 130' INT
 run() {
-    if [ -f "results/ast-$1.json" ]; then echo "results/ast-$1.json is there"; return; fi
-    python ast_train.py --out "out/ast-$1" --json "results/ast-$1.json" "${@:2}"
+    local json=results/ast-$1.json
+    if [ -f "$json" ]; then echo "$json is there"; return; fi
+    while [ "$(jobs -rp | wc -l)" -ge "${JOBS:-1}" ]; do sleep 0.2; done
+    python ast_train.py --out "out/ast-$1" --json "$json" "${@:2}" &
+    measured+=("$json")
 }
 ablate() { run "$1" --methods ast --no-one-shot "${@:2}"; }
 for seed in 0 1 2; do run seed$seed --seed $seed; done  # the first is the default run
@@ -28,4 +35,8 @@ if [ -d out/deep ]; then  # of `bash results/study.sh deep`
     run deep --model out/deep
     run deep-swap --model out/deep --methods ast --no-one-shot --start-from swap
 fi
+wait
+for json in ${measured[@]+"${measured[@]}"}; do
+    [ -f "$json" ] || { echo "error: $json could not be measured, its run says why" >&2; exit 1; }
+done
 [ -f results/bench_ast.json ] || python tests/bench_ast.py --json results/bench_ast.json

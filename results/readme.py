@@ -26,28 +26,26 @@ OPENING = {  # the methods of the first picture, as compare.py names them and as
     "sparsegpt + swap": "SparseGPT + swaps",
     "wanda + swap + refit": "Wanda + swaps + refit",
     "wanda + swap + refit (allocate sensitivity)": "Wanda + swaps + refit, by sensitivity",
+    "wanda + swap + refit + global (allocate sensitivity)": "Wanda + swaps + refit + global swaps, by sensitivity",
     "AST": "AST", "AST + SLoRB": "AST + SLoRB"}
-CHOICES = [  # what a reader wants, the command that does it, and its names in compare.py's tables
-    ("the least time", "dsnot.py --refine none", "wanda"),
+CHOICES = [  # what is done, the command that does it, and its names in compare.py's tables
+    ("Wanda", "dsnot.py --refine none", "wanda"),
     ("DSnoT, our settings", "dsnot.py", "wanda + dsnot (refine layers all, sign check)"),
     ("DSnoT as published", "dsnot.py --cycles 50 --refine-layers attn`, at 70 % `--no-sign-check",
      "wanda + dsnot (cycles 50, refine layers attn, no sign check)",
      "wanda + dsnot (cycles 50, refine layers attn, sign check)"),
-    ("weights that stay as they are", "dsnot.py --refine swap", "wanda + swap"),
-    ("the same, and the whole model fits into memory", "dsnot.py --refine swap --global-swaps 16",
-     "wanda + swap + global"),
-    ("the same, and layers may differ in sparsity", "dsnot.py --refine swap --global-swaps 16 --allocate sensitivity",
+    ("swaps", "dsnot.py --refine swap", "wanda + swap"),
+    ("swaps, global swaps", "dsnot.py --refine swap --global-swaps 16", "wanda + swap + global"),
+    ("swaps, global swaps, by sensitivity", "dsnot.py --refine swap --global-swaps 16 --allocate sensitivity",
      "wanda + swap + global (allocate sensitivity)"),
-    ("weights that suit the mask", "dsnot.py --refine swap --refit", "wanda + swap + refit"),
-    ("the same, and layers may differ in sparsity", "dsnot.py --refine swap --refit --allocate sensitivity",
+    ("swaps, refit", "dsnot.py --refine swap --refit", "wanda + swap + refit"),
+    ("swaps, refit, by sensitivity", "dsnot.py --refine swap --refit --allocate sensitivity",
      "wanda + swap + refit (allocate sensitivity)"),
-    ("weights that suit the mask, and the whole model fits into memory",
-     "dsnot.py --refine swap --refit --global-swaps 16", "wanda + swap + refit + global"),
-    ("the same, and layers may differ in sparsity",
+    ("swaps, refit, global swaps", "dsnot.py --refine swap --refit --global-swaps 16", "wanda + swap + refit + global"),
+    ("swaps, refit, global swaps, by sensitivity",
      "dsnot.py --refine swap --refit --global-swaps 16 --allocate sensitivity",
      "wanda + swap + refit + global (allocate sensitivity)"),
-    ("2:4, with time to train", "ast_train.py --methods ast", "AST"),
-    ("the same with SLoRB, a few dense parameters more", "ast_train.py --methods ast-slorb", "AST + SLoRB")]
+    ("AST", "ast_train.py --methods ast", "AST"), ("AST + SLoRB", "ast_train.py --methods ast-slorb", "AST + SLoRB")]
 ABLATION = {  # what a run is called: its file, and the row of its table
     "AST": ("seed0", "AST"), "no distillation": ("no-distillation", "AST"), "static decay": ("static-decay", "AST"),
     "no decay": ("no-decay", "AST"), "fixed mask": ("fixed-mask", "AST"), "mask by Wanda score": ("wanda", "AST"),
@@ -86,20 +84,23 @@ def studies():
 def opening():
     """The rows of the first picture: what each method makes of tiny."""
     rows = pruned("tiny/*") + [row for row in pruned("ast-seed*") if row["method"].startswith("AST")]
-    said = {"model": "the model that ships", "data": "its test text"}
+    said = {"data": "its test text"}
     return [row | said | {"method": OPENING[row["method"]]} for row in rows
             if row["method"] in OPENING and row["amount"] in ("0%", "50%", "70%", "2:4")]
 
 
 def choices():
-    """Which method when: perplexity by what a reader wants."""
+    """Which method when: perplexity by method, the best of each column in bold."""
     rows = studies() + pruned("ast-seed*", "ast-deep")
     found = {(row["model"], row["method"], row["amount"]): f"{row['perplexity']:.2f}" for row in rows}
     cells = [(model, amount) for model in MODELS for amount in ("70%", "2:4")]
-    lines = [[want, f"`{command}`", *("".join(found.get((model, name, amount), "") for name in names)
-                                      for model, amount in cells)] for want, command, *names in CHOICES]
+    columns = [["".join(found.get((model, name, amount), "") for name in names) for _, _, *names in CHOICES]
+               for model, amount in cells]
+    best = [min(filter(None, column), key=float, default=None) for column in columns]
+    lines = [[said, f"`{command}`", *(f"**{x}**" if x == least else x for x, least in zip(row, best))]
+             for (said, command, *_), *row in zip(CHOICES, *columns)]
     dense = ["the dense model", "", *(found[model, "dense", "0%"] for model, _ in cells)]
-    return markdown(["you want", "command", *map(" ".join, cells)], [dense, *lines], texts=2)
+    return markdown(["method", "command", *map(" ".join, cells)], [dense, *lines], texts=2)
 
 
 def cost():
@@ -295,7 +296,8 @@ def main():
     texts = pages()
     plot(opening(), ROOT / "assets/overview.png")
     plot(studies(), ROOT / "assets/dsnot.png")
-    plot(pruned("tiny/0.7-wanda-swap-refit*"), ROOT / "assets/layers.png")
+    shares = "", "-owl", "-sensitivity"
+    plot(pruned(*(f"tiny/0.7-wanda-swap-refit{share}" for share in shares)), ROOT / "assets/layers.png")
     draw_ast(ROOT / "assets/ast.png")
     for path, text in texts.items():
         path.write_text(text)

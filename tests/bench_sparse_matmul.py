@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from data.command import write_atomically
 from eval import speed
 from gpt import GPT, Config, prunable
+from results.compare import GREY, LOOK
 from sparse_matmul import KINDS, compress, prune_24, sparse_linear, sparsify
 
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008), (8192, 8192), (28672, 8192), (8192, 28672)]
@@ -100,17 +101,25 @@ def decode(device, kind, config=LLAMA2_7B):
 
 
 def draw(table, path):
-    """Speed-up over M, a panel per kind of values, a line per shape; dashed the ceiling, by the bits of a weight."""
+    """Speed-up over M, a panel per kind of values, a line per shape; dashed the ceiling, by the bits of a weight, and
+    solid what is as fast as dense. Readable on light and dark pages."""
+    import matplotlib
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    for axis, (kind, bits) in zip(figure.subplots(1, len(KINDS)), KINDS.items()):
-        for N, K in SHAPES:
-            lines = {line["M"]: line["us"] for line in table if (line["N"], line["K"]) == (N, K)}
-            axis.semilogx(list(lines), [us["dense"] / us[kind] for us in lines.values()], base=2, label=f"{N} x {K}")
-        axis.axhline(16 / (bits / 2 + 1.125 if bits else 9), color="#808080", linestyle="--")
-        axis.set(title=kind, xlabel="rows of x", ylabel="times as fast as dense", ylim=(0, None))
-    axis.legend(frameon=False, fontsize=7)
-    write_atomically(path, lambda file: figure.savefig(file, format="svg"))
+    with matplotlib.rc_context(LOOK):
+        figure = Figure(figsize=(12, 3.8), layout="constrained")
+        panels = figure.subplots(1, len(KINDS), sharey=True)
+        for axis, (kind, bits) in zip(panels, KINDS.items()):
+            for N, K in SHAPES:
+                lines = {line["M"]: line["us"] for line in table if (line["N"], line["K"]) == (N, K)}
+                axis.semilogx(list(lines), [us["dense"] / us[kind] for us in lines.values()], label=f"{N} x {K}")
+            axis.axhline(16 / (bits / 2 + 1.125 if bits else 9), color=GREY, linestyle="--")
+            axis.axhline(1, color=GREY)
+            axis.set_xticks(ROWS, ROWS)
+            axis.minorticks_off()
+            axis.set(title=kind, xlabel="rows of x")
+        panels[0].set(ylabel="times as fast as dense", ylim=(0, None))
+        figure.legend(*axis.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=len(SHAPES))
+        write_atomically(path, lambda file: figure.savefig(file, format="svg", transparent=True))
 
 
 def measure(device):

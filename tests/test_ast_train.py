@@ -420,7 +420,8 @@ def test_methods_side_by_side_end_together(files, tmp_path):
     (["--sparsity", "0.5", "--pattern", "2:4"], "--pattern: not allowed with argument --sparsity"),
     (["--methods", "ast-slorb", "--slorb-k", "7"], "--slorb-k 7 does not divide"),
     (["--eval-data", "nowhere.txt"], "no text source 'nowhere.txt'"),
-    (["--eval-data", "a.bin"], "a.bin may hold what is trained on, unless all --data end in .bin, too"),
+    (["--eval-data", "a.bin"], "a.bin can be measured where it alone is trained on, for other --data may"),
+    (["--data", "nowhere.bin"], "nowhere.bin can't be read"),
 ])
 def test_wrong_options_get_a_sentence(tmp_path, train, options, message):
     with pytest.raises(InputError, match=message):
@@ -442,7 +443,7 @@ def test_every_window_of_the_validation_counts_once(files, monkeypatch):
         for rank in range(world):
             ast_train.validation_perplexity(model, ids, args)
         expected = torch.nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).item()
-        assert sum(losses) / world == pytest.approx(expected, rel=1e-6)
+        assert sum(losses) / world == pytest.approx(expected, rel=1e-5)
         assert len({steps[:-1].count(rank) for rank in range(world)}) == 1
 
 
@@ -453,11 +454,12 @@ def test_validation_does_not_depend_on_how_many_windows_fit(files, train, tmp_pa
     assert found[1:] == pytest.approx(found[:1] * 2, rel=1e-5)
 
 
-@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="only Linux tells what a processor can do")
-def test_bf16_is_taken_where_the_processor_multiplies_it_fast():
+@pytest.mark.parametrize("name", ["amx_tile", "avx512_bf16"])
+def test_bf16_is_taken_where_the_processor_multiplies_it_fast(monkeypatch, name):
     """Would catch a PyTorch that tells it by another name: training would take twice as long, and nobody would know."""
-    flags = Path("/proc/cpuinfo").read_text().split()
-    assert fast_in_bf16("cpu") == ("amx_tile" in flags or "avx512_bf16" in flags)
+    for known in "amx_tile", "avx512_bf16":
+        monkeypatch.setattr(torch.cpu, f"_is_{known}_supported", lambda known=known: known == name)
+    assert fast_in_bf16("cpu")
 
 
 @pytest.mark.parametrize("inside", [False, True])
@@ -550,7 +552,8 @@ def test_a_finished_training_asks_for_no_teacher(tmp_path, train, monkeypatch, c
 
 @pytest.mark.parametrize("data, own, validation, test", [
     ("uneven.txt", "uneven.txt", "validation", "test"), ("b.txt", "uneven.txt", "first-half", "second-half"),
-    ("b.bin", "uneven.txt", "validation", "test"), ("b.bin", "b.bin", "validation", "test")])
+    ("b.bin", "uneven.txt", "validation", "test"), ("link.bin", "uneven.txt", "validation", "test"),
+    ("b.bin", "b.bin", "validation", "test")])
 def test_validation_and_test_are_apart_from_training(files, data, own, validation, test):
     """Would catch a file of which a twentieth is measured without need, one that is trained on, and a test text that
     is not the one that eval.py and dsnot.py measure (the last tenth holds a fifth of these tokens)."""
@@ -558,9 +561,14 @@ def test_validation_and_test_are_apart_from_training(files, data, own, validatio
     (files / "uneven.txt").write_text(text[:40000] + "x" * 4000)
     (files / "b.txt").write_text(text[:9999])
     write_bin(files / "b.bin", [lambda: [text[:9999]]], tokenizer, "b", {})
+    (files / "link.bin").unlink(missing_ok=True)
+    (files / "link.bin").symlink_to("b.txt")  # as the Hub's cache has them: what it points to has any name
     source, trained = str(files / own), [f"{files / data}:2"]
     found = [evaluation_tokens(source, split, trained, tokenizer, 32).tolist() for split in ("validation", "test")]
     if own == "b.bin":
+        for others in [*trained, str(files / "b.txt")], [str(files / "c.bin")]:
+            with pytest.raises(InputError, match="where it alone is trained on"):
+                evaluation_tokens(source, "test", others, tokenizer, 32)
         ids = open_bin(files / own, tokenizer).tolist()
         assert found[0] + found[1] == ids[len(ids) * 9 // 10:] and len(found[1]) - len(found[0]) in (0, 1)
     else:

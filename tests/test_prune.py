@@ -275,6 +275,21 @@ def test_dry_run_writes_nothing(monkeypatch, capsys, model, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["only"]
 
 
+@pytest.mark.parametrize("options, trials", [([], 0), (["--allocate", "sensitivity"], 1)])
+def test_dry_run_counts_all_that_takes_time(monkeypatch, model, tmp_path, options, trials):
+    """Where all that is timed takes a second, be it a sample of 32 tokens or 64 rows of a weight. Would catch layers of
+    fewer rows that are told too short, and trials of which the output head is forgotten."""
+    monkeypatch.setattr(estimate, "timed", lambda work, device: (1.0, work()))
+    command(monkeypatch, model, tmp_path / "out", "--dry-run", "--json", str(tmp_path / "r.json"), "--refine", "none",
+            *options)
+    layers = dsnot.all_prunable(dsnot.GPT.from_pretrained(model / "m"))
+    blocks, samples, tried = 2, 4 * 32 / 32, 2048 / 32  # of calibration text and of a trial, each a second
+    expected = sum(max(1, len(layer.weight) / 64) for layer in layers.values())
+    expected += blocks * 2 * samples * (1 + trials)  # through a block and to its statistics; once more to allocate
+    expected += trials * len(layers) * tried * (blocks + 1) / 2 + trials * len(layers) * tried  # blocks, and the head
+    assert json.loads((tmp_path / "r.json").read_text())["results"]["seconds"] == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("options", [{}, {"propagate": True}, {"allocate": "sensitivity"}])
 def test_one_block_is_in_memory_at_a_time(blocks_read, model, tmp_path, options):
     """Would catch a loop variable, a hook or a list that keeps the block before, which is 0.8 GB of LLaMA2-7B."""
