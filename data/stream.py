@@ -122,7 +122,8 @@ def open_bin(path, tokenizer):
     except struct.error:
         mark = None
     if mark != MARK or Path(path).stat().st_size != HEADER.size + width * count:
-        raise InputError(f"{path} is damaged, of an older version, or was not made by `python -m data.stream`: make it anew")
+        raise InputError(f"{path} is damaged, of an older version, or was not made by `python -m data.stream`: "
+                         f"make it anew")
     if vocabulary != tokenizer.vocab_size:
         raise InputError(f"{path} was made with a vocabulary of {vocabulary} tokens, the model has "
                          f"{tokenizer.vocab_size}: make it anew with this --model")
@@ -161,8 +162,8 @@ def evaluation_split(source, split, names):
     own, *trained = (Path(name).resolve() for name in [source, *names])
     bins = [name.endswith(".bin") for name in names]  # as `tokens` tells them: a link may point to any name
     if source.endswith(".bin") and {own} != set(trained):
-        raise InputError(f"--eval-data {source} can be measured where it alone is trained on, for other --data may hold "
-                         f"the same text: give the text that it was made from")
+        raise InputError(f"--eval-data {source} can be measured only where it alone is trained on, for other --data "
+                         f"may hold the same text: give the text that it was made from")
     if source in SOURCES or own in trained or any(bins):
         return split
     return {"validation": "first-half", "test": "second-half"}[split]

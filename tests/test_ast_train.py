@@ -420,7 +420,7 @@ def test_methods_side_by_side_end_together(files, tmp_path):
     (["--sparsity", "0.5", "--pattern", "2:4"], "--pattern: not allowed with argument --sparsity"),
     (["--methods", "ast-slorb", "--slorb-k", "7"], "--slorb-k 7 does not divide"),
     (["--eval-data", "nowhere.txt"], "no text source 'nowhere.txt'"),
-    (["--eval-data", "a.bin"], "a.bin can be measured where it alone is trained on, for other --data may"),
+    (["--eval-data", "a.bin"], "a.bin can be measured only where it alone is trained on, for other --data may"),
     (["--data", "nowhere.bin"], "nowhere.bin can't be read"),
 ])
 def test_wrong_options_get_a_sentence(tmp_path, train, options, message):
