@@ -162,11 +162,11 @@ def needed_seconds(args, config, methods, block, prune_layer, divergence):
 
     tokens = -(-args.nsamples // world) * args.seqlen
     needed = sum(walking(m["propagate"], has_goal(**m)) for m in methods) * tokens / len(sample)
-    tried, swapped, heads, blocks = 0, 0, 0.0, config.num_hidden_layers  # tried, swapped: tokens
-    if args.allocate != "uniform":  # a pass through the dense model, and for "sensitivity" a trial of each layer
-        tried = len(layers) * blocks * probe_tokens(args.seqlen) if args.allocate == "sensitivity" else 0
-        mean = (blocks + 1) / 2 / blocks  # each goes on through the blocks that follow
-        needed += len(methods) * ((running + watching) * tokens + running * tried * mean) / len(sample)
+    tried, swapped, heads, blocks = 0, 0, 0.0, config.num_hidden_layers  # tried: tokens a block; swapped: in all
+    if args.allocate != "uniform":  # a pass through the dense model, and for "sensitivity" a trial of each layer,
+        tried = len(layers) * probe_tokens(args.seqlen) if args.allocate == "sensitivity" else 0
+        through = running * tried * (blocks + 1) / 2  # which goes on through the blocks that follow
+        needed += len(methods) * ((running + watching) * tokens + through) / len(sample)
     if args.global_swaps:  # a round more is for the curvature
         swapped = (args.global_swaps + 1) * max(ROUND, args.seqlen * world) / world
         # the dense model's output, the pruned one's with a gradient, which takes three passes more, and a check or two
@@ -176,7 +176,8 @@ def needed_seconds(args, config, methods, block, prune_layer, divergence):
         head = torch.randn(vocabulary, config.hidden_size, device=x.device, dtype=x.dtype)
         expected = (x @ head.T).float().log_softmax(-1)
         comparing, _ = fastest(lambda: divergence(x @ head.T, expected))
-        heads = comparing * config.vocab_size / vocabulary * (len(methods) * tried + 5 * swapped) / len(sample)
+        compared = len(methods) * tried * blocks + 5 * swapped
+        heads = comparing * config.vocab_size / vocabulary * compared / len(sample)
     for method, name in itertools.product(methods, layers):
         W, options = layers[name].weight, {k: method[k] for k in LAYER} | dict(refine=refine_of(name, **method))
         how = partial(prune_layer, stats=stats[name], **options)

@@ -160,11 +160,10 @@ def evaluation_split(source, split, names):
     hold the same text and are cut elsewhere."""
     names = sources_of(names)
     own, *trained = (Path(name).resolve() for name in [source, *names])
-    bins = [name.endswith(".bin") for name in names]  # as `tokens` tells them: a link may point to any name
     if source.endswith(".bin") and {own} != set(trained):
         raise InputError(f"--eval-data {source} can be measured only where it alone is trained on, for other --data "
                          f"may hold the same text: give the text that it was made from")
-    if source in SOURCES or own in trained or any(bins):
+    if source in SOURCES or own in trained or any(name.endswith(".bin") for name in names):  # as `tokens` tells them
         return split
     return {"validation": "first-half", "test": "second-half"}[split]
 

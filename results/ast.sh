@@ -5,13 +5,11 @@
 # Then `python results/readme.py` puts them into README.md and results/README.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-measured=()
-trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
-trap 'echo "interrupted: the same command goes on from what has been saved" >&2; exit 130' INT
+source results/jobs.sh
 run() {
     local json=results/ast-$1.json
-    if [ -f "$json" ]; then echo "$json is there"; return; fi
-    while [ "$(jobs -rp | wc -l)" -ge "${JOBS:-1}" ]; do sleep 0.2; done
+    if is_there "$json"; then return; fi
+    wait_for_room
     python ast_train.py --out "out/ast-$1" --json "$json" "${@:2}" &
     measured+=("$json")
 }
@@ -36,7 +34,5 @@ if [ -d out/deep ]; then  # of `bash results/study.sh deep`
     run deep-swap --model out/deep --methods ast --no-one-shot --start-from swap
 fi
 wait
-for json in ${measured[@]+"${measured[@]}"}; do
-    [ -f "$json" ] || { echo "error: $json could not be measured, its run says why" >&2; exit 1; }
-done
+check_measured
 [ -f results/bench_ast.json ] || python tests/bench_ast.py --json results/bench_ast.json

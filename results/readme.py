@@ -84,8 +84,7 @@ def studies():
 def opening():
     """The rows of the first picture: what each method makes of tiny."""
     rows = pruned("tiny/*") + [row for row in pruned("ast-seed*") if row["method"].startswith("AST")]
-    said = {"data": "its test text"}
-    return [row | said | {"method": OPENING[row["method"]]} for row in rows
+    return [row | {"method": OPENING[row["method"]], "data": "its test text"} for row in rows
             if row["method"] in OPENING and row["amount"] in ("0%", "50%", "70%", "2:4")]
 
 

@@ -35,9 +35,7 @@ END
 esac
 mkdir -p "results/$name"
 
-measured=()
-trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
-trap 'echo "interrupted: the same command goes on from what has been saved" >&2; exit 130' INT
+source results/jobs.sh
 train_deep() {  # unless it is there: the model of all runs in results/deep
     [ ! -d out/deep ] || return 0
     [ -z "$(ls results/deep)" ] || {
@@ -50,9 +48,9 @@ train_deep() {  # unless it is there: the model of all runs in results/deep
 run() {
     local row=${amount/:/of}-$1
     local json=results/$name/$row.json
-    if [ -f "$json" ]; then echo "$json is there"; return; fi
+    if is_there "$json"; then return; fi
     [ "$name" != deep ] || train_deep
-    while [ "$(jobs -rp | wc -l)" -ge "${JOBS:-1}" ]; do sleep 0.2; done
+    wait_for_room
     tidy
     python dsnot.py ${model[@]+"${model[@]}"} $option $amount --out "out/study-$name/$row" --json "$json" "${@:2}" &
     measured+=("$json")
@@ -64,13 +62,10 @@ tidy() {  # of the models that have been measured
         [ ! -f "results/$name/$row.json" ] || rm -rf "$folder"
     done
 }
-finish() {  # with an error if a run had one
-    local json
+finish() {
     wait
     tidy
-    for json in ${measured[@]+"${measured[@]}"}; do
-        [ -f "$json" ] || { echo "error: $json could not be measured, its run says why" >&2; exit 1; }
-    done
+    check_measured
 }
 
 if [ "$name" = settings ]; then
