@@ -3,7 +3,7 @@
 A text that is too long to tokenize at every start is tokenized once, but for what is held out of it, into a `.bin`
 file, which training memory-maps:
 
-    python -m data.stream --model llama2-7b --data c4 --shards 48 --out c4.bin
+    python -m data.stream --model llama2-7b --data c4 --shards 52 --out c4.bin
     python -m data.stream --model llama2-7b --data arxiv.jsonl --out arxiv.bin
 
 The file is a header of 32 bytes (a mark, then as 64-bit numbers the size of the vocabulary, the bytes of a token and

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Every number on AST, from scratch (what is measured already is skipped; where a run fails, the others go on):
 #     bash results/ast.sh
+#     bash results/ast.sh readme                            (the tables and pictures of README.md alone)
 #     JOBS=2 OMP_NUM_THREADS=1 bash results/ast.sh          (two runs at a time: three quarters of an hour on two cores)
 # Then `python results/readme.py` puts them into README.md and results/README.md.
 set -euo pipefail
@@ -14,10 +15,11 @@ run() {
     measured+=("$json")
 }
 ablate() { run "$1" --methods ast --no-one-shot "${@:2}"; }
+longer="--steps 1000 --warmup 50 --decay-steps 250 --save-every 250 --data tiny tiny-code --no-one-shot"
+run long --methods ast-slorb $longer
+run control-long --methods dense $longer
 for seed in 0 1 2; do run seed$seed --seed $seed; done  # the first is the default run
 for seed in 0 1 2; do run control$seed --seed $seed --methods dense --no-one-shot; done
-run float32 --no-one-shot --dtype float32
-run control-slow --methods dense --no-one-shot --lr 3e-5
 ablate no-distillation --kl-weight 0
 ablate static-decay --decay-steps 0
 ablate no-decay --decay 0
@@ -26,13 +28,14 @@ ablate wanda --score wanda
 ablate swap-start --start-from swap
 for T in 2 4; do ablate temperature$T --temperature $T; done
 ablate code --data tiny:3 tiny-code:7
-longer="--steps 1000 --warmup 50 --decay-steps 250 --save-every 250 --data tiny tiny-code --no-one-shot"
-run long --methods ast-slorb $longer
-run control-long --methods dense $longer
-if [ -d out/deep ]; then  # of `bash results/study.sh deep`
-    run deep --model out/deep
-    run deep-swap --model out/deep --methods ast --no-one-shot --start-from swap
+if [ "${1:-}" != readme ]; then
+    run control-slow --methods dense --no-one-shot --lr 3e-5
+    run float32 --no-one-shot --dtype float32
+    if [ -d out/deep ]; then  # of `bash results/study.sh deep`
+        run deep --model out/deep
+        run deep-swap --model out/deep --methods ast --no-one-shot --start-from swap
+    fi
 fi
 wait
 check_measured
-[ -f results/bench_ast.json ] || python tests/bench_ast.py --json results/bench_ast.json
+[ "${1:-}" = readme ] || [ -f results/bench_ast.json ] || python tests/bench_ast.py --json results/bench_ast.json

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The tables of pruned models. A run whose file is there is not made again: delete results/NAME to measure all anew.
 #     bash results/study.sh tiny                       (the model that ships; an hour on two cores by JOBS=2)
+#     bash results/study.sh tiny readme                (the rows of README.md alone)
 #     bash results/study.sh deep                       (a model of 32 layers; two hours, and one to train it before)
 #     bash results/study.sh settings                   (DSnoT's own settings, on the validation text of tiny)
 #     bash results/study.sh NAME FOLDER TEXT           (a model and a text file of yours; results go to results/NAME;
@@ -9,10 +10,11 @@
 # `python eval.py --compare results/NAME/*.json --by-method --plot NAME.png` then prints the table and draws it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-name=${1:-}
-usage() { sed -n '2,9s/^# //p' results/study.sh >&2; exit 2; }
+name=${1:-} only=
+usage() { sed -n '2,10s/^# //p' results/study.sh >&2; exit 2; }
 case $name:$# in
     tiny:1|settings:1) model=() ;;
+    tiny:2) model=() only=$2; [ "$only" = readme ] || usage ;;
     deep:1) model=(--model out/deep --calib tiny --data tiny --seqlen 256) ;;
     tiny:*|settings:*|deep:*|*/*) usage ;;
     *:3)
@@ -83,38 +85,52 @@ if [ "$name" = settings ]; then
     finish
     exit
 fi
-amounts="2:4 0.7 0.5"  # what README.md shows comes first
-case $name in
-    deep) ;;
-    small) amounts+=" 0.8 0.6" ;;  # results/gpu.sh's model
-    tiny) amounts+=" 0.6 4:8" ;;  # which needs rows that 8 divides
-    *) amounts+=" 0.6" ;;
-esac
-for amount in $amounts; do
-    case $amount in *:*) option=--pattern ;; *) option=--sparsity ;; esac
-    for score in magnitude wanda sparsegpt; do
-        run $score --score $score --refine dsnot --compare
-        run $score-swap --score $score --refine swap --no-compare
-    done
+pictured() {  # in README.md's first picture
+    for score in magnitude wanda sparsegpt; do run $score --score $score --refine dsnot --compare; done
+    for score in wanda sparsegpt; do run $score-swap --score $score --refine swap --no-compare; done
+    run wanda-swap-refit --refine swap --refit --no-compare
+    run wanda-swap-global --refine swap --global-swaps 16 --no-compare
+    [ $option = --sparsity ] || return 0
+    run wanda-swap-refit-sensitivity --refine swap --refit --allocate sensitivity --no-compare
+    run wanda-swap-refit-sensitivity-global --refine swap --refit --allocate sensitivity --global-swaps 16 --no-compare
+}
+shown() {  # in its tables and its map of layers, too
     sign=$([ $option = --pattern ] && echo --sign-check || echo --no-sign-check)  # as the published code has it
     run wanda-published --refine dsnot --refine-layers attn --cycles 50 $sign --no-compare
+    run wanda-swap-refit-global --refine swap --refit --global-swaps 16 --no-compare
+    [ $option = --sparsity ] || return 0
+    run wanda-swap-sensitivity-global --refine swap --allocate sensitivity --global-swaps 16 --no-compare
+    run wanda-swap-refit-owl --refine swap --refit --allocate owl --no-compare
+}
+others() {  # in results/README.md
+    run magnitude-swap --score magnitude --refine swap --no-compare
     run wanda-dsnot-swap --refine dsnot+swap --no-compare
     run wanda-propagate --refine none --propagate --no-compare
     run wanda-swap-no-propagate --refine swap --no-propagate --no-compare
-    run wanda-swap-refit --refine swap --refit --no-compare
-    run wanda-swap-global --refine swap --global-swaps 16 --no-compare
-    run wanda-swap-refit-global --refine swap --refit --global-swaps 16 --no-compare
     run sparsegpt-propagate --score sparsegpt --refine none --propagate --no-compare
     run sparsegpt-refit --score sparsegpt --refine none --refit --no-compare
     run sparsegpt-swap-refit --score sparsegpt --refine swap --refit --no-compare
-    if [ $option = --sparsity ]; then
-        run wanda-swap-refit-sensitivity-global --refine swap --refit --allocate sensitivity --global-swaps 16 --no-compare
-        run wanda-swap-sensitivity --refine swap --no-compare --allocate sensitivity
-        run wanda-swap-sensitivity-global --refine swap --allocate sensitivity --global-swaps 16 --no-compare
-        for allocate in owl sensitivity; do
-            run wanda-swap-refit-$allocate --refine swap --refit --no-compare --allocate $allocate
-        done
-        run sparsegpt-swap-refit-sensitivity --score sparsegpt --refine swap --refit --no-compare --allocate sensitivity
-    fi
-done
+    [ $option = --sparsity ] || return 0
+    run wanda-swap-sensitivity --refine swap --allocate sensitivity --no-compare
+    run sparsegpt-swap-refit-sensitivity --score sparsegpt --refine swap --refit --allocate sensitivity --no-compare
+}
+each() {  # ROWS AMOUNT...: those runs for each amount
+    for amount in "${@:2}"; do
+        case $amount in *:*) option=--pattern ;; *) option=--sparsity ;; esac
+        $1
+    done
+}
+each pictured 2:4 0.7 0.5
+each shown 2:4 0.7
+if [ -z "$only" ]; then
+    case $name in
+        deep) more=() ;;
+        small) more=(0.8 0.6) ;;  # results/gpu.sh's model
+        tiny) more=(0.6 4:8) ;;  # which needs rows that 8 divides
+        *) more=(0.6) ;;
+    esac
+    each pictured ${more[@]+"${more[@]}"}
+    each shown 0.5 ${more[@]+"${more[@]}"}
+    each others 2:4 0.7 0.5 ${more[@]+"${more[@]}"}
+fi
 finish
