@@ -135,58 +135,72 @@ def needed_memory(args, model, methods):
     return {name: size for name, size in needed.items() if size}
 
 
+def fastest(work, device):
+    """`timed`, short work again: the first time is longer."""
+    taken = [timed(work, device)]
+    while sum(seconds for seconds, _ in taken) < 0.5 and len(taken) < 5:
+        taken.append(timed(work, device))
+    return min(taken, key=lambda one: one[0])
+
+
 @torch.inference_mode()
 def needed_seconds(args, config, methods, block, prune_layer, divergence):
     """How long pruning takes each process, from a random block and a random head on which its steps are timed."""
-    def fastest(work):  # `timed`, short work again: the first time is longer
-        taken = [timed(work, args.device)]
-        while sum(seconds for seconds, _ in taken) < 0.5 and len(taken) < 5:
-            taken.append(timed(work, args.device))
-        return min(taken, key=lambda one: one[0])
-
     layers, world, sample = prunable(block), processes()[1], torch.arange(min(args.seqlen, 256), device=args.device)
     where = rotary(config, sample), sample
     (step,), halves = steps(block, *where), steps(block, *where, halves=True)
     x = torch.randn(1, len(sample), config.hidden_size, device=args.device, dtype=held_dtype(args, config))
     groups, stages = readers(step, x, layers), [(half, [one]) for half in halves for one in readers(half, x, layers)]
     gram = any(needs_gram(**method) for method in methods)
-    watching, stats = fastest(lambda: input_stats(step, [x], layers, groups, gram))
-    running, _ = fastest(lambda: step(x))
+    watching, stats = fastest(lambda: input_stats(step, [x], layers, groups, gram), args.device)
+    running, _ = fastest(lambda: step(x), args.device)
 
     def walking(propagate, goal):  # the text through the block, and to where its layers are seen
         if not propagate:
             return running + watching
         seen, _ = fastest(lambda: [input_stats(half, [x], layers, one, gram, (half, [x], layers) if goal else None)
-                                   for half, one in stages])
+                                   for half, one in stages], args.device)
         return running * (1 + goal) + seen
 
-    tokens = -(-args.nsamples // world) * args.seqlen
-    needed = sum(walking(m["propagate"], has_goal(**m)) for m in methods) * tokens / len(sample)
-    tried, swapped, heads, blocks = 0, 0, 0.0, config.num_hidden_layers  # tried: tokens a block; swapped: in all
+    tokens, blocks = -(-args.nsamples // world) * args.seqlen, config.num_hidden_layers
+    block_seconds = sum(walking(m["propagate"], has_goal(**m)) for m in methods) * tokens / len(sample)
+    tried, swapped = 0, 0  # tokens: of trials in a block, of global swaps in all
     if args.allocate != "uniform":  # a pass through the dense model, and for "sensitivity" a trial of each layer,
         tried = len(layers) * probe_tokens(args.seqlen) if args.allocate == "sensitivity" else 0
         through = running * tried * (blocks + 1) / 2  # which goes on through the blocks that follow
-        needed += len(methods) * ((running + watching) * tokens + through) / len(sample)
+        block_seconds += len(methods) * ((running + watching) * tokens + through) / len(sample)
     if args.global_swaps:  # a round more is for the curvature
         swapped = (args.global_swaps + 1) * max(ROUND, args.seqlen * world) / world
         # the dense model's output, the pruned one's with a gradient, which takes three passes more, and a check or two
-        needed += swapped * 6 * running / len(sample)
-    if tried or swapped:  # time is in proportion to the vocabulary
-        vocabulary = min(config.vocab_size, 8192)
-        head = torch.randn(vocabulary, config.hidden_size, device=x.device, dtype=x.dtype)
-        expected = (x @ head.T).float().log_softmax(-1)
-        comparing, _ = fastest(lambda: divergence(x @ head.T, expected))
-        compared = len(methods) * tried * blocks + 5 * swapped
-        heads = comparing * config.vocab_size / vocabulary * compared / len(sample)
-    for method, name in itertools.product(methods, layers):
-        W, options = layers[name].weight, {k: method[k] for k in LAYER} | dict(refine=refine_of(name, **method))
+        block_seconds += swapped * 6 * running / len(sample)
+    block_seconds += layer_seconds(args, methods, layers, stats, prune_layer)
+    compared = len(methods) * tried * blocks + 5 * swapped
+    heads = compared * head_seconds(config, x[0], divergence, args.device) if compared else 0.0
+    return block_seconds * blocks + heads
+
+
+def layer_seconds(args, methods, layers, stats, prune_layer):
+    """How long it takes to prune a block's layers by all methods."""
+    needed = 0.0
+    for method, (name, layer) in itertools.product(methods, layers.items()):
+        W, options = layer.weight, {k: method[k] for k in LAYER} | dict(refine=refine_of(name, **method))
         how = partial(prune_layer, stats=stats[name], **options)
         part = args.device == "cpu" and args.score != "sparsegpt"  # elsewhere time is not in proportion to the rows
         rows = min(64, len(W)) if part else len(W)
         if args.device != "cpu":
             how(W[:64])  # warms up
-        needed += fastest(lambda: how(W[:rows]))[0] * len(W) / rows / (world if rows_apart(**options) else 1)
-    return needed * blocks + heads
+        seconds, _ = fastest(lambda: how(W[:rows]), args.device)
+        needed += seconds * len(W) / rows / (processes()[1] if rows_apart(**options) else 1)
+    return needed
+
+
+def head_seconds(config, x, divergence, device):
+    """How long a token's logits take, from x [tokens, C], and their comparison with others."""
+    vocabulary = min(config.vocab_size, 8192)  # time is in proportion to it
+    head = torch.randn(vocabulary, config.hidden_size, device=device, dtype=x.dtype)
+    expected = (x @ head.T).float().log_softmax(-1)
+    comparing, _ = fastest(lambda: divergence(x @ head.T, expected), device)
+    return comparing * config.vocab_size / vocabulary / len(x)
 
 
 def dry_run(args, config, amount, methods, prune_layer, divergence):
