@@ -25,8 +25,8 @@ lengthens the first steps up to 10 times, and shrinks all matrices by a weight d
 mask take plain Adam steps; V is the mean of u^2, not of g^2, so where g is mostly noise the steps of masked weights are
 up to 4.4 times as long.
 
-Precision, and bytes for LLaMA2-7B (6.74 G parameters) on one GPU; activations come on top (--checkpoint-activations),
-6.5 GB with SLoRB, 27.0 GB with --average.
+Precision, and bytes for LLaMA2-7B (6.74 G parameters) on one GPU. On top come activations (fewer with
+--checkpoint-activations), with SLoRB 6.5 GB, and with --average 27.0 GB.
     student W            float32    27.0 GB     small steps would be lost in bf16
     its gradient         float32    27.0 GB     also holds u; an update takes one layer's memory more
     M and V              float32    53.9 GB
@@ -36,7 +36,7 @@ Precision, and bytes for LLaMA2-7B (6.74 G parameters) on one GPU; activations c
                                    127.9 GB     on N GPUs: 121.4 / N + 6.5 GB each; at the start each holds all of W
 
     python ast_train.py                                                  (the model that ships, 2:4)
-    torchrun --nproc-per-node 8 ast_train.py --recipe llama2-7b --data c4.bin:0.7 arxiv.bin:0.3    (of data.stream)
+    torchrun --nproc-per-node 8 ast_train.py --recipe llama2-7b --data c4.bin:0.7 arxiv.bin:0.3    (see data/stream.py)
 
 A run that was stopped goes on when the same command is given again, on as many processes as you like, and ends with the
 same weights (with another number of processes, or on a GPU, but for rounding): nothing is random but the windows that
@@ -204,12 +204,12 @@ class AnnealedAdamW(torch.optim.AdamW):
     """AdamW, and for the weights of SparseLinear layers the update at the head of this file. Their group's `decay` is
     lambda(t), to be set before each step as the learning rate is."""
 
-    def __init__(self, model, lr, betas=BETAS):
+    def __init__(self, model, lr):
         self.layer_of = {layer.weight: layer for layer in sparse_layers(model).values()}
         rest = [p for p in model.parameters() if p not in self.layer_of]
-        groups = [dict(params=list(self.layer_of), betas=(0.0, betas[1]), first_beta=betas[0], decay=0.0),
+        groups = [dict(params=list(self.layer_of), betas=(0.0, BETAS[1]), first_beta=BETAS[0], decay=0.0),
                   dict(params=rest)]
-        super().__init__([g for g in groups if g["params"]], lr=lr, betas=betas, weight_decay=0.0, fused=True)
+        super().__init__([g for g in groups if g["params"]], lr=lr, betas=BETAS, weight_decay=0.0, fused=True)
 
     def _init_group(self, group, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps):
         """Here Adam collects what it will update. For sparse weights it is given u as the gradient and, too, as its own
@@ -258,8 +258,8 @@ def exchange(model, tensors):
 
 
 def by_chunks(f, logits, *others):
-    """The sum of f(logits [N, vocab], *others [N, ...]) over chunks of tokens. What is made of a chunk, first of all
-    its logits in float32 or better, exists for one at a time, and once more on the way back."""
+    """The sum of f(logits [N, vocab], *others [N, ...]) over chunks of tokens. A chunk's logits in float32 or better,
+    and what f makes of them, are freed before the next one, and computed again in the backward pass."""
     chunks = zip(*(x.split(CHUNK) for x in (logits, *others)))
     return sum(checkpoint(lambda chunk, *rest: f(at_least_float32(chunk), *rest), *chunk, use_reentrant=False,
                           preserve_rng_state=False) for chunk in chunks)  # nothing in f is random
@@ -292,7 +292,7 @@ def mixed_loss(student, target, teacher, kl_weight, temperature):
 compiled_mixed_loss = torch.compile(mixed_loss)  # which costs nothing before the first call
 
 
-def training_loss(student_logits, teacher_logits, targets, kl_weight, temperature, compiled=False):
+def training_loss(student_logits, teacher_logits, targets, kl_weight=0.0, temperature=1.0, compiled=False):
     """a * distillation + (1 - a) * cross-entropy, averaged over tokens; logits [B, tokens, vocab], targets [B, tokens].
     Without a teacher (None) the cross-entropy alone."""
     student, target = student_logits.flatten(0, 1), targets.flatten()
@@ -374,7 +374,7 @@ def new_student(args, method, begin, source, calibration):
 
 def set_up(model, args, checkpoint_activations=False):
     """Compile a model's blocks and spread them over the processes, as far as that is asked for."""
-    world = dist.get_world_size()
+    _, world = processes()
     shard, spread = args.shard or world, world > 1
     if spread:
         mesh = dist.init_device_mesh(torch.device(args.device).type, (world // shard, shard),
@@ -412,11 +412,11 @@ def save_model(folder, model, source, made):
     tensors = {}
     for name, (value, dtype) in to_save(model, source).items():
         value = whole(value) * masks[name] if name in masks else whole(value)
-        if dist.get_rank() == 0:
+        if processes()[0] == 0:
             tensors[name] = value.to("cpu", dtype)
-    if dist.get_rank() == 0:
+    if processes()[0] == 0:
         raw = model.config.raw | ({"slorb_k": k} if k else {})
-        with CheckpointWriter(folder, raw, source.folder, keep=made, goes_on=False) as out:
+        with CheckpointWriter(folder, raw, source.folder, made=made, goes_on=False) as out:
             out.write("model.safetensors", tensors)
 
 
@@ -434,9 +434,10 @@ def validation_perplexity(model, ids, args):
         with arithmetic(args):
             logits = model(part[:, :-1])
         if count := min(len(part), left):
-            loss += training_loss(logits[:count], None, part[:count, 1:], 0, 1) * (count * world / len(ids))
+            loss += count * training_loss(logits[:count], None, part[:count, 1:])  # a sum over windows
         left -= count
-    return math.exp(min(700.0, mean_over_processes(loss)))  # a ruined model: no overflow, no NaN
+    add_up(loss)
+    return math.exp(min(700.0, loss.item() / len(ids)))  # a ruined model: no overflow, no NaN
 
 
 def backward(student, teacher, ids, args):
@@ -518,7 +519,7 @@ def train(method, args, begin, mixture, held_out, calibration):
     teacher = None
     if layers and args.kl_weight and state["step"] < args.steps:
         teacher = set_up(GPT.from_pretrained(args.model, args.device, getattr(torch, args.dtype)), args)
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank, world = processes()
     started, first = time.perf_counter(), state["step"]
     if args.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
@@ -623,7 +624,7 @@ def print_table(rows):
 
 def options():
     compiler = bool(shutil.which("g++") or shutil.which("clang++"))
-    early = Parser(add_help=False)
+    early = Parser(add_help=False)  # reads --recipe first, where the defaults of the others come from
     early.add_argument("--recipe", choices=RECIPES, default="tiny")
     p = parser(__doc__)
     p.add_argument("--recipe", choices=RECIPES, default="tiny", help="where the other options begin")
@@ -683,7 +684,7 @@ def options():
 
 def check(args):
     """Raise InputError for options that can't be."""
-    world, out = dist.get_world_size(), Path(args.out)
+    world, out = processes()[1], Path(args.out)
     if len(set(args.methods)) < len(args.methods):
         raise InputError(f"--methods {' '.join(args.methods)} names one twice: name it once")
     if (out / "config.json").is_file():
@@ -759,7 +760,7 @@ def settle(args, folder, config):
     if "ast-slorb" in args.methods:
         args.slorb_k = fitting_k(args.slorb_k, inputs)
     for method in args.methods:  # which complain where another command's model is
-        CheckpointWriter(Path(args.out) / method, config.raw, folder, keep={"command": "ast_train.py"}, goes_on=False)
+        CheckpointWriter(Path(args.out) / method, config.raw, folder, made={"command": "ast_train.py"}, goes_on=False)
     text = usual_text(folder, None)
     args.data, args.eval_data = args.data or [text or "c4"], args.eval_data or text or "wikitext2"
 
@@ -787,11 +788,11 @@ def train_all(args, begin, mixture, held_out, calibration):
     """Train the models, side by side or one after the other; returns a record of each method."""
     runs, threads = {}, torch.get_num_threads() // len(args.methods)
     # on a CPU side by side: two processes of one thread get more done than two threads that wait for each other
-    beside = args.device == "cpu" and dist.get_world_size() == 1 and len(args.methods) > 1 and threads > 0
+    beside = args.device == "cpu" and processes()[1] == 1 and len(args.methods) > 1 and threads > 0
     one_by_one = ((method, train(method, args, begin, mixture, held_out, calibration)) for method in args.methods)
     for method, state in side_by_side(train_alone, args.methods, threads, args, begin) if beside else one_by_one:
         runs[method] = state
-        if dist.get_rank() == 0:
+        if processes()[0] == 0:
             plot(Path(args.out) / "curve.png", runs)
     return runs
 
@@ -801,11 +802,11 @@ def main():
     with ExitStack() as held, memory_is_enough(args):
         with process_group(args, alone=True):
             mixture, held_out, calibration, test_ids = prepare(args)
-            if dist.get_rank() == 0:
+            if processes()[0] == 0:
                 held.enter_context(alone_in(Path(args.out)))  # until all is measured
             begin = first_weights(args, calibration)
             runs = train_all(args, begin, mixture, held_out, calibration)
-            if dist.get_rank() > 0:
+            if processes()[0] > 0:
                 return
         del mixture, held_out  # which measuring needs no more
         text = told(args.eval_data, evaluation_split(args.eval_data, "test", args.data))

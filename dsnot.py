@@ -28,8 +28,8 @@ SparseGPT as the starting mask really uses its Hessian, and corrects the weights
 too, weights are pruned by the lowest Wanda score (theirs: w^2 over the diagonal of the inverse Hessian).
 The threshold is in units of s, so its meaning depends on the sequence length, as in the paper.
 
-One block of the model is in memory at a time, also its dense self where layers aim at what that gives; for swaps by
-the whole model's output it is all of it. A finished block on disk is the record of progress: start an interrupted run
+One block of the model is in memory at a time, and its dense copy where layers aim at the dense model's outputs; swaps
+by the whole model's output need all of it. A finished block on disk is the record of progress: start an interrupted run
 again and it goes on.
 
     python dsnot.py                                             (the model that ships, 70 %)
@@ -108,7 +108,8 @@ def keep_mask(score: Tensor, sparsity: float | None = None, pattern: tuple[int, 
         return keep
     n, m = check_pattern(pattern, width)
     group = score.reshape(-1, m).T.contiguous()  # [m, groups]
-    rank = torch.zeros_like(group, dtype=torch.int16)  # how many of its group come before each entry
+    # how many of its group come before each entry: pairs are compared more than twice as fast as groups are sorted
+    rank = torch.zeros_like(group, dtype=torch.int16)
     for i in range(m):
         for j in range(i + 1, m):
             first = group[i] <= group[j]
@@ -201,8 +202,8 @@ def swap_refine(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = 
                 candidates: int = 16, pattern: tuple[int, int] | None = None) -> Tensor:
     """Refine a mask by swaps that lower the true squared error of each row the most; returns the new mask.
 
-    With G the Gram matrix and r what a row lacks, the error is r G r^T. Pruning weight j adds w_j to r_j and growing i
-    takes w_i from r_i, so with g = r G a swap adds exactly
+    With G the Gram matrix and r what a row lacks, its pruned weights, the error is r G r^T. Pruning weight j adds w_j
+    to r_j and growing i takes w_i from r_i, so with g = r G a swap adds exactly
         (2 w_j g_j + w_j^2 G_jj) + (-2 w_i g_i + w_i^2 G_ii) - 2 w_i w_j G_ij,
     and the best one is taken until none lowers the error by more than rounding (SparseSwaps, arXiv 2512.10922, has the
     same idea). It is searched among the `candidates` best weights of each side (n:m: among the groups that promise
@@ -212,10 +213,11 @@ def swap_refine(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = 
     y x^T over the outputs y that it should give, None: those of W. Then g is the goal less what the kept weights make.
     max_swaps: per row, None: until none helps, or as many as the row is wide. pattern: (n, m) of the mask, which stays.
     """
-    new, W, G, goal = keep.clone(), W.float(), gram.float(), None if goal is None else goal.float()
-    flips = max(2 * candidates, pattern[1] if pattern else 0)  # that are looked at in a row, with each other
+    new, W, G = keep.clone(), W.float(), gram.float()
+    goal = None if goal is None else goal.float()
+    pool = max(2 * candidates, pattern[1] if pattern else 0)  # weights of a row that are weighed against each other
     # on a CPU, what 512 rows need stays in its cache
-    at_a_time = min(512 if W.device.type == "cpu" else len(W), max(1, CHUNK // max(W.shape[1], flips ** 2)))
+    at_a_time = min(512 if W.device.type == "cpu" else len(W), max(1, CHUNK // max(W.shape[1], pool ** 2)))
     for rows in torch.arange(len(W), device=W.device).split(at_a_time):
         w, mask = W[rows], keep[rows]
         g = torch.where(mask, 0, w) @ G if goal is None else goal[rows] - torch.where(mask, w, 0) @ G
@@ -234,12 +236,14 @@ def swap_refine(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = 
                 new[rows] = mask
                 break
             at, used, first = column[row, which], count // 2, count.cumsum(0) - count  # first: a row's flips in `at`
+            # to a row of g, for each of its flips, slope / 2 times that weight's row of G
             g += F.embedding_bag(at, G, first, mode="sum", per_sample_weights=slope[row, at] / 2)
             mask[row, at], slope[row, at] = ~mask[row, at], -slope[row, at]
-            squares[:, row, at] = squares[:, row, at].flip(0)
+            squares[:, row, at] = squares[:, row, at].flip(0)  # what could be pruned can be grown, and the reverse
             go_on, left = (used > 0) & (used < left), left - used
-            if go_on.sum() <= 0.8 * len(rows):  # often enough: it copies everything
-                new[rows], squares = mask, squares[:, go_on]
+            if go_on.sum() <= 0.8 * len(rows):  # dropping a few finished rows would copy all the others
+                new[rows] = mask
+                squares = squares[:, go_on]
                 rows, mask, g, slope, left, least = (x[go_on] for x in (rows, mask, g, slope, left, least))
     return new
 
@@ -332,9 +336,9 @@ def refit_weights(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None 
 
 
 def swap_and_refit(W, keep, gram, *, goal=None, max_swaps=None, pattern=None, rounds=1):
-    """The weights that are left when swaps and refit take turns: after the first refit, swaps are made among values
-    that suit it, those of `with_pruned`. But for refit's damping the error never rises. Arguments as in swap_refine,
-    keep: to start from."""
+    """The weights [out, in] after swaps and refit by turns. Refit gives the kept weights new values, and to each pruned
+    one `with_pruned` the best value with which it could come back: the next swaps are made among these. Only refit's
+    damping can make the error rise. Arguments as in swap_refine, keep: to start from."""
     gram = gram.float()
     aim = W.float() @ gram if goal is None else goal.float()
     swap = partial(swap_refine, gram=gram, goal=aim, max_swaps=max_swaps, pattern=pattern)
@@ -483,9 +487,8 @@ def growth(score, sparsity, grid):
 
 def damage(model, probe, trials):
     """The KL divergence [trials] from the output that the hidden states `probe` give to that of each trial."""
-    device = model.lm_head.weight.device
-    expected = model.head(probe.to(device)).float().log_softmax(-1)
-    found = torch.stack([divergence(model.head(x.to(device)), expected) for x in trials])
+    expected = model.head(probe.to(model.device)).float().log_softmax(-1)
+    found = torch.stack([divergence(model.head(x.to(model.device)), expected) for x in trials])
     add_up(found)
     return found.double().cpu()
 
@@ -520,9 +523,9 @@ def layer_goal(W, stats, adjusts):
     inputs. adjusts: "mask" or "weights", what its method can choose (see AIM)."""
     if stats.cross is None:
         return None
-    towards_dense, share = AIM[adjusts]
-    goal = W.float() @ torch.lerp(stats.gram, stats.cross, towards_dense)
-    return goal if stats.lack is None else goal.add_(stats.lack, alpha=share)
+    a, b = AIM[adjusts]
+    goal = W.float() @ torch.lerp(stats.gram, stats.cross, a)
+    return goal if stats.lack is None else goal.add_(stats.lack, alpha=b)
 
 
 def prune_layer(W, stats, *, score, refine, goal=None, sparsity=None, pattern=None, refit=False, cycles=None,
@@ -627,11 +630,11 @@ def layer_record(name, W):
 
 
 @torch.inference_mode()
-def prune(model, samples, out, run, *, batch=8, propagate=False, sparsity=None, allocate="uniform", **options):
+def prune(model, samples, out, made, *, batch=8, propagate=False, sparsity=None, allocate="uniform", **options):
     """Prune a streamed model block by block into the checkpoint folder `out`.
 
-    samples [nsamples, seqlen]: calibration ids, of which each process takes its share. run: a dict that names this run;
-    one of the same name that was interrupted goes on where it stopped. propagate: see prune_block; options:
+    samples [nsamples, seqlen]: calibration ids, of which each process takes its share. made: a dict that names this
+    run; one of the same name that was interrupted goes on where it stopped. propagate: see prune_block; options:
     refine_layers and those of prune_layer. Returns a record per layer, {layer, weights, sparsity, error where it is
     known}, which is also written to out/pruning.json, with the seconds that it took. Raises InputError where
     activations are not finite or the disk is too small."""
@@ -639,14 +642,14 @@ def prune(model, samples, out, run, *, batch=8, propagate=False, sparsity=None, 
     source, device, count = model.source, model.place["device"], len(model.model.layers)
     source.check_dense()
     rank, world = processes()
-    if done := finished(out, run):
+    if done := finished(out, made):
         return done["layers"]
     positions = torch.arange(samples.shape[1], device=device)
     where, samples = (rotary(model.config, positions), positions), samples[rank::world]
     aims = has_goal(propagate, **options)
     states = held_states(*samples.shape, len(all_prunable(model)), aims, allocate)
     home = place_for(model.config, states, torch.device(device), model.place["dtype"])
-    writer = CheckpointWriter(out, model.config.raw, source.folder, keep=run)
+    writer = CheckpointWriter(out, model.config.raw, source.folder, made=made)
     wait()  # everybody has looked at the folder, which the first one now fills
     with writer if rank == 0 else nullcontext():
         if rank == 0:
@@ -674,7 +677,7 @@ def prune(model, samples, out, run, *, batch=8, propagate=False, sparsity=None, 
                 records += prune_block(block, where, hidden, dense, prefix, source.stored, sparsity=shares,
                                        propagate=propagate, **options)
                 if rank == 0:
-                    writer.note(run=run, seconds=seconds + time.perf_counter() - begin, layers=records)
+                    writer.note(run=made, seconds=seconds + time.perf_counter() - begin, layers=records)
                     tensors = {f"{prefix}.{k}": v for k, v in block.state_dict().items()}
                     writer.write(file, {name: v.to(source.stored(name)) for name, v in tensors.items()})
             del block  # before the next one is read
@@ -702,11 +705,11 @@ def swap_globally(model: GPT, dense: GPT, samples: Tensor, rounds: int, pattern:
 
     samples [n, seqlen]: calibration ids, ROUND tokens a round by turns, which processes share. Both models are whole in
     memory, on one device. pattern: (n, m) of the masks, which stays; None: each row keeps as many as it has."""
-    (rank, world), device = processes(), model.lm_head.weight.device
+    rank, world = processes()
     layers, originals = all_prunable(model), all_prunable(dense)
     seqlen = samples.shape[1]
     texts = samples[rank::world].split(max(1, ROUND // seqlen // world))
-    texts = [[ids.to(device) for ids in text.split(probe_tokens(seqlen) // seqlen)] for text in texts]
+    texts = [[ids.to(model.device) for ids in text.split(probe_tokens(seqlen) // seqlen)] for text in texts]
     for block in model.blocks():
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     curvature, damping, losses = curvature_of(model, layers, texts[0]), 16.0, []
@@ -797,23 +800,23 @@ def swap_one(W, dense, gradient, f, q, damping, pattern):
     return at, values
 
 
-def prune_globally(model, samples, out, run, *, global_swaps, pattern=None, **options):
+def prune_globally(model, samples, out, made, *, global_swaps, pattern=None, **options):
     """`prune` into the folder of blocks_of, which goes when `out` is there, then so many rounds of `swap_globally`, for
     which the dense and the pruned model are held whole in memory. The arguments are those of `prune`."""
-    (start, local), first, source = blocks_of(out, run), processes()[0] == 0, model.source
-    if done := finished(out, run):
+    (start, local), first, source = blocks_of(out, made), processes()[0] == 0, model.source
+    if done := finished(out, made):
         if first and (finished(start, local) or not start.exists()):  # a run was killed before or while it was removed
             remove(start)
         return done["layers"]
     prune(model, samples, start, local, pattern=pattern, **options)
     begin, before = time.perf_counter(), noted(start / "pruning.json")
-    with CheckpointWriter(out, model.config.raw, start, keep=run) if first else nullcontext() as writer:
+    with CheckpointWriter(out, model.config.raw, start, made=made) if first else nullcontext() as writer:
         dense, pruned = (GPT.from_pretrained(folder, **model.place) for folder in (source.folder, start))
         losses = swap_globally(pruned, dense, samples, global_swaps, pattern)
         records = [layer_record(name, layer.weight) for name, layer in all_prunable(pruned).items()]
         if first:
             seconds = before["seconds"] + time.perf_counter() - begin
-            writer.note(run=run, seconds=seconds, losses=losses, layers=records)
+            writer.note(run=made, seconds=seconds, losses=losses, layers=records)
             tensors = {name: W.to(source.stored(name)) for name, W in pruned.tensors().items()}
             writer.write("model.safetensors", tensors | source.rest())
     if first:
@@ -853,8 +856,8 @@ def options():
                        help="swaps per row at most, of DSnoT and of each turn of exact ones (default: of DSnoT's as "
                             "many as 50 are to 4096 inputs, of exact ones until none helps)")
     group.add_argument("--threshold", type=float,
-                       help="DSnoT: a row is left alone once its expected error in a sequence is no larger "
-                            "(default: 0.1)")
+                       help=f"DSnoT: a row is left alone once its expected error in a sequence is no larger "
+                            f"(default: {USUAL['threshold']})")
     group.add_argument("--sign-check", action=argparse.BooleanOptionalAction, default=None,
                        help="DSnoT: stop a row before its expected error changes sign (default: yes)")
     group.add_argument("--refine-layers", default=USUAL["refine_layers"], choices=["attn", "all"],

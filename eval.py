@@ -156,11 +156,14 @@ def task_line(name, result):
 
 # -------------------------------------------------------------------------------------------------------------- speed
 
-def speed(model, ids, new_tokens=64, repeats=3):
+REPEATS = 3  # that are timed, after one that warms up, and times the tiles of sparse_matmul.py, which takes memory
+
+
+def speed(model, ids, new_tokens=64):
     """Tokens per second of a prompt ids [1, T] (prefill) and of greedy decoding one sequence after it, medians; bytes
     of the weights; peak memory in bytes, on a GPU of what torch allocated, else of the whole process."""
     times = []
-    for i in range(1 + repeats):  # the first one warms up, and times the tiles of sparse_matmul.py, which takes memory
+    for i in range(1 + REPEATS):
         if i == 1 and ids.is_cuda:
             torch.cuda.reset_peak_memory_stats(ids.device)
         marks = [time.perf_counter()]
@@ -269,10 +272,10 @@ def main():
     args.model = args.model or "tiny"
     streamed = not args.speed and not args.sparse  # they need all blocks in memory
     model = GPT.from_pretrained(args.model, device=args.device, stream=streamed, sparse=args.sparse)
-    data = args.data or usual_text(model.source.folder, "wikitext2")
     tokenizer = load_tokenizer(model.source.folder)
     row, results = describe(model, args.model) if args.json else {}, {}  # it reads every block once
     if args.data or (args.tasks is None and not args.speed):
+        data = args.data or usual_text(model.source.folder, "wikitext2")
         seqlen = args.seqlen or model.config.window_length()
         ids = evaluation_ids(data, args.split, tokenizer, seqlen)
         begin = time.perf_counter()

@@ -4,8 +4,8 @@ The model is the decoder of LLaMA (Touvron et al. 2023): x = embed(ids); for eve
     x = x + attention(norm(x));   x = x + mlp(norm(x))
 then logits = head(norm(x)). Norms are RMSNorm, positions are rotary embeddings in the split-half form (so that Hugging
 Face weights load unchanged), several query heads may share one key/value head, the MLP is SwiGLU. Where a relative
-(Mistral, Qwen, OPT, GPT-2) differs, a field of `Config` says so, which the table FAMILIES fills; what older config.json
-files leave out gets the Hub's default.
+(Mistral, Qwen, OPT, GPT-2) differs, a field of `Config` says how; the table FAMILIES fills these fields from
+config.json, and what an older one leaves out gets the Hub's default.
 
 Parameter names are those of Hugging Face's LLaMA whatever the family; every projection is an nn.Linear of its own. A
 checkpoint is a Hugging Face folder under the family's own names (data/checkpoint.py): what is saved here loads in
@@ -339,8 +339,8 @@ def layer_inputs(config):
 
 
 def graphed(step, *inputs):
-    """step as a CUDA graph: launched at once for every later call, so that Python is out of the way. The tensors of a
-    call are copied into those of the first, and the result is overwritten by the next call."""
+    """step as a CUDA graph, which a later call replays without running its Python. The tensors of a call are copied
+    into those of the first, and the result is overwritten by the next call."""
     inputs = [x.clone() for x in inputs]
     with torch.cuda.device(inputs[0].device):  # streams and graphs belong to the current one
         side = torch.cuda.Stream()
@@ -350,7 +350,7 @@ def graphed(step, *inputs):
                 step(*inputs)  # sparse_matmul.py times its tiles, cuBLAS takes its workspace
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=side):  # its usual stream is one of the GPU that was first
+        with torch.cuda.graph(graph, stream=side):  # else the stream of the first graph, perhaps another GPU's
             result = step(*inputs)
 
     def replay(*new):
@@ -363,8 +363,10 @@ def graphed(step, *inputs):
 
 
 class GPT(nn.Module):
-    source, place = None, {}  # the checkpoint that it comes from; the device and dtype of what is read
-    streams, sparse = False, False  # whether blocks stay on disk; whether 2:4 layers stay compressed in memory
+    """The model. One that comes from a checkpoint knows `source`, the folder opened for reading, and `place`, the
+    device and dtype of what is read; `streams`: its blocks stay on disk; `sparse`: its 2:4 layers are compressed."""
+
+    source, place, streams, sparse = None, {}, False, False
 
     def __init__(self, config):
         super().__init__()
@@ -391,7 +393,7 @@ class GPT(nn.Module):
         return self.model.embed_tokens.weight.device
 
     def check_tokens(self, ids):
-        """Raise InputError where a token is beyond the vocabulary: a GPU's failed assert is none to read."""
+        """Raise InputError where a token is beyond the vocabulary; a GPU would only say that an assert has failed."""
         if ids.max() >= self.config.vocab_size:
             raise InputError(f"token {ids.max()} is beyond the model's {self.config.vocab_size}: "
                              f"the tokenizer is not its own")
@@ -399,7 +401,7 @@ class GPT(nn.Module):
     def embed(self, ids, positions=None):
         """ids [B, T], on a CPU or where the model is -> x [B, T, C]; learned positions [T] (None: from 0) are added
         where the model has them."""
-        if not ids.is_cuda:  # there the check would wait for the GPU: it is for whoever has moved them
+        if not ids.is_cuda:  # there the check would wait for the GPU: who moves ids there checks them before
             self.check_tokens(ids)
         ids = ids.to(self.device)
         x = self.model.embed_tokens(ids)

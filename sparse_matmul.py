@@ -18,13 +18,13 @@ as 0.0; everything else comes back bit for bit). For W [N, K], K a multiple of 1
 Quantization is symmetric, to nearest, -127..127 or -7..7. A compressed model is a checkpoint folder that holds
 `X.values`, `X.meta` (and `X.scale`) in place of `X.weight` for each 2:4 layer X; `transformers` can't read it.
 
-A token at a time, a matmul waits for its weights: 16 bits each dense, here 8 + 1, so at most 1.78 times as fast, which
-bf16 reaches on an H100; int8 and int4 values read 5.125 and 3.125 bits (3.1 and 5.1 times), but putting them together
-takes time, too: 2 to 2.5 times. For one row of x no W is built: W x = sum v0 x[i0] + v1 x[i1]. For more rows W is put
-together in registers as the left operand of the tensor cores; K is split, so that a small N fills the GPU, too. Where
-many rows make arithmetic the limit, W is decompressed for the dense matmul. Which tile, or the dense way, is timed at
-the first call for each shape (so call once before capturing a CUDA graph). From 128 rows of x on, a dense W is faster
-(results/README.md has the table).
+A token at a time, a matmul waits for its weights: 16 bits each dense, here 8 + 1, so 1.78 times as fast is what to
+expect (1.6 to 1.8 on an H100); int8 and int4 values read 5.125 and 3.125 bits (3.1 and 5.1 times), but putting them
+together takes time, too: 2 to 2.5 times. For one row of x no W is built: W x = sum v0 x[i0] + v1 x[i1]. For more rows W
+is put together in registers as the left operand of the tensor cores; K is split, so that a small N fills the GPU, too.
+Where many rows make arithmetic the limit, W is decompressed for the dense matmul. Which tile, or the dense way, is
+timed at the first call for each shape (so call once before capturing a CUDA graph). With more rows of x a dense W wins:
+4096 x 4096 from 4 rows on, the largest ones from 128 on (results/README.md has the table).
 
     python sparse_matmul.py                                            # check the kernel and, on a GPU, measure it
     python sparse_matmul.py --model out/llama2-7b-wanda-dsnot-2of4 --bits 8 --out out/small
@@ -80,7 +80,8 @@ class Sparse24:
         return self.values.dtype if self.scale is None else self.scale.dtype
 
 
-# [16, 2]: the two places to store, by which of the four are non-zero (bit p: place p), filled up from the left
+# [16, 2]: the two places to store, by which of the four are non-zero (bit p: place p), filled up from the left. The
+# inner sort is stable: the places of non-zeros come first, then the others
 KEEP = torch.tensor([sorted(sorted(range(4), key=lambda p: not code >> p & 1)[:2]) for code in range(16)])
 
 
@@ -174,8 +175,8 @@ def row_kernel(x, pairs, meta, scale, y, N, G, dtype: tl.constexpr, BITS: tl.con
 
 
 @jit
-def load(pairs, meta, rows, first, G, BITS: tl.constexpr, BN: tl.constexpr, BG: tl.constexpr, dtype: tl.constexpr,
-         out: tl.constexpr):
+def load_tile(pairs, meta, rows, first, G, BITS: tl.constexpr, BN: tl.constexpr, BG: tl.constexpr,
+              dtype: tl.constexpr, out: tl.constexpr):
     """A tile of a weight of `dtype`, rows [BN] and groups first to first + BG - 1: v0 and v1 as dtype `out`, and the
     nibbles in the low four bits, all [BN, BG]. A word of meta is loaded once for its four groups."""
     groups, words = first + tl.arange(0, BG), first // 4 + tl.arange(0, BG // 4)
@@ -210,7 +211,7 @@ def matmul_kernel(x, pairs, meta, scale, y, M, N, G, stride_m, stride_k, BITS: t
     acc = tl.zeros([BN, BM], tl.float32)
     for first in tl.range(tl.program_id(2) * BG, G, SPLIT * BG, num_stages=STAGES):
         k = first * 4 + tl.arange(0, BG * 4)
-        v0, v1, nibble = load(pairs, meta, rows, first, G, BITS, BN, BG, dtype, dtype)
+        v0, v1, nibble = load_tile(pairs, meta, rows, first, G, BITS, BN, BG, dtype, dtype)
         W = spread(v0, v1, nibble)  # [BN, 4 BG]
         xT = tl.load(x + m[None, :] * stride_m + k[:, None] * stride_k,
                      mask=(m < M)[None, :] & (k < 4 * G)[:, None], other=0)  # [4 BG, BM]
@@ -230,7 +231,7 @@ def dense_kernel(pairs, meta, scale, W, N, G, BITS: tl.constexpr, BN: tl.constex
     dtype: tl.constexpr = W.dtype.element_ty
     n, first = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1) * BG
     rows = tl.minimum(n, N - 1).to(tl.int64)
-    v0, v1, nibble = load(pairs, meta, rows, first, G, BITS, BN, BG, dtype, tl.float32)
+    v0, v1, nibble = load_tile(pairs, meta, rows, first, G, BITS, BN, BG, dtype, tl.float32)
     if BITS < 16:
         s = tl.load(scale + rows * tl.cdiv(G, 32) + first // 32).to(tl.float32)[:, None]
         v0, v1 = v0 * s, v1 * s
@@ -244,7 +245,7 @@ def dense_kernel(pairs, meta, scale, W, N, G, BITS: tl.constexpr, BN: tl.constex
 PAIR = {4: torch.int8, 8: torch.int16, 16: torch.int32}  # two values of so many bits as one integer
 # tiles to try: BN, BG (for one row BW), parts of K, warps, stages
 ONE_ROW = [(2, 64, 1, 2, 1), (2, 64, 1, 2, 3), (4, 64, 1, 2, 1), (4, 128, 1, 2, 1), (4, 128, 1, 4, 1)]
-# all with K split: their sum is a launch more, and on small weights the time of launches, not of work, would decide
+# all split K: the sum of parts is a launch more, and if only some made it, launches would decide for a small weight
 MORE_ROWS = [(64, 32, 2, 4, 4), (64, 32, 4, 4, 3), (64, 32, 8, 4, 2), (64, 64, 4, 4, 3)]
 MOST_ROWS = 1024  # of x that are tried with the kernel; from about 256 on it is faster to decompress W first
 fastest = {}  # (shape, bits, dtype, device, rows of x rounded up) -> tile, or None for the dense way; measured once
@@ -363,7 +364,7 @@ def save_compressed(model: str, folder, bits: int | None = None) -> dict:
     if source.compressed:
         raise InputError(f"{model} is compressed already: give the folder that it was made from")
     made = dict(command="sparse_matmul.py", model=str(source.folder.resolve()), bits=bits, files=versions(source.paths))
-    out = CheckpointWriter(folder, source.raw, source.folder, keep=made, goes_on=False)
+    out = CheckpointWriter(folder, source.raw, source.folder, made=made, goes_on=False)
     if out.differs:
         raise InputError(f"{folder} holds a compressed model, which differs in {out.differs}: choose another --out, or "
                          f"delete it")

@@ -284,15 +284,15 @@ def alone_in(folder):
 class CheckpointWriter:
     """Writes a Hugging Face folder beside its final place; leaving the `with` block renames it, an error removes it.
 
-    `keep` (a dict) identifies the run and is written as run.json. Where an interrupted run has left an unfinished
+    `made` (a dict) identifies the run and is written as run.json. Where an interrupted run has left an unfinished
     folder with the same one, its files are kept and `done` tells which they are (goes_on=False: they are thrown away).
     run.json stays in the finished folder: one that lacks it was not made here and is never replaced, nor does a command
-    (keep["command"]) replace what another one has made, or a command that goes on a finished run with another `keep`.
+    (made["command"]) replace what another one has made, or a command that goes on a finished run with another `made`.
     `differs`: what a finished run that the folder holds has otherwise; "" where that is nothing."""
 
-    def __init__(self, folder, raw_config, tokenizer_from=None, keep=None, goes_on=True):
-        self.folder, self.raw, self.keep = Path(folder).resolve(), raw_config, as_noted(keep or {})
-        self.goes_on = goes_on and keep is not None
+    def __init__(self, folder, raw_config, tokenizer_from=None, made=None, goes_on=True):
+        self.folder, self.raw, self.made = Path(folder).resolve(), raw_config, as_noted(made or {})
+        self.goes_on = goes_on and made is not None
         self.layout = layout_of(raw_config)
         self.partial = self.folder.with_name((self.folder.name or "root") + ".partial")
         self.marker, self.tokenizer_from = self.partial / "run.json", tokenizer_from
@@ -315,8 +315,8 @@ class CheckpointWriter:
         if taken:
             raise InputError(f"{folder} exists and is no model that was written here: choose another output folder")
         self.differs = self.differing(mark) if there else ""
-        maker, command = mark.get("command"), self.keep.get("command")
-        if there and keep is not None and maker != command:
+        maker, command = mark.get("command"), self.made.get("command")
+        if there and made is not None and maker != command:
             raise InputError(f"{folder} holds a model that {maker or 'another command'} has made: choose another "
                              f"output folder, or delete it")
         if self.differs and self.goes_on:
@@ -326,33 +326,33 @@ class CheckpointWriter:
             raise InputError(f"{self.partial} is no unfinished run of this program: move it away or choose another "
                              f"output folder")
         left = noted(self.marker) or {}
-        ours = left == self.keep if self.goes_on else left.get("command") == command
+        ours = left == self.made if self.goes_on else left.get("command") == command
         if not ours and any(self.partial.glob("*.safetensors")):
             raise InputError(f"{self.partial} holds the finished blocks of another run, which differs in "
                              f"{self.differing(left)}: give what it had, choose another output folder, or delete it")
 
     def differing(self, other):
-        """The names of what another run's `keep` has otherwise, as text."""
+        """The names of what another run's `made` has otherwise, as text."""
         def files(run):
             """{name: all that `versions` tells}; none from a damaged run.json."""
             found = run.get("files") if isinstance(run.get("files"), list) else []
             return {str(file[0]): file for file in found if isinstance(file, list) and file}
-        ours, theirs = files(self.keep), files(other)
-        which = ", ".join(sorted(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)))
-        return ", ".join(f"{name} ({which})" if name == "files" and which else name
-                         for name in {**other, **self.keep} if other.get(name) != self.keep.get(name))
+        ours, theirs = files(self.made), files(other)
+        changed = ", ".join(sorted(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)))
+        return ", ".join(f"{name} ({changed})" if name == "files" and changed else name
+                         for name in {**other, **self.made} if other.get(name) != self.made.get(name))
 
     def __enter__(self):
         with ExitStack() as held:
             try:
                 held.enter_context(alone_in(self.partial))
-                same = self.goes_on and noted(self.marker) == self.keep
+                same = self.goes_on and noted(self.marker) == self.made
                 for path in self.partial.glob(".*.partial" if same else "*"):  # same: the last file of a killed run
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
             except OSError as e:
                 raise InputError(f"can't write {self.partial}: {e.strerror or e}") from None
             if not same:
-                write_atomically(self.marker, lambda path: path.write_text(json.dumps(self.keep)))
+                write_atomically(self.marker, lambda path: path.write_text(json.dumps(self.made)))
             self.held = held.pop_all()
         return self
 
@@ -416,9 +416,9 @@ class CheckpointWriter:
             write_atomically(self.partial / "model.safetensors.index.json", lambda path: path.write_text(index))
         text = json.dumps(self.raw, indent=1) + "\n"
         write_atomically(self.partial / "config.json", lambda path: path.write_text(text))
-        for name in TOKENIZER_FILES:
-            source = Path(self.tokenizer_from or self.partial) / name
-            if source.is_file() and source.parent != self.partial:
+        for name in TOKENIZER_FILES if self.tokenizer_from else []:
+            source = Path(self.tokenizer_from) / name
+            if source.is_file():
                 write_atomically(self.partial / name, lambda path: shutil.copyfile(source, path))
         shutil.rmtree(self.before, ignore_errors=True)
         if self.folder.is_dir():

@@ -13,7 +13,6 @@ from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from data.device import processor
@@ -58,7 +57,6 @@ def start(args, together=False):
     if not -2**63 <= args.seed < 2**63:
         raise InputError(f"--seed {args.seed} does not fit into 64 bits")
     random.seed(args.seed)
-    np.random.seed(args.seed % 2**32)
     torch.manual_seed(args.seed)
     if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
         raise InputError(f"--device {args.device} is not supported: give cpu, cuda or cuda:1")

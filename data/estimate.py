@@ -21,8 +21,7 @@ ROUND = 8192  # tokens of a round of global swaps
 
 
 def probe_tokens(seqlen):
-    """How many tokens "sensitivity" looks at and global swaps take through the model at a time, at most: those of
-    whole windows."""
+    """The most tokens that "sensitivity" looks at, and that global swaps take through the model at a time."""
     return max(2048, seqlen)
 
 
@@ -75,7 +74,7 @@ def check_folders(args, model, passes, same):
     blocks = [(None, *blocks_of(place, how)) for _, place, how in passes
               if "global_swaps" in how and not finished(place, how | same)]
     for name, place, how in reversed(blocks + passes):  # --out itself is the first to be refused
-        writer = CheckpointWriter(place, source.raw, source.folder, keep=how | same)  # refuses a folder it can't fill
+        writer = CheckpointWriter(place, source.raw, source.folder, made=how | same)  # refuses a folder it can't fill
         if finished(place, how | same):
             notes.append(f"{place} is finished" + ", and will be measured again" * (name is not None))
         else:
@@ -86,7 +85,7 @@ def check_folders(args, model, passes, same):
     if missing:
         check_memory(args, model)
     if blocks:
-        check_whole(args, model)
+        check_global_swaps(args, model)
     check_disk(Path(args.out), sum(missing), args.out)
     return notes
 
@@ -105,7 +104,7 @@ def whole_memory(args, model):
             "logits": 4 * config.vocab_size * (max(ROUND, args.seqlen) + 6 * tokens)}
 
 
-def check_whole(args, model):
+def check_global_swaps(args, model):
     """Raise InputError where what global swaps hold does not fit into memory."""
     memory, world, device = whole_memory(args, model), processes()[1], torch.device(args.device)
     if (need := sum(memory.values())) > (free := free_memory(device) / (1 if device.type == "cuda" else world)):

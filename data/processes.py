@@ -38,7 +38,7 @@ def processes():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def say(text=""):
+def say(text):
     """Print, in the first process alone."""
     if processes()[0] == 0:
         print(text, flush=True)

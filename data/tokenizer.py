@@ -77,7 +77,7 @@ class SentencePiece:
     def decode(self, ids):
         """ids -> text; special and added tokens, and ids with which a model's vocabulary is padded, are left out."""
         model, own = self.model, self.model.vocab_size()
-        return model.decode([i for i in ids if i < own and not model.is_control(i) | model.is_unknown(i)])
+        return model.decode([i for i in ids if i < own and not (model.is_control(i) or model.is_unknown(i))])
 
 
 class HubTokenizer:

@@ -200,7 +200,7 @@ def main():
     at_least(args, layers=1, steps=1, batch=1, seqlen=1, save_every=1)
     if not 0 < args.lr < float("inf"):
         raise InputError(f"--lr {args.lr} must be above 0 and finite")
-    CheckpointWriter(args.out, CONFIG, keep={})  # refuses a folder that it can't fill, or that another command has made
+    CheckpointWriter(args.out, CONFIG, made={})  # refuses a folder that it can't fill, or that another command has made
     out = Path(args.out).resolve()
     work = out.with_name(out.name + ".training")  # the tokenizer and the state of an unfinished run
     if (out / "config.json").is_file() and not (work / "state.pt").is_file():

@@ -88,20 +88,20 @@ def tell_apart(rows):
             row["data"] += f", dense {row['dense']:.4g}"
 
 
-def merge(rows):
-    """Rows as they are shown: those that differ in nothing but the seed are averaged (`spread`: their standard
-    deviation); where other options differ, the method is named with them; none is shown twice if two files hold it."""
-    def alike(row, other):
-        a, b = row["perplexity"], other["perplexity"]
-        close = bool(a and b) and (math.isclose(a, b, rel_tol=1e-5) or math.isnan(a) and math.isnan(b))
-        close |= a is b is None and row["layers"] == other["layers"]
-        return close and all(row.get(more) == other.get(more) for more in ("tasks", "speed"))
+def alike(row, other):
+    """Whether two rows hold the same measurement."""
+    a, b = row["perplexity"], other["perplexity"]
+    close = bool(a and b) and (math.isclose(a, b, rel_tol=1e-5) or math.isnan(a) and math.isnan(b))
+    close |= a is b is None and row["layers"] == other["layers"]
+    return close and all(row.get(more) == other.get(more) for more in ("tasks", "speed"))
 
-    methods, groups, merged = {}, {}, []
-    tell_apart(rows)
+
+def name_options(rows):
+    """Where rows of one method and amount differ in options, the method is named with them, at all amounts alike."""
+    methods = {}
     for row in rows:
         methods.setdefault((row["model"], row["data"], row["seqlen"], row["method"]), []).append(row)
-    for group in methods.values():  # of one method at several sparsities, named alike
+    for group in methods.values():
         pairs = [(a["options"], b["options"]) for a in group for b in group if a["amount"] == b["amount"]
                  and not alike(a, b)]
         nameless = NAMELESS - TRAINED if any("eval_data" in row["options"] for row in group) else NAMELESS
@@ -110,6 +110,14 @@ def merge(rows):
         for row in group:
             said = [said_of(k, row["options"][k]) for k in differ if not is_usual(k, row)]
             row["method"] += f" ({', '.join(said)})" if said else ""
+
+
+def merge(rows):
+    """Rows as they are shown: named with the options in which they differ; those that differ in nothing but the seed
+    are averaged (`spread`: their standard deviation); none is shown twice if two files hold it."""
+    tell_apart(rows)
+    name_options(rows)
+    groups, merged = {}, []
     for row in rows:
         groups.setdefault(key(row), []).append(row)
     for group in groups.values():

@@ -222,8 +222,8 @@ def compressed():
 def texts():
     """What each model makes of one prompt, as it came."""
     names = {"dense": "dense", "70": "70 %, Wanda + DSnoT", "2of4": "2:4, swaps + refit", "ast": "2:4, AST"}
-    made = [f"[{said}]\n{results(f'text-{name}')['text'].rstrip(chr(0xfffd)).rstrip()}" for name, said in names.items()]
-    return "```text\n" + "\n\n".join(made) + "\n```"
+    parts = [f"[{said}]\n{results(f'text-{name}')['text'].rstrip(chr(0xfffd)).rstrip()}" for name, said in names.items()]
+    return "```text\n" + "\n\n".join(parts) + "\n```"
 
 
 def streamed():
@@ -281,24 +281,25 @@ def draw_ast(path):
 
 def pages():
     """{path: text} of the pages, with their tables as results/ has them now."""
-    texts = {path: path.read_text() for path in PAGES}
+    contents = {path: path.read_text() for path in PAGES}
     for name, table in tables().items():
         marked = re.compile(rf"(<!-- {name} -->).*?(\n<!-- end -->)", re.DOTALL)
-        if sum(len(marked.findall(text)) for text in texts.values()) != 1:
+        if sum(len(marked.findall(text)) for text in contents.values()) != 1:
             raise InputError(f"README.md and results/README.md have no place, or several, for the table {name}")
-        texts = {path: marked.sub(lambda found: f"{found[1]}\n{table}{found[2]}", text) for path, text in texts.items()}
-    return texts
+        contents = {path: marked.sub(lambda found: f"{found[1]}\n{table}{found[2]}", text)
+                    for path, text in contents.items()}
+    return contents
 
 
 def main():
     argparse.ArgumentParser(description=__doc__).parse_args()
-    texts = pages()
+    contents = pages()
     plot(opening(), ROOT / "assets/overview.png")
     plot(studies(), ROOT / "assets/dsnot.png")
     shares = "", "-owl", "-sensitivity"
     plot(pruned(*(f"tiny/0.7-wanda-swap-refit{share}" for share in shares)), ROOT / "assets/layers.png")
     draw_ast(ROOT / "assets/ast.png")
-    for path, text in texts.items():
+    for path, text in contents.items():
         path.write_text(text)
     print("README.md, results/README.md and their pictures hold what results/ holds")
 

@@ -20,8 +20,7 @@ def test_allocation(monkeypatch, checkpoint, kind):
         shares = dsnot.allocation(dsnot.GPT.from_pretrained(checkpoint, stream=True),
                                   (dsnot.rotary(dense.config, positions), positions),
                                   [dense.embed(ids) for ids in windows.split(4)], 0.6, kind)
-        inputs, layers = {}, {f"model.layers.{i}.{name}": layer for i, block in enumerate(dense.model.layers)
-                              for name, layer in dsnot.prunable(block).items()}
+        inputs, layers = {}, dsnot.all_prunable(dense)
         with watch(layers, inputs.__setitem__):
             dense(windows)
         stats = {}

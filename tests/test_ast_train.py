@@ -33,8 +33,7 @@ from data.device import fast_in_bf16
 from data.state import check_room
 from data.stream import evaluation_tokens, open_bin, tokens, write_bin
 from data.train_tiny import train_tokenizer
-from dsnot import prunable
-from gpt import GPT, Config
+from gpt import GPT, Config, all_prunable
 
 CONFIG = dict(
     architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=384, hidden_size=32, intermediate_size=64,
@@ -85,8 +84,7 @@ def train(files, monkeypatch):
 def check_sparse(folder, source):
     """Exactly two of four in every prunable layer, everything else dense, every name and dtype as it was."""
     tensors, dense = load_file(folder / "model.safetensors"), load_file(source / "model.safetensors")
-    names = {f"model.layers.{i}.{name}.weight" for i, block in enumerate(GPT.from_pretrained(source).model.layers)
-             for name in prunable(block)}
+    names = {f"{name}.weight" for name in all_prunable(GPT.from_pretrained(source))}
     assert len(names) == 14 and tensors.keys() >= dense.keys()
     for name in dense:
         assert tensors[name].dtype == dense[name].dtype
@@ -198,7 +196,7 @@ def test_a_model_that_is_not_the_runs_own_is_not_measured(tmp_path, train, files
 
 
 @pytest.mark.parametrize("method", ["ast", "dense"])
-def test_models_that_cannot_be_trained_are_refused_at_once(files, tmp_path, train, monkeypatch, method):
+def test_models_that_cannot_be_trained_are_refused_at_once(tmp_path, train, monkeypatch, method):
     """Would catch days of training before a refusal."""
     train(tmp_path / "first", "--methods", "ast-slorb", "--slorb-k", 8, "--steps", 1)
     sparse_matmul.save_compressed(tmp_path / "first" / "ast-slorb", tmp_path / "small")
@@ -371,7 +369,7 @@ def test_two_processes_follow_one(files, tmp_path, train):
     assert abs(one["history"][-1]["loss"] - resumed["history"][-1]["loss"]) < 1e-4
 
 
-def test_methods_side_by_side_are_those_one_after_the_other(files, tmp_path, train, monkeypatch):
+def test_methods_side_by_side_are_those_one_after_the_other(tmp_path, train, monkeypatch):
     """Would catch a process that reads other text, and an error in one that is not told."""
     methods = "--methods", "ast", "dense", "--steps", 3
     for threads in 2, 1:  # 1: no room for two processes
@@ -436,22 +434,15 @@ def test_every_window_of_the_validation_counts_once(files, monkeypatch):
     model, losses, steps = GPT.from_pretrained(files / "model"), [], []
     model.register_forward_hook(lambda *_: steps.append(rank))
     monkeypatch.setattr(ast_train, "processes", lambda: (rank, world))
-    monkeypatch.setattr(ast_train, "mean_over_processes", lambda loss: losses.append(loss.item()) or 0.0)
-    for world in 1, 3, 8:
+    monkeypatch.setattr(ast_train, "add_up", lambda loss: losses.append(loss.item()))
+    for world, args.micro_batch in (1, 2), (1, 3), (1, 2000), (3, 2), (8, 2):
         losses.clear()
         steps.clear()
         for rank in range(world):
             ast_train.validation_perplexity(model, ids, args)
         expected = torch.nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).item()
-        assert sum(losses) / world == pytest.approx(expected, rel=1e-5)
+        assert sum(losses) / len(ids) == pytest.approx(expected, rel=1e-5)
         assert len({steps[:-1].count(rank) for rank in range(world)}) == 1
-
-
-def test_validation_does_not_depend_on_how_many_windows_fit(files, train, tmp_path):
-    """Would catch a resumed run that compares perplexities of different texts."""
-    found = [train(tmp_path / str(n), "--micro-batch", n, "--steps", 1)["runs"]["ast"]["validation"][0][1]
-             for n in (2, 3, 2000)]
-    assert found[1:] == pytest.approx(found[:1] * 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["amx_tile", "avx512_bf16"])
@@ -476,7 +467,7 @@ def test_blocks_are_compiled_also_inside_checkpoints(files, monkeypatch, inside)
 
 
 def test_processes_share_a_batch_evenly(monkeypatch):
-    monkeypatch.setattr(ast_train.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(ast_train, "processes", lambda: (0, 2))
     monkeypatch.setattr(sys, "argv", ["ast_train.py", "--batch", "5"])
     with pytest.raises(InputError, match="--batch 5 must be a multiple of the 2 processes"):
         ast_train.check(ast_train.options())

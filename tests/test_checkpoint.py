@@ -158,7 +158,7 @@ def test_a_finished_checkpoint_takes_the_place_of_the_one_before(tmp_path_factor
     (tmp_path / "link").symlink_to(tmp_path / "disk")
 
     def write():
-        with CheckpointWriter(tmp_path / "link", model.config.raw, source, keep={"run": 1}) as out:
+        with CheckpointWriter(tmp_path / "link", model.config.raw, source, made={"run": 1}) as out:
             if not out.done("model.safetensors"):
                 out.write("model.safetensors", model.state_dict())
 
@@ -189,7 +189,7 @@ def test_a_finished_checkpoint_takes_the_place_of_the_one_before(tmp_path_factor
 def test_two_runs_do_not_write_one_folder(tmp_path):
     """Would catch a second run whose few last files take the place of the first one's finished model."""
     def writer():
-        return CheckpointWriter(tmp_path / "m", {"model_type": "llama"}, keep={"a": 1})
+        return CheckpointWriter(tmp_path / "m", {"model_type": "llama"}, made={"a": 1})
     with writer() as first:
         first.write("model.safetensors", {"w": torch.ones(3)})
         with pytest.raises(InputError, match="another run is writing"), writer():
@@ -227,14 +227,14 @@ def test_a_killed_run_leaves_nothing_in_the_finished_folder(tmp_path):
         import os, sys, torch
         from data import checkpoint
         from data.checkpoint import CheckpointWriter
-        with CheckpointWriter(sys.argv[1], {"model_type": "llama"}, keep={}) as out:
+        with CheckpointWriter(sys.argv[1], {"model_type": "llama"}, made={}) as out:
             out.write("model-00001-of-00002.safetensors", {"a": torch.ones(3)})
             checkpoint.save_file = lambda *_, **__: os._exit(9)
             out.write("model-00002-of-00002.safetensors", {"b": torch.ones(3)})
     """
     folder, aside = tmp_path / "m", tmp_path / ".m.before"
     assert subprocess.run([sys.executable, "-c", killed, folder], cwd=ROOT).returncode == 9
-    with CheckpointWriter(folder, {"model_type": "llama"}, keep={}) as out:
+    with CheckpointWriter(folder, {"model_type": "llama"}, made={}) as out:
         assert out.done("model-00001-of-00002.safetensors")
         out.write("model-00002-of-00002.safetensors", {"b": torch.ones(3)})
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -428,9 +428,9 @@ def test_hub_errors(error, words, monkeypatch):
 
 
 @pytest.mark.parametrize("files", [5, [1], [[]], [["a", 1, 2]], {}])
-def test_a_run_json_of_another_kind_gets_a_sentence(folder, tmp_path, files):
+def test_a_run_json_of_another_kind_gets_a_sentence(tmp_path, files):
     """Would catch a traceback where a refusal looks for the files that have changed."""
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "run.json").write_text(json.dumps({"command": "x", "files": files}))
     with pytest.raises(InputError, match=r"differs in files \(.*b\)"):
-        CheckpointWriter(tmp_path / "there", {"model_type": "llama"}, keep={"command": "x", "files": [["b", 1, 2]]})
+        CheckpointWriter(tmp_path / "there", {"model_type": "llama"}, made={"command": "x", "files": [["b", 1, 2]]})

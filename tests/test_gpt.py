@@ -117,7 +117,7 @@ def test_block_by_block(family, changes, tmp_path):
     other.save_pretrained(tmp_path / "a")
     ids, model = ids_for(), GPT.from_pretrained(tmp_path / "a", stream=True)
     assert gap(model(ids), other(ids).logits) < 1e-4
-    with CheckpointWriter(tmp_path / "b", model.config.raw, keep={"run": 1}) as out:
+    with CheckpointWriter(tmp_path / "b", model.config.raw, made={"run": 1}) as out:
         rest = {k: v for k, v in model.state_dict().items() if not v.is_meta}
         rest.pop("lm_head.weight" if model.config.tie_word_embeddings else None, None)
         out.write("model-rest.safetensors", rest)

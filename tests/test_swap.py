@@ -144,7 +144,7 @@ def test_refit_of_inputs_that_are_nearly_alike():
 
 def test_swaps_and_refit_of_few_tokens_draw_the_weights_towards_the_dense_ones():
     """Would catch turns that tell refit a goal where none was given, so that damping draws towards 0."""
-    W, inputs, _, gram, _, keep = swap_case(5, dict(sparsity=0.5), False, rows=16, width=128, tokens=5)
+    W, _, _, gram, _, keep = swap_case(5, dict(sparsity=0.5), False, rows=16, width=128, tokens=5)
     for rounds in 0, 1:
         new = dsnot.swap_and_refit(W, keep, gram, rounds=rounds)
         again = dsnot.refit_weights(W, new != 0, gram)

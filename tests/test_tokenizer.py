@@ -198,7 +198,7 @@ def llama2(tmp_path):
 
 
 @needs_llama2
-def test_llama2(llama2, tmp_path):
+def test_llama2(llama2):
     """The count that everyone's perplexity of LLaMA-2 on WikiText-2 rests on, and single ids where SentencePiece and
     `transformers` agree."""
     rows = (SHARED / "text" / "wikitext2-test.raw").read_bytes().decode().split("\n")
