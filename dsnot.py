@@ -51,12 +51,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 from data import calibration_windows, load_tokenizer, windows
 from data.calibration import InputStats, add_product, input_stats, move, place_for, readers, steps, watch_gradients
 from data.checkpoint import CheckpointWriter, finished, noted, pruned_here, remove, shard
-from data.command import InputError, at_least, check_disk, parser, record, run
+from data.command import InputError, at_least, check_disk, parser, progress_bar, record, run
 from data.estimate import CHUNK, ROUND, check_folders, dry_run, held_states, probe_tokens
 from data.hub import model_folder
 from data.method import (METHOD, NSAMPLES, USUAL, blocks_of, fill_in, has_goal, method_of, needs_gram, parse_pattern,
@@ -161,8 +160,8 @@ def dsnot_refine(W: Tensor, keep: Tensor, stats: InputStats, score: Tensor, *, c
             active &= after.sign() == start_sign
         if not active.any():
             break
-        new[row[active], g[active]] = True
-        new[row[active], p[active]] = False
+        new[row, g] |= active  # each row has one g and one p; picking the active rows would make a GPU wait
+        new[row, p] &= ~active
         e = torch.where(active, after, e)
     return new
 
@@ -429,7 +428,7 @@ def allocation(model, where, hidden, sparsity, kind):
                    2048 tokens of each process's first batch (one window, if that is longer). For other shares it is
                    scaled by the layer's squared error, known from the Wanda scores. Of the shares from 0.1 below
                    `sparsity` to 0.09 above those with the least total damage are taken."""
-    layers = all_prunable(model)
+    layers, (rank, _) = all_prunable(model), processes()
     if kind == "uniform":
         return dict.fromkeys(layers, sparsity)
     sizes = torch.tensor([layer.weight.numel() for layer in layers.values()], dtype=torch.double)
@@ -438,7 +437,7 @@ def allocation(model, where, hidden, sparsity, kind):
     grid = grid[(grid > -1e-9) & (grid < MOST + 0.005)].clamp(min=0)
     seqlen = hidden[0].shape[1]
     probe = hidden[0][:probe_tokens(seqlen) // seqlen]
-    for i in tqdm(range(model.config.num_hidden_layers), desc="allocating", unit="block", leave=False, disable=None):
+    for i in progress_bar(range(model.config.num_hidden_layers), desc="allocating", unit="block", disable=rank > 0):
         block = model.block(i)
         (step,), linears = steps(block, *where), prunable(block)
         stats = input_stats(step, hidden, linears, readers(step, hidden[0][:1], linears))
@@ -665,7 +664,7 @@ def prune(model, samples, out, made, *, batch=8, propagate=False, sparsity=None,
         shares = allocation(model, where, embedded(), sparsity, allocate)
         hidden = list(embedded())  # the input of the next block
         dense, records = list(hidden) if aims else [], []
-        for i in tqdm(range(count), desc="pruning", unit="block", leave=False, disable=rank or None):
+        for i in progress_bar(range(count), desc="pruning", unit="block", disable=rank > 0):
             block = model.block(i)
             prefix, file = f"model.layers.{i}", shard(i, count)
             if i in done:
@@ -713,7 +712,7 @@ def swap_globally(model: GPT, dense: GPT, samples: Tensor, rounds: int, pattern:
     for block in model.blocks():
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     curvature, damping, losses = curvature_of(model, layers, texts[0]), 16.0, []
-    for i in tqdm(range(rounds), desc="global swaps", unit="round", leave=False, disable=rank or None):
+    for i in progress_bar(range(rounds), desc="global swaps", unit="round", disable=rank > 0):
         text = texts[i % len(texts)]
         with torch.no_grad():
             expected = [dense(ids).float().log_softmax(-1) for ids in text]

@@ -44,10 +44,9 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from data.checkpoint import CheckpointWriter, shard
-from data.command import InputError, parser, record, run, start, versions
+from data.command import InputError, parser, progress_bar, record, run, start, versions
 from data.hub import model_folder
 from gpt import GPT, Block, prunable, slorb
 
@@ -400,7 +399,7 @@ def prune_24(W):
 def check(device, dtypes, largest, rows):
     """Every tile, dtype, kind of values; random shapes and strides; against float64: one rounding, a float32 sum."""
     cases = list(itertools.product(dtypes, KINDS.values(), rows))
-    for dtype, bits, M in tqdm(cases, desc="checking", leave=False, disable=None):
+    for dtype, bits, M in progress_bar(cases, desc="checking"):
         N, K, step = random.randint(1, largest[0]), 16 * random.randint(1, largest[1] // 16), random.randint(1, 2)
         w = compress(prune_24(torch.randn(N, K, device=device)).to(dtype), bits)
         assert torch.equal(dense(w), decompress(w)), (dtype, bits, N, K)

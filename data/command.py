@@ -14,8 +14,11 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from data.device import processor
+
+QUIET = 60  # seconds between the lines of progress_bar where there is no terminal
 
 
 class InputError(ValueError):
@@ -47,6 +50,25 @@ def parser(description):
                        help="cpu, cuda, cuda:1, ...")
     group.add_argument("--json", metavar="FILE", help="record configuration, versions, seed and results here")
     return p
+
+
+class Lines:
+    """A file that makes a line of each state that tqdm writes."""
+
+    @staticmethod
+    def write(text):
+        if text.strip():
+            print(text.strip(), file=sys.stderr, flush=True)
+
+    def flush(self):
+        pass
+
+
+def progress_bar(*what, **options):
+    """tqdm, which goes when the work is done; without a terminal, a line a minute tells a log where a long run is."""
+    if not sys.stderr.isatty():
+        options |= dict(file=Lines(), mininterval=QUIET, maxinterval=QUIET, delay=QUIET, ascii=True, ncols=100)
+    return tqdm(*what, leave=False, **options)
 
 
 def start(args, together=False):

@@ -180,16 +180,17 @@ def needed_seconds(args, config, methods, block, prune_layer, divergence):
 
 def layer_seconds(args, methods, layers, stats, prune_layer):
     """How long it takes to prune a block's layers by all methods."""
-    needed = 0.0
+    taken, needed = {}, 0.0  # taken: seconds by what decides them, so that like layers are timed once
     for method, (name, layer) in itertools.product(methods, layers.items()):
         W, options = layer.weight, {k: method[k] for k in LAYER} | dict(refine=refine_of(name, **method))
         how = partial(prune_layer, stats=stats[name], **options)
         part = args.device == "cpu" and args.score != "sparsegpt"  # elsewhere time is not in proportion to the rows
-        rows = min(64, len(W)) if part else len(W)
-        if args.device != "cpu":
-            how(W[:64])  # warms up
-        seconds, _ = fastest(lambda: how(W[:rows]), args.device)
-        needed += seconds * len(W) / rows / (processes()[1] if rows_apart(**options) else 1)
+        rows = min(64 if W.shape[1] <= 4096 else 16, len(W)) if part else len(W)
+        if (kind := (W.shape, *options.items())) not in taken:
+            if args.device != "cpu":
+                how(W[:64])  # warms up
+            taken[kind], _ = fastest(lambda: how(W[:rows]), args.device)
+        needed += taken[kind] * len(W) / rows / (processes()[1] if rows_apart(**options) else 1)
     return needed
 
 
@@ -211,7 +212,6 @@ def dry_run(args, config, amount, methods, prune_layer, divergence):
     blocks, (rank, world) = config.num_hidden_layers, processes()
     memory = needed_memory(args, model, methods)
     block = Block(config).to(args.device, held_dtype(args, config))
-    needed = needed_seconds(args, config, methods, block, prune_layer, divergence)
     weights, size = {name: layer.weight for name, layer in prunable(block).items()}, whole * stored.itemsize
     say(f"{args.model}, {amount} pruned: {blocks} blocks with {sum(W.numel() for W in weights.values()):,} weights to "
         f"prune in each, {whole:,} parameters")
@@ -221,6 +221,7 @@ def dry_run(args, config, amount, methods, prune_layer, divergence):
     each = f" in each of {world} processes" * (world > 1)
     say(f"memory    {told_bytes(sum(memory.values()))} on {args.device}{each}: {told_each(memory)}")
     say(f"disk      {told_bytes(size)} to read, {told_bytes(written)} to write")
+    needed = needed_seconds(args, config, methods, block, prune_layer, divergence)  # the last: it takes a while itself
     unit, seconds = next((u for u in (("days", 86400), ("hours", 3600), ("minutes", 60)) if needed > 2 * u[1]),
                          ("seconds", 1))
     say(f"time      {needed / seconds:,.1f} {unit} on {args.device}, estimated from a part of one of the {blocks} "

@@ -21,10 +21,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from data.checkpoint import alone_in, noted
-from data.command import InputError, parser, record, run, start, versions, what_keeps_from_writing, write_atomically
+from data.command import (InputError, parser, progress_bar, record, run, start, versions, what_keeps_from_writing,
+                          write_atomically)
 from data.hub import model_folder
 from data.text import SOURCES, documents, evaluation_ids, load_text, part_of
 from data.tokenizer import load_tokenizer
@@ -55,8 +55,8 @@ def encode(texts, tokenizer, label):
     SentencePiece begins every piece with a space, though."""
     dtype = token_type(tokenizer)
     before, after = len(tokenizer.first), len(tokenizer.last)
-    with tqdm(total=sum(map(len, texts)), desc=f"tokens of {label}", unit=" characters", unit_scale=True, leave=False,
-              disable=None) as bar:
+    with progress_bar(total=sum(map(len, texts)), desc=f"tokens of {label}", unit=" characters",
+                      unit_scale=True) as bar:
         for piece, first, last in pieces(texts):
             ids = tokenizer.encode(piece)
             ids = ids[0 if first else before:len(ids) - (0 if last else after)]

@@ -11,9 +11,8 @@ import random
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from data.command import InputError
+from data.command import InputError, progress_bar
 from data.hub import PRESETS
 from data.processes import say
 from data.stdlib import stdlib_source, stdlib_text
@@ -48,7 +47,7 @@ def json_lines(path):
             try:  # half a character, which JSON can name, becomes "?"
                 texts += [json.loads(line)["text"].encode(errors="replace").decode()] if line.strip() else []
             except (ValueError, KeyError, TypeError, AttributeError) as e:
-                why = f" ({e})" if isinstance(e, ValueError) else ", which each line has to be for itself"
+                why = f" ({e})" if isinstance(e, ValueError) else "; a list is written one object a line"
                 raise InputError(f"{path}, line {number}: no JSON object with a \"text\"{why}") from None
     return texts
 
@@ -152,7 +151,7 @@ def calibration_windows(source: str, tokenizer, nsamples: int, seqlen: int, seed
     if whole and seqlen <= len(whole) < nsamples * seqlen:
         say(f"note: {source} has {len(whole):,} tokens to calibrate on, so that {nsamples} windows of {seqlen} overlap")
     samples, short, longest = [], set(), 0
-    with tqdm(total=nsamples, desc="calibration text", unit="window", leave=False, disable=None) as bar:
+    with progress_bar(total=nsamples, desc="calibration text", unit="window") as bar:
         while len(samples) < nsamples:
             if (i := rng.randrange(len(texts))) in short:
                 continue

@@ -5,6 +5,8 @@
 #     JOBS=2 OMP_NUM_THREADS=1 bash results/ast.sh          (two runs at a time: three quarters of an hour on two cores)
 # Then `python results/readme.py` puts them into README.md and results/README.md.
 set -euo pipefail
+only=${1:-}
+[ $# -eq 0 ] || [ "$*" = readme ] || { sed -n '2,6s/^# //p' "$0" >&2; exit 2; }
 cd "$(dirname "$0")/.."
 source results/jobs.sh
 run() {
@@ -28,7 +30,7 @@ ablate wanda --score wanda
 ablate swap-start --start-from swap
 for T in 2 4; do ablate temperature$T --temperature $T; done
 ablate code --data tiny:3 tiny-code:7
-if [ "${1:-}" != readme ]; then
+if [ -z "$only" ]; then
     run control-slow --methods dense --no-one-shot --lr 3e-5
     run float32 --no-one-shot --dtype float32
     if [ -d out/deep ]; then  # of `bash results/study.sh deep`
@@ -38,4 +40,4 @@ if [ "${1:-}" != readme ]; then
 fi
 wait
 check_measured
-[ "${1:-}" = readme ] || [ -f results/bench_ast.json ] || python tests/bench_ast.py --json results/bench_ast.json
+[ -n "$only" ] || [ -f results/bench_ast.json ] || python tests/bench_ast.py --json results/bench_ast.json
