@@ -247,7 +247,8 @@ def plot(rows, path):
     for r in rows:
         if r["perplexity"]:
             charts.setdefault((r["model"], r["data"], r["seqlen"]), []).append(r)
-    amounts = dict.fromkeys(r["amount"] for r in sorted(rows, key=lambda r: r["sparsity"]) if r["amount"] != "0%")
+    others = [r["amount"] for r in rows if r["amount"] != "0%"]
+    amounts = dict.fromkeys(["2:4", "50%", "70%", "60%", "4:8", *others])  # alike in all pictures
     colours = dict(zip(amounts, COLOURS * len(amounts)))
     tested, mapped = [r for r in rows if r.get("tasks")], [r for r in rows if r["layers"]]
     panels = [(1.3 + 0.28 * len({r["method"] for r in chart}), perplexity_panel, (chart, colours))
@@ -286,6 +287,7 @@ def perplexity_panel(axis, what):
                       xerr=[r["spread"] or 0 for r in own], fmt="o", color=colours[amount], label=amount)
     if dense:
         axis.axvline(dense, color=GREY, label=f"dense, {dense:.2f}")
+    axis.set_ylim(-0.6, len(methods) - 0.4)
     axis.set_yticks(range(len(methods)), [textwrap.fill(method, 42) for method in methods], fontsize=7.5)
     axis.set(xlabel="perplexity (log scale)", xscale="log",
              title=f"{rows[0]['model']} on {rows[0]['data']}, windows of {rows[0]['seqlen']} tokens")

@@ -34,6 +34,7 @@ CHOICES = [  # what is done, the command that does it, and its names in compare.
     ("DSnoT as published", "dsnot.py --cycles 50 --refine-layers attn`, at 70 % `--no-sign-check",
      "wanda + dsnot (cycles 50, refine layers attn, no sign check)",
      "wanda + dsnot (cycles 50, refine layers attn, sign check)"),
+    ("SparseGPT", "dsnot.py --score sparsegpt --refine none", "sparsegpt"),
     ("swaps", "dsnot.py --refine swap", "wanda + swap"),
     ("swaps, global swaps", "dsnot.py --refine swap --global-swaps 16", "wanda + swap + global"),
     ("swaps, global swaps, by sensitivity", "dsnot.py --refine swap --global-swaps 16 --allocate sensitivity",
@@ -41,6 +42,8 @@ CHOICES = [  # what is done, the command that does it, and its names in compare.
     ("swaps, refit", "dsnot.py --refine swap --refit", "wanda + swap + refit"),
     ("swaps, refit, by sensitivity", "dsnot.py --refine swap --refit --allocate sensitivity",
      "wanda + swap + refit (allocate sensitivity)"),
+    ("the same from SparseGPT's mask", "dsnot.py --score sparsegpt --refine swap --refit --allocate sensitivity",
+     "sparsegpt + swap + refit (allocate sensitivity)"),
     ("swaps, refit, global swaps", "dsnot.py --refine swap --refit --global-swaps 16", "wanda + swap + refit + global"),
     ("swaps, refit, global swaps, by sensitivity",
      "dsnot.py --refine swap --refit --global-swaps 16 --allocate sensitivity",
@@ -295,7 +298,8 @@ def main():
     argparse.ArgumentParser(description=__doc__).parse_args()
     contents = pages()
     plot(opening(), ROOT / "assets/overview.png")
-    plot(studies(), ROOT / "assets/dsnot.png")
+    for name in MODELS:
+        plot(pruned(f"{name}/*"), ROOT / f"assets/{name}.png")
     shares = "", "-owl", "-sensitivity"
     plot(pruned(*(f"tiny/0.7-wanda-swap-refit{share}" for share in shares)), ROOT / "assets/layers.png")
     draw_ast(ROOT / "assets/ast.png")

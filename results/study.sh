@@ -101,6 +101,7 @@ shown() {  # in its tables and its map of layers, too
     [ $option = --sparsity ] || return 0
     run wanda-swap-sensitivity-global --refine swap --allocate sensitivity --global-swaps 16 --no-compare
     run wanda-swap-refit-owl --refine swap --refit --allocate owl --no-compare
+    run sparsegpt-swap-refit-sensitivity --score sparsegpt --refine swap --refit --allocate sensitivity --no-compare
 }
 others() {  # in results/README.md
     run magnitude-swap --score magnitude --refine swap --no-compare
@@ -112,7 +113,6 @@ others() {  # in results/README.md
     run sparsegpt-swap-refit --score sparsegpt --refine swap --refit --no-compare
     [ $option = --sparsity ] || return 0
     run wanda-swap-sensitivity --refine swap --allocate sensitivity --no-compare
-    run sparsegpt-swap-refit-sensitivity --score sparsegpt --refine swap --refit --allocate sensitivity --no-compare
 }
 each() {  # ROWS AMOUNT...: those runs for each amount
     for amount in "${@:2}"; do
