@@ -294,7 +294,7 @@ def main():
         row["speed"] = measured = speed(model, text[None], new_tokens)
         print(f"{args.model} on {args.device}: prefill {measured['prefill_tokens_per_second']:,.1f} tokens/s "
               f"({measured['prompt_tokens']} tokens), decode {measured['decode_tokens_per_second']:,.1f} tokens/s, "
-              f"weights {measured['weight_bytes'] / 1e9:,.3f} GB, "
+              f"weights {measured['weight_bytes'] / 1e9:,.3f} GB in memory, "
               f"peak memory {measured['peak_memory_bytes'] / 1e9:,.2f} GB")
     record(args, results | {"rows": [row]})
 

@@ -34,7 +34,8 @@ def hub_rows(path, name, split, data_files=None, revision=None):
     try:
         return datasets.load_dataset(path, name, split=split, data_files=data_files, revision=revision)
     except Exception as e:  # the Hub's client raises a family of errors that changes between versions
-        raise InputError(f"the data set {path} is not in the cache and can't be fetched ({type(e).__name__}): "
+        reason = "the Hub is out of reach" if isinstance(e, ConnectionError) else type(e).__name__
+        raise InputError(f"the data set {path} is not in the cache and can't be fetched ({reason}): "
                          f"without a network, give a text file in its place") from None
 
 
