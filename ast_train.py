@@ -622,11 +622,11 @@ def print_table(rows):
 
 # -------------------------------------------------------------------------------------------------------- the command
 
-def options():
+def options(description=__doc__):
     compiler = bool(shutil.which("g++") or shutil.which("clang++"))
     early = Parser(add_help=False)  # reads --recipe first, where the defaults of the others come from
     early.add_argument("--recipe", choices=RECIPES, default="tiny")
-    p = parser(__doc__)
+    p = parser(description)
     p.add_argument("--recipe", choices=RECIPES, default="tiny", help="where the other options begin")
     p.add_argument("--model", help="student and teacher: a preset (data/hub.py lists them), a Hub id or a folder")
     p.add_argument("--methods", nargs="+", choices=["dense", "ast", "ast-slorb"],

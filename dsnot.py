@@ -55,12 +55,12 @@ from torch.utils.checkpoint import checkpoint
 from data import calibration_windows, load_tokenizer, windows
 from data.calibration import InputStats, add_product, input_stats, move, place_for, readers, steps, watch_gradients
 from data.checkpoint import CheckpointWriter, finished, noted, pruned_here, remove, shard
-from data.command import InputError, at_least, check_disk, parser, progress_bar, record, run
+from data.command import InputError, at_least, check_disk, parser, record, run
 from data.estimate import CHUNK, ROUND, check_folders, dry_run, held_states, probe_tokens
 from data.hub import model_folder
 from data.method import (METHOD, NSAMPLES, USUAL, blocks_of, fill_in, has_goal, method_of, needs_gram, parse_pattern,
                          refine_of, rows_apart, said_of, shared_by)
-from data.processes import add_up, from_first, process_group, processes, say, wait
+from data.processes import add_up, from_first, process_group, processes, progress_bar, say, wait
 from data.text import SOURCES, evaluation_ids, told, usual_text
 from eval import perplexity
 from gpt import GPT, Config, all_prunable, layer_inputs, prunable, rotary
@@ -335,7 +335,7 @@ def refit_weights(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None 
 
 
 def swap_and_refit(W, keep, gram, *, goal=None, max_swaps=None, pattern=None, rounds=1):
-    """The weights [out, in] after swaps and refit by turns. Refit gives the kept weights new values, and to each pruned
+    """The weights [out, in] after swaps and refit in turns. Refit gives the kept weights new values, and to each pruned
     one `with_pruned` the best value with which it could come back: the next swaps are made among these. Only refit's
     damping can make the error rise. Arguments as in swap_refine, keep: to start from."""
     gram = gram.float()
@@ -428,7 +428,7 @@ def allocation(model, where, hidden, sparsity, kind):
                    2048 tokens of each process's first batch (one window, if that is longer). For other shares it is
                    scaled by the layer's squared error, known from the Wanda scores. Of the shares from 0.1 below
                    `sparsity` to 0.09 above those with the least total damage are taken."""
-    layers, (rank, _) = all_prunable(model), processes()
+    layers = all_prunable(model)
     if kind == "uniform":
         return dict.fromkeys(layers, sparsity)
     sizes = torch.tensor([layer.weight.numel() for layer in layers.values()], dtype=torch.double)
@@ -437,7 +437,7 @@ def allocation(model, where, hidden, sparsity, kind):
     grid = grid[(grid > -1e-9) & (grid < MOST + 0.005)].clamp(min=0)
     seqlen = hidden[0].shape[1]
     probe = hidden[0][:probe_tokens(seqlen) // seqlen]
-    for i in progress_bar(range(model.config.num_hidden_layers), desc="allocating", unit="block", disable=rank > 0):
+    for i in progress_bar(range(model.config.num_hidden_layers), desc="allocating", unit="block"):
         block = model.block(i)
         (step,), linears = steps(block, *where), prunable(block)
         stats = input_stats(step, hidden, linears, readers(step, hidden[0][:1], linears))
@@ -664,7 +664,7 @@ def prune(model, samples, out, made, *, batch=8, propagate=False, sparsity=None,
         shares = allocation(model, where, embedded(), sparsity, allocate)
         hidden = list(embedded())  # the input of the next block
         dense, records = list(hidden) if aims else [], []
-        for i in progress_bar(range(count), desc="pruning", unit="block", disable=rank > 0):
+        for i in progress_bar(range(count), desc="pruning", unit="block"):
             block = model.block(i)
             prefix, file = f"model.layers.{i}", shard(i, count)
             if i in done:
@@ -712,7 +712,7 @@ def swap_globally(model: GPT, dense: GPT, samples: Tensor, rounds: int, pattern:
     for block in model.blocks():
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     curvature, damping, losses = curvature_of(model, layers, texts[0]), 16.0, []
-    for i in progress_bar(range(rounds), desc="global swaps", unit="round", disable=rank > 0):
+    for i in progress_bar(range(rounds), desc="global swaps", unit="round"):
         text = texts[i % len(texts)]
         with torch.no_grad():
             expected = [dense(ids).float().log_softmax(-1) for ids in text]

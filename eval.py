@@ -32,9 +32,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import load_tokenizer, windows
-from data.command import InputError, at_least, parser, progress_bar, record, run, start, what_keeps_from_writing
+from data.command import InputError, at_least, parser, record, run, start, what_keeps_from_writing
 from data.device import free_memory
-from data.processes import processes
+from data.processes import progress_bar
 from data.tasks import SEVEN, TASKS, encode_pair, load_task
 from data.text import SOURCES, evaluation_ids, told, usual_text
 from gpt import GPT, rotary
@@ -56,7 +56,7 @@ def hidden_states(model, batches, label, progress):
         size = max(ids.numel() for ids in batches) * c.hidden_size * model.model.embed_tokens.weight.element_size()
         together = max(1, free_memory(device) // 2 // size)
     with progress_bar(total=sum(map(len, batches)) * c.num_hidden_layers, desc=label, unit="sequence-block",
-                      disable=not progress or processes()[0] > 0) as bar:
+                      disable=not progress) as bar:
         for i in range(0, len(batches), together):
             hidden = [model.embed(ids) for ids in batches[i:i + together]]
             for block in model.blocks():
@@ -156,7 +156,7 @@ def task_line(name, result):
 
 # -------------------------------------------------------------------------------------------------------------- speed
 
-REPEATS = 3  # that are timed, after one that warms up, and times the tiles of sparse_matmul.py, which takes memory
+REPEATS = 3  # timed runs; one before them warms up, and times the tiles of sparse_matmul.py, which takes memory
 
 
 def speed(model, ids, new_tokens=64):

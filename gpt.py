@@ -401,7 +401,7 @@ class GPT(nn.Module):
     def embed(self, ids, positions=None):
         """ids [B, T], on a CPU or where the model is -> x [B, T, C]; learned positions [T] (None: from 0) are added
         where the model has them."""
-        if not ids.is_cuda:  # there the check would wait for the GPU: who moves ids there checks them before
+        if not ids.is_cuda:  # there the check would wait for the GPU: whoever moves ids there checks them first
             self.check_tokens(ids)
         ids = ids.to(self.device)
         x = self.model.embed_tokens(ids)

@@ -24,7 +24,8 @@ together takes time, too: 2 to 2.5 times. For one row of x no W is built: W x = 
 is put together in registers as the left operand of the tensor cores; K is split, so that a small N fills the GPU, too.
 Where many rows make arithmetic the limit, W is decompressed for the dense matmul. Which tile, or the dense way, is
 timed at the first call for each shape (so call once before capturing a CUDA graph). With more rows of x a dense W wins:
-4096 x 4096 from 4 rows on, the largest ones from 128 on (results/README.md has the table).
+4096 x 4096 from 4 rows on at the latest, the largest ones in bf16 from 128, in int8 and int4 from 64 (results/README.md
+has the table).
 
     python sparse_matmul.py                                            # check the kernel and, on a GPU, measure it
     python sparse_matmul.py --model out/llama2-7b-wanda-dsnot-2of4 --bits 8 --out out/small
@@ -46,8 +47,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data.checkpoint import CheckpointWriter, shard
-from data.command import InputError, parser, progress_bar, record, run, start, versions
+from data.command import InputError, parser, record, run, start, versions
 from data.hub import model_folder
+from data.processes import progress_bar
 from gpt import GPT, Block, prunable, slorb
 
 if __name__ == "__main__" and not torch.cuda.is_available():

@@ -14,11 +14,8 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from data.device import processor
-
-QUIET = 60  # seconds between the lines of progress_bar where there is no terminal
 
 
 class InputError(ValueError):
@@ -52,27 +49,8 @@ def parser(description):
     return p
 
 
-class Lines:
-    """A file that makes a line of each state that tqdm writes."""
-
-    @staticmethod
-    def write(text):
-        if text.strip():
-            print(text.strip(), file=sys.stderr, flush=True)
-
-    def flush(self):
-        pass
-
-
-def progress_bar(*what, **options):
-    """tqdm, which goes when the work is done; without a terminal, a line a minute tells a log where a long run is."""
-    if not sys.stderr.isatty():
-        options |= dict(file=Lines(), mininterval=QUIET, maxinterval=QUIET, delay=QUIET, ascii=True, ncols=100)
-    return tqdm(*what, leave=False, **options)
-
-
 def start(args, together=False):
-    """Seed every generator and check the options that all commands have. together: the processes of torchrun share the
+    """Seed Python's and PyTorch's generators and check the options that all commands have. together: the processes of torchrun share the
     work, which they would else all do."""
     if not together and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("this command runs in one process: leave out torchrun, which is for dsnot.py and ast_train.py")

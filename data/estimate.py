@@ -185,7 +185,7 @@ def layer_seconds(args, methods, layers, stats, prune_layer):
         W, options = layer.weight, {k: method[k] for k in LAYER} | dict(refine=refine_of(name, **method))
         how = partial(prune_layer, stats=stats[name], **options)
         part = args.device == "cpu" and args.score != "sparsegpt"  # elsewhere time is not in proportion to the rows
-        rows = min(64 if W.shape[1] <= 4096 else 16, len(W)) if part else len(W)
+        rows = min(64, len(W)) if part else len(W)
         if (kind := (W.shape, *options.items())) not in taken:
             if args.device != "cpu":
                 how(W[:64])  # warms up

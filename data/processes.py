@@ -1,8 +1,9 @@
 """Several processes: those that torchrun begins, which share one run, and those that do a piece of work each, side by
-side on a CPU."""
+side on a CPU; and what one of them says of its progress."""
 
 import os
 import signal
+import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data.command import start
+
+QUIET = 60  # seconds between the lines of progress_bar where there is no terminal
 
 
 @contextmanager
@@ -36,6 +39,22 @@ def process_group(args, alone=False):
 def processes():
     """(this process, how many there are); (0, 1) outside of `process_group`, too."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+class Lines:
+    """A file that makes a line of each state that tqdm writes."""
+
+    @staticmethod
+    def write(text):
+        if text.strip():
+            print(text.strip(), file=sys.stderr, flush=True)
+
+
+def progress_bar(*what, disable=False, **options):
+    """tqdm in the first process alone; without a terminal, a line a minute tells a log where a long run is."""
+    if not sys.stderr.isatty():
+        options |= dict(file=Lines(), mininterval=QUIET, miniters=1, delay=QUIET, ascii=True, ncols=100)
+    return tqdm(*what, leave=False, disable=disable or processes()[0] > 0, **options)
 
 
 def say(text):

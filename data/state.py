@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from data.command import InputError, check_disk
-from data.processes import say
+from data.processes import processes, say
 
 
 def save_state(work, model, optimizer, mean, state, finished=False):
@@ -22,7 +22,7 @@ def save_state(work, model, optimizer, mean, state, finished=False):
     state before when it is complete. Raises InputError where it can't be written, such as on a full disk; the state
     before is kept."""
     final, partial = work / f"step-{state['step']:07d}", work / f"step-{state['step']:07d}.partial"
-    first = dist.get_rank() == 0
+    first = processes()[0] == 0
     if first:
         shutil.rmtree(partial, ignore_errors=True)
     dist.barrier()

@@ -23,9 +23,10 @@ import numpy as np
 import torch
 
 from data.checkpoint import alone_in, noted
-from data.command import (InputError, parser, progress_bar, record, run, start, versions, what_keeps_from_writing,
+from data.command import (InputError, parser, record, run, start, versions, what_keeps_from_writing,
                           write_atomically)
 from data.hub import model_folder
+from data.processes import progress_bar
 from data.text import SOURCES, documents, evaluation_ids, load_text, part_of
 from data.tokenizer import load_tokenizer
 

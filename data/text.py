@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from data.command import InputError, progress_bar
+from data.command import InputError
 from data.hub import PRESETS
-from data.processes import say
+from data.processes import progress_bar, say
 from data.stdlib import stdlib_source, stdlib_text
 
 SOURCES = ("tiny", "tiny-code", "wikitext2", "ptb", "c4")
@@ -48,7 +48,7 @@ def json_lines(path):
             try:  # half a character, which JSON can name, becomes "?"
                 texts += [json.loads(line)["text"].encode(errors="replace").decode()] if line.strip() else []
             except (ValueError, KeyError, TypeError, AttributeError) as e:
-                why = f" ({e})" if isinstance(e, ValueError) else "; a list is written one object a line"
+                why = f" ({e})" if isinstance(e, ValueError) else '; each line is one object with a "text"'
                 raise InputError(f"{path}, line {number}: no JSON object with a \"text\"{why}") from None
     return texts
 

@@ -22,6 +22,7 @@ run long --methods ast-slorb $longer
 run control-long --methods dense $longer
 for seed in 0 1 2; do run seed$seed --seed $seed; done  # the first is the default run
 for seed in 0 1 2; do run control$seed --seed $seed --methods dense --no-one-shot; done
+run control-slow --methods dense --no-one-shot --lr 3e-5
 ablate no-distillation --kl-weight 0
 ablate static-decay --decay-steps 0
 ablate no-decay --decay 0
@@ -31,7 +32,6 @@ ablate swap-start --start-from swap
 for T in 2 4; do ablate temperature$T --temperature $T; done
 ablate code --data tiny:3 tiny-code:7
 if [ -z "$only" ]; then
-    run control-slow --methods dense --no-one-shot --lr 3e-5
     run float32 --no-one-shot --dtype float32
     if [ -d out/deep ]; then  # of `bash results/study.sh deep`
         run deep --model out/deep

@@ -27,6 +27,7 @@ OPENING = {  # the methods of the first picture, as compare.py names them and as
     "wanda + swap + refit": "Wanda + swaps + refit",
     "wanda + swap + refit (allocate sensitivity)": "Wanda + swaps + refit, by sensitivity",
     "wanda + swap + refit + global (allocate sensitivity)": "Wanda + swaps + refit + global swaps, by sensitivity",
+    "sparsegpt + swap + refit (allocate sensitivity)": "SparseGPT + swaps + refit, by sensitivity",
     "AST": "AST", "AST + SLoRB": "AST + SLoRB"}
 CHOICES = [  # what is done, the command that does it, and its names in compare.py's tables
     ("Wanda", "dsnot.py --refine none", "wanda"),
@@ -225,7 +226,8 @@ def compressed():
 def texts():
     """What each model makes of one prompt, as it came."""
     names = {"dense": "dense", "70": "70 %, Wanda + DSnoT", "2of4": "2:4, swaps + refit", "ast": "2:4, AST"}
-    parts = [f"[{said}]\n{results(f'text-{name}')['text'].rstrip(chr(0xfffd)).rstrip()}" for name, said in names.items()]
+    parts = [f"[{said}]\n{results(f'text-{name}')['text'].rstrip(chr(0xfffd)).rstrip()}"
+             for name, said in names.items()]
     return "```text\n" + "\n\n".join(parts) + "\n```"
 
 

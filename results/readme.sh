@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# README.md's tables and pictures of tiny, two runs at a time (about an hour on two cores). What has its file is not
-# measured again; all from scratch, of which what results/README.md alone shows is lost:
-#     rm -r results/tiny results/ast-[!d]*.json && bash results/readme.sh
+# README.md's tables and pictures of tiny, two runs at a time. What study.sh and ast.sh have measured is not measured
+# again. From scratch, which takes about an hour on two cores (what results/README.md alone shows of tiny is lost):
+#     rm -rf results/tiny results/ast-[!df]*.json results/ast-fixed*.json out/ast-[!d]* out/models
+#     bash results/readme.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export JOBS=${JOBS:-2} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

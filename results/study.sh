@@ -88,10 +88,12 @@ fi
 pictured() {  # in README.md's first picture
     for score in magnitude wanda sparsegpt; do run $score --score $score --refine dsnot --compare; done
     for score in wanda sparsegpt; do run $score-swap --score $score --refine swap --no-compare; done
-    run wanda-swap-refit --refine swap --refit --no-compare
+    for score in wanda sparsegpt; do run $score-swap-refit --score $score --refine swap --refit --no-compare; done
     run wanda-swap-global --refine swap --global-swaps 16 --no-compare
     [ $option = --sparsity ] || return 0
-    run wanda-swap-refit-sensitivity --refine swap --refit --allocate sensitivity --no-compare
+    for score in wanda sparsegpt; do
+        run $score-swap-refit-sensitivity --score $score --refine swap --refit --allocate sensitivity --no-compare
+    done
     run wanda-swap-refit-sensitivity-global --refine swap --refit --allocate sensitivity --global-swaps 16 --no-compare
 }
 shown() {  # in its tables and its map of layers, too
@@ -101,7 +103,6 @@ shown() {  # in its tables and its map of layers, too
     [ $option = --sparsity ] || return 0
     run wanda-swap-sensitivity-global --refine swap --allocate sensitivity --global-swaps 16 --no-compare
     run wanda-swap-refit-owl --refine swap --refit --allocate owl --no-compare
-    run sparsegpt-swap-refit-sensitivity --score sparsegpt --refine swap --refit --allocate sensitivity --no-compare
 }
 others() {  # in results/README.md
     run magnitude-swap --score magnitude --refine swap --no-compare
@@ -110,7 +111,6 @@ others() {  # in results/README.md
     run wanda-swap-no-propagate --refine swap --no-propagate --no-compare
     run sparsegpt-propagate --score sparsegpt --refine none --propagate --no-compare
     run sparsegpt-refit --score sparsegpt --refine none --refit --no-compare
-    run sparsegpt-swap-refit --score sparsegpt --refine swap --refit --no-compare
     [ $option = --sparsity ] || return 0
     run wanda-swap-sensitivity --refine swap --allocate sensitivity --no-compare
 }

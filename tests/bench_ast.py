@@ -25,7 +25,7 @@ STEPS, WARM = 30, 2  # of each kind; the first ones compile and don't count
 
 
 def main():
-    args = options()
+    args = options(__doc__)
     start(args)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     teacher = set_up(GPT.from_pretrained(args.model, args.device, getattr(torch, args.dtype)), args)

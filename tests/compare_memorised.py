@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import dsnot
 from data import load_tokenizer, windows
 from data.command import parser, record, run, start
+from data.processes import progress_bar
 from data.text import evaluation_ids, load_text
 from eval import perplexity
 from gpt import GPT
@@ -30,7 +30,7 @@ METHODS = {"magnitude": ("magnitude", "none", False), "wanda": ("wanda", "none",
 def memorise(model, texts):
     """Train a model on windows [n, T] until it knows them."""
     optimizer = torch.optim.AdamW(model.parameters(), LR, betas=(0.9, 0.95), weight_decay=0.0)
-    for _ in tqdm(range(EPOCHS), desc="learning by heart", leave=False, disable=None):
+    for _ in progress_bar(range(EPOCHS), desc="learning by heart"):
         for ids in texts[torch.randperm(len(texts))].split(BATCH):
             loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
             loss.backward()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, SHARED, make_checkpoint
 
-from data import command, load_text, load_tokenizer, stdlib
+from data import load_text, load_tokenizer, processes, stdlib
 from data.command import InputError, run
 from data.text import documents, evaluation_ids, told
 from eval import perplexity
@@ -404,7 +404,7 @@ def test_a_log_tells_where_a_long_run_is(monkeypatch, capsys):
     """Would catch a run of days whose log says nothing, because a bar needs a terminal, and a short one that chatters.
     """
     for seconds, said in (0, ["pruning:  33%", "pruning:  67%"]), (60, []):
-        monkeypatch.setattr(command, "QUIET", seconds)
-        assert list(command.progress_bar(range(3), desc="pruning")) == [0, 1, 2]
+        monkeypatch.setattr(processes, "QUIET", seconds)
+        assert list(processes.progress_bar(range(3), desc="pruning")) == [0, 1, 2]
         lines = capsys.readouterr().err.splitlines()
         assert all(any(line.startswith(start) for line in lines) for start in said) and bool(lines) == bool(said)

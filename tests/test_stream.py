@@ -71,7 +71,7 @@ def test_a_stopped_run_goes_on_after_its_finished_shards(checkpoint, tmp_path, m
 
 
 @pytest.mark.parametrize("lines, words", [
-    ('{"text": "a"}\n\n{"txt": "b"}\n', "line 3: no JSON object with a \"text\"; a list is written one object a line"),
+    ('{"text": "a"}\n\n{"txt": "b"}\n', "line 3: no JSON object with a \"text\"; each line is one object"),
     ('{"text": "a"}\n{"text": 5}', "line 2"), ("[1]", "line 1"), ("\n", "has no text"),
     ('{"text": "a"}\n{"text": "\xff', "line 2")])
 def test_a_bad_line_is_named(checkpoint, tmp_path, monkeypatch, lines, words):
