@@ -27,11 +27,11 @@ ablate no-distillation --kl-weight 0
 ablate static-decay --decay-steps 0
 ablate no-decay --decay 0
 ablate fixed-mask --mask-every 0
-ablate wanda --score wanda
-ablate swap-start --start-from swap
-for T in 2 4; do ablate temperature$T --temperature $T; done
-ablate code --data tiny:3 tiny-code:7
 if [ -z "$only" ]; then
+    ablate wanda --score wanda
+    ablate swap-start --start-from swap
+    for T in 2 4; do ablate temperature$T --temperature $T; done
+    ablate code --data tiny:3 tiny-code:7
     run float32 --no-one-shot --dtype float32
     if [ -d out/deep ]; then  # of `bash results/study.sh deep`
         run deep --model out/deep

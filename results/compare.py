@@ -8,6 +8,7 @@ options (of the run), layers [{layer, weights, sparsity, error}], and what else 
 
 import json
 import math
+import re
 import statistics
 import textwrap
 from pathlib import Path
@@ -61,8 +62,9 @@ def complete(row):
     amount = amount if isinstance(amount, str) else percent(amount)
     n, _, m = amount.rstrip("%").partition(":")
     layers = row.get("layers") or []
-    parts = Path(row["model"]).parts  # a snapshot in the Hub's cache: .../models--OWNER--NAME/snapshots/COMMIT
-    model = parts[-3].split("--")[-1] if "snapshots" in parts[-2:-1] else parts[-1]
+    parts = Path(row["model"]).parts or (".",)
+    parts = parts[:-2] if parts[2:] and parts[-2] == "snapshots" else parts
+    model = re.sub("^models--(.*--)?", "", parts[-1])  # in the Hub's cache: models--OWNER--NAME/snapshots/COMMIT
     validation = ", validation" * (row["options"].get("split") == "validation")
     data = Path(row["data"]).name + validation if row["data"] else None
     return {"perplexity": None} | row | {"model": model, "data": data, "amount": amount, "layers": layers,
@@ -204,7 +206,8 @@ def table_by_method(rows):
             methods.setdefault(row["method"], {})[row["amount"]] = row
     texts = []
     for (model, data, seqlen), methods in tables.items():
-        amounts = [a for a in dict.fromkeys(a for found in methods.values() for a in found) if a != "0%"]
+        sparsity = {a: row["sparsity"] for found in methods.values() for a, row in found.items()}
+        amounts = sorted(sparsity.keys() - {"0%"}, key=lambda a: (sparsity[a], a))
         dense = next((found["0%"]["perplexity"] for found in methods.values() if "0%" in found), None)
         pruned = {method: {a: found[a] for a in amounts if a in found} for method, found in methods.items()
                   if found.keys() - {"0%"}}

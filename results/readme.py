@@ -50,12 +50,13 @@ CHOICES = [  # what is done, the command that does it, and its names in compare.
      "dsnot.py --refine swap --refit --global-swaps 16 --allocate sensitivity",
      "wanda + swap + refit + global (allocate sensitivity)"),
     ("AST", "ast_train.py --methods ast", "AST"), ("AST + SLoRB", "ast_train.py --methods ast-slorb", "AST + SLoRB")]
-ABLATION = {  # what a run is called: its file, and the row of its table
+PARTS = {  # of AST: what a run without one, or with another, is called; its file and the row of its table
     "AST": ("seed0", "AST"), "no distillation": ("no-distillation", "AST"), "static decay": ("static-decay", "AST"),
-    "no decay": ("no-decay", "AST"), "fixed mask": ("fixed-mask", "AST"), "mask by Wanda score": ("wanda", "AST"),
-    "swap start": ("swap-start", "AST"), "temperature 2": ("temperature2", "AST"),
-    "temperature 4": ("temperature4", "AST"), "3 parts text, 7 parts code": ("code", "AST"),
-    "with SLoRB": ("seed0", "AST + SLoRB")}
+    "no decay": ("no-decay", "AST"), "fixed mask": ("fixed-mask", "AST"), "with SLoRB": ("seed0", "AST + SLoRB")}
+SETTINGS = {  # likewise
+    "mask by Wanda score": ("wanda", "AST"), "swap start": ("swap-start", "AST"),
+    "temperature 2": ("temperature2", "AST"), "temperature 4": ("temperature4", "AST"),
+    "3 parts text, 7 parts code": ("code", "AST")}
 
 
 def made(name, key="results"):
@@ -202,10 +203,10 @@ def retrained():
     return markdown(["tiny, 2:4", "test perplexity", "gap closed", "training tokens read"], lines)
 
 
-def ablation():
+def ablation(variants):
     """{variant: (its perplexity, its share of the gap)} of seed 0."""
     first, found = results("ast-seed0")["table"], {}
-    for said, (name, row) in ABLATION.items():
+    for said, (name, row) in variants.items():
         if trained := made(f"ast-{name}"):
             perplexity = trained["table"][row]["perplexity"]
             found[said] = perplexity, gap_closed(first, perplexity)
@@ -245,7 +246,8 @@ def streamed():
 def ablated():
     tokens = results("ast-seed0")["table"]["AST"]["tokens"]
     return markdown([f"AST, {tokens:,} tokens, seed 0", "test perplexity", "gap closed"], [
-        [said, f"{perplexity:.3f}", f"{closed:.1%}"] for said, (perplexity, closed) in ablation().items()])
+        [said, f"{perplexity:.3f}", f"{closed:.1%}"]
+        for said, (perplexity, closed) in ablation(PARTS | SETTINGS).items()])
 
 
 def tables():
@@ -277,7 +279,7 @@ def draw_ast(path):
         left.set_xticks([200, 500, 1000, 2000], ["200", "500", "1,000", "2,000"])
         left.minorticks_off()
         left.legend(frameon=False, loc="lower left")
-        closed = {said: 100 * share for said, (_, share) in ablation().items()}
+        closed = {said: 100 * share for said, (_, share) in ablation(PARTS).items()}
         right.barh(list(closed), list(closed.values()))
         right.invert_yaxis()
         right.set(xlabel="gap closed on the test text (%)")
