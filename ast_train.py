@@ -76,7 +76,7 @@ from data.stream import Mixture, evaluation_split, evaluation_tokens, sources_of
 from data.text import SOURCES, told, usual_text
 from dsnot import check_pattern, keep_mask, magnitude_score, prune, wanda_score
 from eval import perplexity
-from gpt import GPT, all_prunable, layer_inputs
+from gpt import GPT, Config, all_prunable, layer_inputs
 
 RECIPES = {  # ours for the model that ships, the paper's for the others
     "tiny": dict(
@@ -506,7 +506,7 @@ def validate(method, args, student, held_out, source, made, state):
 def train(method, args, begin, mixture, held_out, calibration):
     """Train one model, whose first weights are in the folder `begin`, and return its record; the best one by validation
     is the folder `args.out / method`."""
-    source, work = GPT.open(model_folder(args.model)).source, Path(args.out) / f"{method}.training"
+    source, work = GPT.open(args.model).source, Path(args.out) / f"{method}.training"
     torch.compiler.reset()  # a function is compiled for a few kinds of blocks; those of all methods are too many
     gc.collect()  # compiled blocks of the method before refer to each other, and stay on the GPU until this
     student, identity = new_student(args, method, begin, source, calibration)
@@ -769,10 +769,11 @@ def prepare(args):
     """Check the options, settle those that depend on the model, and read what `texts` does and the ids of the test
     text. Raises InputError for what can't be trained; nothing is written yet."""
     check(args)
-    folder = model_folder(args.model)
-    model, tokenizer = GPT.open(folder), load_tokenizer(folder)
+    folder = model_folder(args.model, weights=False)
+    tokenizer = load_tokenizer(folder)
+    settle(args, folder, Config.read(folder))
+    model = GPT.open(args.model)  # here its weights are fetched
     model.source.check_dense()
-    settle(args, folder, model.config)
     mixture, held_out, calibration = texts(args, tokenizer)
     test_ids = evaluation_tokens(args.eval_data, "test", args.data, tokenizer, args.seqlen)
     for ids in held_out, calibration, windows(test_ids, args.seqlen, f"the test text of {args.eval_data}"):

@@ -912,7 +912,8 @@ def prune_and_measure(args, folder, amount, passes):
     def load(folder):
         return GPT.from_pretrained(folder, device=args.device, stream=True)
 
-    tokenizer, batch, model = load_tokenizer(folder), max(1, 8192 // args.seqlen), GPT.open(folder)
+    tokenizer, batch = load_tokenizer(folder), max(1, 8192 // args.seqlen)
+    model = GPT.open(args.model)  # here its weights are fetched
     config = model.config
     model.source.check_dense()
     same = shared_by(args, model.source)
@@ -934,8 +935,8 @@ def prune_and_measure(args, folder, amount, passes):
     for one in notes:
         say(f"note: {one}")
 
-    say(f"\n{'method':<24}{'sparsity':>10} {'perplexity':>13} {'seconds':>9}")
-    rows = []
+    rows, width = [], max(24, *(len(name) for name, *_ in passes))
+    say(f"\n{'method':<{width}}{'sparsity':>10} {'perplexity':>13} {'seconds':>9}")
     for name, place, how in passes:
         seconds, layers = 0.0, []
         if how:
@@ -946,14 +947,14 @@ def prune_and_measure(args, folder, amount, passes):
         zeros = sum(layer["weights"] * layer["sparsity"] for layer in layers) / weights
         ppl = perplexity(load(place), ids, args.seqlen, batch, progress=True)
         rows.append({"method": name, "sparsity": zeros, "perplexity": ppl, "seconds": seconds, "layers": layers})
-        say(f"{name:<24}{zeros:>10.2%} {ppl:>13.2f} {seconds:>9.1f}")
+        say(f"{name:<{width}}{zeros:>10.2%} {ppl:>13.2f} {seconds:>9.1f}")
     return rows
 
 
 def main():
     args = options()
     with process_group(args):
-        folder = model_folder(args.model, config_only=args.dry_run)
+        folder = model_folder(args.model, weights=False, config_only=args.dry_run)
         config = Config.read(folder)
         check(args, config)
         amount, title = fill_in(args, config, usual_text(folder, None))
@@ -964,6 +965,7 @@ def main():
         if args.dry_run:
             return dry_run(args, config, amount, [method] + [plain] * args.compare, prune_layer, divergence)
         out = Path(os.path.normpath(args.out))  # "missing/.." is where it will be written
+        title += " (propagate)" * (args.compare and title == args.score)  # else both have one name
         passes = [("dense", folder, None), (title, out, method)]
         if args.compare:
             passes.insert(1, (args.score, out.with_name(out.name + ".unrefined"), plain))

@@ -37,7 +37,7 @@ from data.checkpoint import Checkpoint, CheckpointWriter
 from data.command import InputError, at_least, parser, record, run, start, told_bytes
 from data.device import free_memory
 from data.hub import model_folder
-from data.tokenizer import encode_open
+from data.tokenizer import encode_open, end_tokens
 
 TANH = partial(F.gelu, approximate="tanh")
 ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_python": F.gelu, "gelu_new": TANH,
@@ -488,13 +488,13 @@ class GPT(nn.Module):
     # checkpoints
 
     @classmethod
-    def open(cls, folder: str | Path) -> "GPT":
-        """The model of a folder without its weights: on the meta device, `source` is the folder opened for reading.
-        Raises InputError where a tensor is missing, superfluous or of another shape."""
-        config = Config.read(folder)
+    def open(cls, name_or_dir: str | Path) -> "GPT":
+        """A preset's, a Hub id's or a folder's model without its weights: on the meta device, `source` is the folder
+        opened for reading. Raises InputError where a tensor is missing, superfluous or of another shape."""
+        config = Config.read(model_folder(name_or_dir, weights=False))  # before tens of gigabytes are fetched in vain
         with torch.device("meta"):
             model = cls(config)
-        model.source = Checkpoint(folder, config.raw)
+        model.source = Checkpoint(model_folder(name_or_dir), config.raw)
         model.expect_compressed(model)
         model.source.match(model.tensors())
         return model
@@ -506,7 +506,7 @@ class GPT(nn.Module):
         CPU. stream=True leaves the blocks on disk for `blocks()` to read one by one; sparse=True keeps 2:4 layers
         compressed in memory (a folder written by sparse_matmul.py's save_compressed is so in any case).
         Raises InputError where a tensor is missing, superfluous, of another shape or not finite, or memory is short."""
-        model = cls.open(model_folder(name_or_dir))
+        model = cls.open(name_or_dir)
         if dtype is None:
             on_cpu = torch.device(device).type == "cpu"
             dtype = torch.float32 if on_cpu else model.source.stored("model.embed_tokens.weight")
@@ -619,7 +619,7 @@ def main():
     p = parser(__doc__)
     p.add_argument("--model", default="tiny", help="a preset (data/hub.py lists them), a Hub id or a folder")
     p.add_argument("--prompt", default="Return the value of", help="the text to continue")
-    p.add_argument("--max-new-tokens", type=int, default=200, help="how many tokens to add")
+    p.add_argument("--max-new-tokens", type=int, default=200, help="how many tokens to add, if no end of text comes")
     p.add_argument("--temperature", type=float, default=0.8, help="0: always the most likely token")
     p.add_argument("--top-k", type=int, default=50, help="sample among the k most likely tokens")
     p.add_argument("--sparse", action=argparse.BooleanOptionalAction, default=False,
@@ -636,7 +636,7 @@ def main():
     ids = encode_open(tokenizer, args.prompt)
     if not ids:
         raise InputError(f"--prompt {args.prompt!r} has no tokens")
-    prompt = torch.tensor([ids], device=args.device)
+    prompt, ends = torch.tensor([ids], device=args.device), end_tokens(model.source.folder)
     sampled = model.sample(prompt, args.max_new_tokens, args.temperature, args.top_k)
     begin, shown = time.perf_counter(), len(tokenizer.decode(ids))
     print(tokenizer.decode(ids), end="", flush=True)
@@ -646,11 +646,13 @@ def main():
         if not text.endswith("\ufffd"):  # a character of several tokens is shown when it is whole
             print(text[shown:], end="", flush=True)
             shown = len(text)
+        if ids[-1] in ends:
+            break
+    new = len(ids) - prompt.shape[1]
     seconds, beyond = time.perf_counter() - begin, model.config.remark(len(ids))
     remark = f"; {len(ids)} with the prompt{beyond}" if beyond else ""
-    print(f"\n\n{args.max_new_tokens} tokens in {seconds:.2f} s, {args.max_new_tokens / seconds:.1f} tokens/s "
-          f"on {args.device}{remark}")
-    record(args, {"text": tokenizer.decode(ids), "tokens_per_second": args.max_new_tokens / seconds})
+    print(f"\n\n{new} token{'s' * (new != 1)} in {seconds:.2f} s, {new / seconds:.1f} tokens/s on {args.device}{remark}")
+    record(args, {"text": tokenizer.decode(ids), "tokens_per_second": new / seconds})
 
 
 if __name__ == "__main__":

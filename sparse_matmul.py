@@ -48,7 +48,8 @@ import torch.nn.functional as F
 
 from data.checkpoint import CheckpointWriter, shard
 from data.command import InputError, parser, record, run, start, versions
-from data.hub import model_folder
+from data.hub import repository
+from data.method import folder_name
 from data.processes import progress_bar
 from gpt import GPT, Block, prunable, slorb
 
@@ -360,11 +361,11 @@ def expect_compressed(module: nn.Module, stored, prefix: str = ""):
 def save_compressed(model: str, folder, bits: int | None = None) -> dict:
     """Write a checkpoint (a preset, a Hub id or a folder) again as `folder` with its 2:4 layers compressed, a block at
     a time. Returns {layers: how many, before, after: bytes on disk}. Raises InputError if no layer is 2:4."""
-    on_disk, layers = GPT.open(model_folder(model)), 0
+    on_disk, layers = GPT.open(model), 0
     source, count = on_disk.source, on_disk.config.num_hidden_layers
     if source.compressed:
         raise InputError(f"{model} is compressed already: give the folder that it was made from")
-    made = dict(command="sparse_matmul.py", model=str(source.folder.resolve()), bits=bits, files=versions(source.paths))
+    made = dict(command="sparse_matmul.py", model=repository(source.folder), bits=bits, files=versions(source.paths))
     out = CheckpointWriter(folder, source.raw, source.folder, made=made, goes_on=False)
     if out.differs:
         raise InputError(f"{folder} holds a compressed model, which differs in {out.differs}: choose another --out, or "
@@ -421,7 +422,7 @@ def main():
     args = p.parse_args()
     start(args)
     if args.model:
-        out = args.out or f"out/{Path(args.model).name}-{f'int{args.bits}' if args.bits else 'compressed'}"
+        out = args.out or f"out/{folder_name(args.model)}-{f'int{args.bits}' if args.bits else 'compressed'}"
         saved = save_compressed(args.model, out, args.bits)
         print("saved {}: {layers} layers compressed, {before:,} -> {after:,} bytes on disk".format(out, **saved))
         return record(args, saved)

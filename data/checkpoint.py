@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from data.command import InputError, what_keeps_from_writing, write_atomically
+from data.command import InputError, told_bytes, what_keeps_from_writing, write_atomically
 
 TOKENIZER_FILES = ["tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"]
@@ -96,6 +96,7 @@ def read_tensors(path, names=None):
     """{name: tensor} of a safetensors or a PyTorch file, all or some; memory-mapped: only what is touched is read."""
     if not path.is_file():
         raise InputError(f"{path} is missing; is the download complete?")
+    path.open("rb").close()  # tells where it may not be read, which safetensors calls something else
     try:
         if path.suffix == ".bin":  # files from before torch 1.6 are no zip archives and can't be mapped
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -106,6 +107,10 @@ def read_tensors(path, names=None):
             return {k: f.get_tensor(k) for k in (f.keys() if names is None else names)}
     except Exception as e:  # a damaged pickle can raise anything
         reason = str(e).split("\n")[0]
+        if "Cannot allocate memory" in reason:
+            raise InputError(f"{path} of {told_bytes(path.stat().st_size)} can't be mapped: Linux maps no file that is "
+                             f"larger than memory and swap; add swap, or run `sudo sysctl vm.overcommit_memory=1`"
+                             ) from None
         raise InputError(f"{path} can't be read, it is truncated or damaged ({reason}); fetch it again") from None
 
 
@@ -281,6 +286,15 @@ def alone_in(folder):
                 folder.rmdir()
 
 
+def what_keeps_from_renaming(folder):
+    """Why a folder of this name can't be put aside or in place, in words; None where it can."""
+    if folder.is_file():
+        return f"{folder} is a file"
+    if os.path.ismount(folder):
+        return "a disk is mounted there (a folder inside it will do)"
+    return "it is the current folder, or one above it" if folder in (here := Path.cwd(), *here.parents) else None
+
+
 class CheckpointWriter:
     """Writes a Hugging Face folder beside its final place; leaving the `with` block renames it, an error removes it.
 
@@ -302,7 +316,7 @@ class CheckpointWriter:
                 with suppress(FileNotFoundError):  # another process has just done it
                     self.before.rename(self.folder)
             read = tokenizer_from and self.folder.exists() and self.folder.samefile(tokenizer_from)
-            obstacle = f"{self.folder} is a file" if self.folder.is_file() else what_keeps_from_writing(self.folder)
+            obstacle = what_keeps_from_renaming(self.folder) or what_keeps_from_writing(self.folder)
             there = self.folder.is_dir() and any(self.folder.glob("[!.]*"))
             mark = there and noted(self.folder / "run.json") or {}
             taken = there and not (self.folder / "run.json").is_file()

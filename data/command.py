@@ -50,8 +50,8 @@ def parser(description):
 
 
 def start(args, together=False):
-    """Seed Python's and PyTorch's generators and check the options that all commands have. together: the processes of torchrun share the
-    work, which they would else all do."""
+    """Seed Python's and PyTorch's generators and check the options that all commands have. together: the processes of
+    torchrun share the work, which they would else all do."""
     if not together and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("this command runs in one process: leave out torchrun, which is for dsnot.py and ast_train.py")
     if not -2**63 <= args.seed < 2**63:
@@ -69,6 +69,8 @@ def start(args, together=False):
         raise InputError(f"--device {args.device} can't be used ({str(e).splitlines()[0]}): give {usable}") from None
     if args.json and (obstacle := what_keeps_from_writing(args.json)):
         raise InputError(f"--json {args.json} can't be written: {obstacle}")
+    if args.json and getattr(args, "out", None) and Path(args.json).resolve() == Path(args.out).resolve():
+        raise InputError(f"--json {args.json} is where --out goes: give another name")
     if args.json and Path(args.json).exists() and not Path(args.json).is_file():
         raise InputError(f"--json {args.json} is no regular file: give another name")
 
@@ -155,6 +157,8 @@ def record(args, results):
 def run(main, goes_on=False):
     """Run a command: bad input is one sentence on stderr and exit code 2, never a traceback. goes_on: the command goes
     on from what is finished when it is given again."""
+    with suppress(AttributeError):  # where the output is no file
+        sys.stdout.reconfigure(errors="replace")  # of letters that the terminal's encoding lacks
     try:
         main()
         sys.stdout.flush()  # here a full disk still gets a sentence

@@ -31,6 +31,13 @@ SAFETENSORS = ["model*.safetensors", "model.safetensors.index.json"]  # not cons
 PYTORCH = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
 
+def repository(folder):
+    """What names the model of a folder when a run goes on or is measured again: the folder, or of a snapshot in the
+    Hub's cache its repository, where a new README makes another snapshot of the same files."""
+    folder = Path(folder).resolve()
+    return str(folder.parents[1] if folder.parent.name == "snapshots" else folder)
+
+
 def model_folder(name, weights=True, config_only=False):
     """The local folder of a model: a folder, a preset, or a Hub id (downloaded to the Hub's cache; weights=False: only
     the configuration and the tokenizer; config_only: config.json alone). Raises InputError with the way out where there
@@ -44,10 +51,9 @@ def model_folder(name, weights=True, config_only=False):
         return Path(target)
     if Path(target).is_file():
         raise InputError(f"{target} is a file: a model is a folder with a config.json")
-    # no Hub id begins with the name of a folder here
-    if Path(target).parent != Path() and Path(target).parent.is_dir():
-        raise InputError(f"there is no folder {target}: check its name")
     if target.count("/") != 1 or target.startswith((".", "/", "~")):
+        if Path(target).parent != Path() and Path(target).parent.is_dir():
+            raise InputError(f"there is no folder {target}: check its name")
         near = difflib.get_close_matches(target, PRESETS, n=5, cutoff=0.4) or ["tiny", "llama2-7b", "opt-125m"]
         raise InputError(f"no model {name!r}: give a folder, a Hub id such as meta-llama/Llama-2-7b-hf, or a preset "
                          f"such as {', '.join(near)} (data/hub.py lists all)")
@@ -64,7 +70,7 @@ def model_folder(name, weights=True, config_only=False):
     except errors.GatedRepoError:
         raise InputError(f"{target} is gated: ask for access on its Hub page, then run `hf auth login`") from None
     except errors.RepositoryNotFoundError:
-        raise InputError(f"the Hub has no public model {target}: check the id, "
+        raise InputError(f"there is no folder {target} here, and the Hub has no public model of that name: check it, "
                          f"or run `hf auth login` if it is private") from None
     except (OSError, errors.HTTPError) as e:  # HTTPError: what the Hub's HTTP library raises, whichever it is
         absent = isinstance(e, errors.LocalEntryNotFoundError)

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from data.command import InputError, versions
+from data.hub import repository
 from data.processes import processes
 
 LAYER = ["score", "refine", "refit", "cycles", "threshold", "sign_check", "sparsity", "pattern"]  # of prune_layer
@@ -68,6 +69,12 @@ def said_of(name, value):
     return f"{'' if value else 'no '}{name}" if isinstance(value, bool) else f"{name} {value}"
 
 
+def folder_name(model):
+    """What a model is called where its folder, preset or Hub id says so: the last part, of "." and ".." that of the
+    folder they stand for."""
+    return Path(os.path.abspath(model)).name
+
+
 def fill_in(args, config, text):
     """Fill in the options that depend on others; returns the amount that is pruned and the method's name. text: to
     calibrate and measure on if none is given, None: C4 and WikiText-2."""
@@ -81,7 +88,7 @@ def fill_in(args, config, text):
     if args.compare is None:
         args.compare = args.data == text and method != args.score  # it refines
     amount = args.pattern or percent(args.sparsity)
-    name = [Path(args.model).name, args.score, args.refine + "+refit" * args.refit,
+    name = [folder_name(args.model), args.score, args.refine + "+refit" * args.refit,
             f"global-{args.global_swaps}" * (args.global_swaps > 0), amount.replace(":", "of").rstrip("%"),
             args.allocate * (args.allocate != "uniform"), f"seed{args.seed}" * (args.seed != 0),
             said_of("propagate", args.propagate).replace(" ", "-") * (args.propagate != propagates(method))]
@@ -95,8 +102,8 @@ def fill_in(args, config, text):
 def shared_by(args, source):
     """What names a run beside its method: the options and the files that every checkpoint it makes depends on."""
     same = {option: getattr(args, option) for option in ("nsamples", "seqlen", "seed")}
-    same |= dict(calib=os.path.normpath(args.calib), model=str(source.folder.resolve()), pattern=args.pattern,
-                 files=versions([*source.paths, args.calib]), command="dsnot.py")
+    same |= dict(calib=os.path.normpath(args.calib), model=repository(source.folder), pattern=args.pattern,
+                 files=versions([*source.paths, source.folder / "config.json", args.calib]), command="dsnot.py")
     if args.allocate == "sensitivity" and processes()[1] > 1:
         same["processes"] = processes()[1]  # each looks at tokens of its own, so others would find other shares
     return same

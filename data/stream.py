@@ -25,7 +25,7 @@ import torch
 from data.checkpoint import alone_in, noted
 from data.command import (InputError, parser, record, run, start, versions, what_keeps_from_writing,
                           write_atomically)
-from data.hub import model_folder
+from data.hub import model_folder, repository
 from data.processes import progress_bar
 from data.text import SOURCES, documents, evaluation_ids, load_text, part_of
 from data.tokenizer import load_tokenizer
@@ -233,7 +233,8 @@ def main():
     if not 1 <= args.shards <= (1024 if args.data == "c4" else 1):
         raise InputError(f"--shards {args.shards}: C4 has 1024 of them, every other text 1")
     folder = model_folder(args.model, weights=False)
-    made = dict(model=str(folder.resolve()), data=args.data, shards=args.shards, files=versions([args.data]))
+    vocabulary = [folder / name for name in ("tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt")]
+    made = dict(model=repository(folder), data=args.data, shards=args.shards, files=versions([*vocabulary, args.data]))
     shards = [functools.partial(documents, args.data, "train", shard) for shard in range(args.shards)]
     count = write_bin(args.out, shards, load_tokenizer(folder), args.data, made)
     print(f"{args.out}: {count:,} tokens, {Path(args.out).stat().st_size / 1e6:,.1f} MB")

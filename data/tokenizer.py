@@ -43,9 +43,16 @@ def added_tokens(folder, config):
     return added | {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
 
 
+def end_tokens(folder):
+    """The ids after which a text of the model is at its end: those of generation_config.json, else of config.json."""
+    said = [read_json(folder / name).get("eos_token_id") for name in ("generation_config.json", "config.json")]
+    ids = next((ids for ids in said if ids is not None), [])
+    return {ids} if isinstance(ids, int) else set(ids)
+
+
 class SentencePiece:
     """`tokenizer.model`. BOS comes first unless tokenizer_config.json says otherwise; "<s>" in a text is plain text,
-    but tokens that the folder adds to the model's are recognised."""
+    but tokens that the folder adds to the model's, or calls special (Mistral's [INST]), are recognised."""
 
     def __init__(self, path):
         from sentencepiece import SentencePieceProcessor
@@ -59,7 +66,9 @@ class SentencePiece:
         if config.get("add_prefix_space") is False or roles.get("bos_token", begin) != begin:
             raise InputError(f"{path} begins a text otherwise than tokenizer_config.json asks (add_prefix_space, "
                              f"bos_token): add the model's tokenizer.json")
-        self.added = {token["content"]: i for i, token in added_tokens(path.parent, config).items() if i >= own}
+        usual = {self.bos, eos, self.model.unk_id(), self.model.pad_id()}
+        self.added = {token["content"]: i for i, token in added_tokens(path.parent, config).items()
+                      if i >= own or token.get("special") and i not in usual}
         self.cut = re.compile("|".join(map(re.escape, sorted(self.added, key=len, reverse=True))) or "(?!)")
         self.vocab_size = max([own, *(i + 1 for i in self.added.values())])
         self.end = [eos] if eos >= 0 else []

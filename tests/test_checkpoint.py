@@ -14,12 +14,18 @@ from pathlib import Path
 
 import pytest
 import torch
+
+import ast_train
+import dsnot
+import eval
+import gpt
+import sparse_matmul
 from conftest import ROOT, make_checkpoint
 from safetensors.torch import load_file, save_file
 
 from data.checkpoint import CheckpointWriter, alone_in
 from data.command import InputError
-from data.hub import model_folder
+from data.hub import model_folder, repository
 from gpt import GPT
 from test_gpt import BASE, CASES, LLAMA3, command, gap, ids_for, theirs, transformers
 
@@ -413,8 +419,60 @@ def test_safetensors_are_preferred(held, calls, tmp_path, monkeypatch):
     assert not any(fnmatch("consolidated.safetensors", pattern) for patterns in asked for pattern in patterns)
 
 
+def test_nothing_large_is_fetched_in_vain(tmp_path, monkeypatch):
+    """Would catch a hundred gigabytes that are fetched before the sentence that the model can't be read."""
+    asked = []
+
+    def download(target, allow_patterns):
+        asked.extend(allow_patterns)
+        (tmp_path / "config.json").write_text('{"model_type": "gemma2"}')
+        return str(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    for words in [dsnot, "--sparsity", "0.5"], [dsnot, "--dry-run"], [ast_train], [eval], [sparse_matmul], [gpt]:
+        monkeypatch.setattr(sys, "argv", ["command", "--device", "cpu", "--model", "google/gemma-2-9b", *words[1:]])
+        with pytest.raises(InputError, match="gemma2|no tokenizer"):
+            words[0].main()
+    assert asked and not any(fnmatch(name, pattern) for pattern in asked
+                             for name in ("model.safetensors", "pytorch_model.bin"))
+
+
+def test_the_folder_of_an_organisation_hides_no_model_of_the_hub(tmp_path, monkeypatch):
+    """Would catch llama2-13b refused where llama2-7b was copied to meta-llama/Llama-2-7b-hf."""
+    (tmp_path / "meta-llama").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda target, allow_patterns: target)
+    for name in "llama2-13b", "meta-llama/Llama-2-13b-hf":
+        assert model_folder(name, weights=False) == Path("meta-llama/Llama-2-13b-hf")
+    with pytest.raises(InputError, match="there is no folder ./meta-llama/x: check its name"):
+        model_folder("./meta-llama/x")
+
+
+def test_a_run_is_known_by_its_repository(tmp_path):
+    """Would catch a run that can't go on because the model's README has changed on the Hub."""
+    cache = tmp_path / "models--a--b"
+    for name in "1", "2":
+        (cache / "snapshots" / name).mkdir(parents=True)
+        assert repository(cache / "snapshots" / name) == str(cache.resolve())
+    assert repository(cache) == str(cache.resolve())
+
+
+def test_a_file_that_memory_can_not_map_is_not_called_damaged(folder, monkeypatch, capsys):
+    """Linux refuses to map what is larger than memory and swap; fetching it again would not help."""
+    def full(*_, **__):
+        raise OSError("unable to mmap 24 bytes from file <x>: Cannot allocate memory (12)")
+    monkeypatch.setattr("data.checkpoint.safe_open", full)
+    error = refused(monkeypatch, capsys, folder)
+    assert "add swap" in error and "damaged" not in error
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read_is_not_called_damaged(folder, monkeypatch, capsys):
+    (folder / "model.safetensors").chmod(0)
+    assert "Permission denied" in refused(monkeypatch, capsys, folder)
+
+
 @pytest.mark.parametrize("error, words", [
-    ("GatedRepoError", "ask for access"), ("RepositoryNotFoundError", "check the id"), ("HTTPError", "--model FOLDER"),
+    ("GatedRepoError", "ask for access"), ("RepositoryNotFoundError", "no public model"), ("HTTPError", "--model FOLDER"),
     ("LocalEntryNotFoundError", "out of reach.*--model FOLDER"), ("HFValidationError", "Hub id")])
 def test_hub_errors(error, words, monkeypatch):
     """A traceback, or the wrong way out, where the Hub refuses, does not know the model or hangs up."""

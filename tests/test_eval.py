@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, SHARED, make_checkpoint
 
 from data import load_text, load_tokenizer, processes, stdlib
-from data.command import InputError, run
+from data.command import InputError, run, start
 from data.text import documents, evaluation_ids, told
 from eval import perplexity
 from gpt import GPT
@@ -229,6 +229,28 @@ def test_a_method_that_prunes_nothing_keeps_its_place(tmp_path):
         "| llama on wikitext2 (2048), dense 5.00 | 50% |", "| :-- | --: |", "| wanda | 10.00 |"]
 
 
+def test_amounts_stand_in_order(tmp_path):
+    """Would catch columns in the order in which methods happen to have them."""
+    files = [result_file(tmp_path, f"{name}{i}", [(method, 9.0, [])], **amount) for name, method, amounts in (
+        ("a", "magnitude", [dict(sparsity=0.7)]),
+        ("b", "wanda", [dict(sparsity=0.7), dict(sparsity=0.5), dict(pattern="2:4")]))
+             for i, amount in enumerate(amounts)]
+    text = table_by_method(merge([row for path in files for row in read_rows(path)]))
+    assert text.startswith("| llama on wikitext2 (2048) | 2:4 | 50% | 70% |")
+
+
+@pytest.mark.parametrize("model, name", [
+    (".", "."), ("..", ".."), ("snapshots/abc", "abc"), ("a/b/", "b"), ("meta-llama/Llama-2-7b-hf", "Llama-2-7b-hf"),
+    ("models--gpt2/snapshots/abc", "gpt2")])
+def test_models_have_names(model, name, tmp_path):
+    """Would catch a traceback where a path has too few parts for one of the Hub's cache."""
+    path = result_file(tmp_path, "a", [("wanda", 9.0, [])])
+    entry = json.loads(path.read_text())
+    entry["options"]["model"] = model
+    path.write_text(json.dumps(entry))
+    assert [row["model"] for row in read_rows(path)] == [name]
+
+
 def test_texts_of_one_name_are_kept_apart(tmp_path):
     """Would catch a table of two texts: the dense model tells them apart."""
     files = [result_file(tmp_path, name, [("dense", dense, []), ("wanda", 9.0 + share, [])], sparsity=share)
@@ -357,6 +379,8 @@ def test_json_is_a_file(monkeypatch, tmp_path):
         monkeypatch.setattr(sys, "argv", [*words, str(name)])
         with pytest.raises(InputError, match=said):
             gpt.main()
+    with pytest.raises(InputError, match="is where --out goes"):
+        start(Namespace(seed=0, device="cpu", json=f"{tmp_path}/x/../out", out=str(tmp_path / "out")))
     (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
     monkeypatch.setattr(sys, "argv", [*words, str(tmp_path / "link.json")])
     gpt.main()

@@ -218,6 +218,15 @@ def test_story(monkeypatch, capsys):
     assert "tokens/s" in shown
 
 
+def test_a_text_ends(monkeypatch, capsys):
+    """Would catch a model that is asked for more after it has said that the text is over."""
+    words = "--device", "cpu", "--max-new-tokens", "5"
+    for ends, said in (set(), "\n5 tokens in"), (set(range(4096)), "\n1 token in"):
+        monkeypatch.setattr("gpt.end_tokens", lambda folder: ends)
+        command(monkeypatch, *words)
+        assert said in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("vocabulary, words", [(300, "tokens are too many"), (96, "beyond the model's 96")])
 def test_what_a_model_cannot_read_leaves_no_prompt_behind(vocabulary, words, monkeypatch, capsys, tmp_path):
     """Would catch an error that sticks to the prompt."""

@@ -137,6 +137,13 @@ def test_an_interruption_says_whether_the_command_goes_on(capsys, goes_on):
     assert stopped.value.code == 130 and ("goes on" in capsys.readouterr().err) == goes_on
 
 
+def test_letters_that_the_terminal_lacks_are_replaced():
+    """Would catch a traceback in the middle of a text."""
+    words = [sys.executable, "gpt.py", "--max-new-tokens", "1", "--prompt", "Zoë"]
+    done = subprocess.run(words, cwd=ROOT, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True)
+    assert done.returncode == 0 and b"Zo?" in done.stdout, done.stderr
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a file that is always full")
 def test_a_full_disk_below_the_output_gets_a_sentence():
     with open("/dev/full", "w") as full:
@@ -353,7 +360,7 @@ BAD = {
     "unknown model": (["--model", "llama9"], "llama9"),
     "no such folder": (["--model", "./nothing/here"], "nothing/here"),
     "a file for a folder": (["--model", str(ROOT / "README.md")], "README.md is a file: a model is a folder"),
-    "a folder, no Hub id": (["--model", "tests/nothing"], "there is no folder tests/nothing"),
+    "a folder or a Hub id": (["--model", "tests/nothing"], "tests/nothing is no folder here"),
     "no such text": (["--calib", "nothing.txt"], "nothing.txt"),
     "long window": (["--seqlen", "100000"], "100000"),
     "nsamples": (["--nsamples", "0"], "nsamples 0"),
@@ -446,6 +453,20 @@ def test_existing_folders_are_respected(monkeypatch, capsys, model, tmp_path):
         command(monkeypatch, model, tmp_path / "new", "--sparsity", "0.6", "--nsamples", "3")
     assert "holds a finished run, which differs in sparsity, nsamples: choose another" in capsys.readouterr().err
     assert json.loads((tmp_path / "new" / "pruning.json").read_text())["run"]["sparsity"] == 0.5
+    (tmp_path / "here" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "below")
+    for out in tmp_path / "here", tmp_path / "here" / "below":  # a rename would take it from the shell that stands there
+        with pytest.raises(SystemExit):
+            command(monkeypatch, model, out)
+        assert "it is the current folder, or one above it: choose" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.ismount("/proc"), reason="a disk that is mounted")
+def test_where_a_disk_is_mounted_no_folder_is_made(monkeypatch, capsys, model):
+    """Would catch a run that fails at its last step, each time."""
+    with pytest.raises(SystemExit):
+        command(monkeypatch, model, "/proc")
+    assert "a disk is mounted there (a folder inside it will do)" in capsys.readouterr().err
 
 
 def test_a_folder_in_use_is_refused_at_once(monkeypatch, capsys, model, tmp_path):
@@ -479,6 +500,16 @@ def test_what_is_compared_if_nobody_asks(monkeypatch, options, compares):
     args = dsnot.options()
     dsnot.fill_in(args, dsnot.Config.read(ROOT / "data" / "tiny"), "tiny")
     assert args.compare == compares
+
+
+def test_two_rows_have_two_names(monkeypatch, capsys, model, tmp_path):
+    """Would catch a table in which one can't be told from the other, and columns that long names push apart."""
+    command(monkeypatch, model, tmp_path / "out", "--refine", "none", "--propagate", "--compare")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines if line.startswith("wanda")] == ["wanda", "wanda (propagate)"]
+    command(monkeypatch, model, tmp_path / "long", "--refine", "dsnot+swap", "--refit", "--global-swaps", "1")
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("method", "dense", "wanda"))]
+    assert len(table) == 3 and len(set(map(len, table))) == 1
 
 
 def test_memory_for_the_activations(monkeypatch, capsys, model, tmp_path):

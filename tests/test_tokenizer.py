@@ -11,7 +11,7 @@ from conftest import ROOT, SHARED
 from data import load_tokenizer
 from data.command import InputError
 from data.tasks import encode_pair
-from data.tokenizer import encode_open
+from data.tokenizer import encode_open, end_tokens
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -256,6 +256,23 @@ def test_what_stands_beside_llama2(llama2, tmp_path):
     assert load_tokenizer(tmp_path).vocab_size < 400
 
 
+def test_what_a_sentencepiece_model_calls_special(tmp_path):
+    """Would catch Mistral's [INST] spelled out, and "<s>" in a text taken for the beginning of one."""
+    import sentencepiece
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus()), model_prefix=str(tmp_path / "tokenizer"), vocab_size=700, model_type="bpe",
+        byte_fallback=True, control_symbols=["[INST]", "[/INST]"], hard_vocab_limit=False, minloglevel=2)
+    (tmp_path / "config.json").write_text("{}")
+    plain = load_tokenizer(tmp_path)
+    said = {str(i): dict(content=content, special=True)
+            for i, content in enumerate(["<unk>", "<s>", "</s>", "[INST]", "[/INST]"])}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(added_tokens_decoder=said, unk_token="<unk>")))
+    ours = load_tokenizer(tmp_path)
+    assert ours.encode("[INST] Return the value[/INST]<s>") == [1, 3, *plain.encode(" Return the value")[1:], 4,
+                                                                *plain.encode("<s>")[1:]]
+    assert ours.decode(ours.encode("[INST]value")) == "value" and len(plain.encode("[INST]")) > 2
+
+
 @needs_llama2
 def test_llama2_against_transformers(llama2, tmp_path):
     """Ids of another normalization. Where spaces follow each other `transformers` 5 splits them otherwise than LLaMA's
@@ -328,6 +345,17 @@ def test_the_end_that_config_json_alone_tells(tmp_path):
     for said, end in ((3, [3]), ([4, 3], [4]), (None, [])):
         (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": said}))
         assert load_tokenizer(tmp_path).end == end
+
+
+def test_what_ends_a_text(tmp_path):
+    """Would catch a chat model that goes on after its answer: its small files name several ends."""
+    (tmp_path / "config.json").write_text('{"eos_token_id": 2}')
+    assert end_tokens(tmp_path) == {2}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    assert end_tokens(tmp_path) == {2, 7}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": null}')
+    (tmp_path / "config.json").unlink()
+    assert end_tokens(tmp_path) == set()
 
 
 def test_a_text_that_goes_on_has_no_end(tmp_path):
