@@ -936,6 +936,7 @@ def prune_and_measure(args, folder, amount, passes):
         say(f"note: {one}")
 
     rows, width = [], max(24, *(len(name) for name, *_ in passes))
+    zeros = None if pruned_here(folder) else 0.0  # of what is called dense here
     say(f"\n{'method':<{width}}{'sparsity':>10} {'perplexity':>13} {'seconds':>9}")
     for name, place, how in passes:
         seconds, layers = 0.0, []
@@ -943,11 +944,10 @@ def prune_and_measure(args, folder, amount, passes):
             make = prune_globally if "global_swaps" in how else prune
             layers = make(load(folder), calibration, place, how | same, batch=batch, **how)
             seconds = noted(Path(place) / "pruning.json")["seconds"]
-        weights = max(1, sum(layer["weights"] for layer in layers))
-        zeros = sum(layer["weights"] * layer["sparsity"] for layer in layers) / weights
+            zeros = sum(one["weights"] * one["sparsity"] for one in layers) / sum(one["weights"] for one in layers)
         ppl = perplexity(load(place), ids, args.seqlen, batch, progress=True)
         rows.append({"method": name, "sparsity": zeros, "perplexity": ppl, "seconds": seconds, "layers": layers})
-        say(f"{name:<{width}}{zeros:>10.2%} {ppl:>13.2f} {seconds:>9.1f}")
+        say(f"{name:<{width}}{'' if zeros is None else f'{zeros:.2%}':>10} {ppl:>13.2f} {seconds:>9.1f}")
     return rows
 
 

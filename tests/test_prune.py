@@ -595,6 +595,8 @@ def test_what_may_surprise_is_said(monkeypatch, capsys, model, tmp_path):
     command(monkeypatch, model, tmp_path / "twice", "--model", str(tmp_path / "once"), "--seqlen", "65")
     said = capsys.readouterr().out
     assert "pruned before" in said and "65 tokens, more than the 64 that the model is made for" in said
+    dense = next(line for line in said.splitlines() if line.startswith("dense"))
+    assert "%" not in dense  # how sparse it is, nobody has counted
 
 
 def test_a_run_is_told_by_its_texts_and_its_notes(monkeypatch, capsys, model, tmp_path):
