@@ -737,6 +737,8 @@ def swap_globally(model: GPT, dense: GPT, samples: Tensor, rounds: int, pattern:
 
 def curvature_of(model, layers, text):
     """{layer's name: (f [out], q [in])}, as in swap_globally: for tokens that the model itself draws after a text's."""
+    if rank := processes()[0]:  # else all draw by the same random numbers
+        torch.manual_seed(torch.initial_seed() + rank)
     with torch.no_grad():
         drawn = [torch.distributions.Categorical(logits=model(ids).float()).sample() for ids in text]
     _, found = output_gradients(model, layers, text, drawn, log_loss)
