@@ -51,6 +51,8 @@ def model_folder(name, weights=True, config_only=False):
         return Path(target)
     if Path(target).is_file():
         raise InputError(f"{target} is a file: a model is a folder with a config.json")
+    if Path(f"{target}.partial").is_dir():
+        raise InputError(f"{target} is not finished yet: give the command that makes it once more")
     if target.count("/") != 1 or target.startswith((".", "/", "~")):
         if Path(target).parent != Path() and Path(target).parent.is_dir():
             raise InputError(f"there is no folder {target}: check its name")

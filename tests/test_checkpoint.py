@@ -382,6 +382,8 @@ def test_unknown_model(folder, monkeypatch, capsys):
     assert "llama2-7b" in refused(monkeypatch, capsys, "lama2-7b")
     assert "no model" in refused(monkeypatch, capsys, "./nowhere")
     assert f"config.json is missing; give {folder}" in refused(monkeypatch, capsys, folder.parent)
+    (folder.parent / "half.partial").mkdir()
+    assert "half is not finished yet: give the command" in refused(monkeypatch, capsys, folder.parent / "half")
 
 
 def test_a_folder_named_like_a_preset(folder, tmp_path, monkeypatch):
