@@ -43,11 +43,15 @@ def added_tokens(folder, config):
     return added | {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
 
 
+def eos_ids(path):
+    """The ids of EOS that a JSON file names, the usual one first; [] where it names none."""
+    ids = read_json(path).get("eos_token_id")
+    return [ids] if isinstance(ids, int) else list(ids or [])
+
+
 def end_tokens(folder):
     """The ids after which a text of the model is at its end: those of generation_config.json, else of config.json."""
-    said = [read_json(folder / name).get("eos_token_id") for name in ("generation_config.json", "config.json")]
-    ids = next((ids for ids in said if ids is not None), [])
-    return {ids} if isinstance(ids, int) else set(ids)
+    return set(eos_ids(folder / "generation_config.json") or eos_ids(folder / "config.json"))
 
 
 class SentencePiece:
@@ -153,9 +157,8 @@ def load_hub_tokenizer(folder):
             roles = dict.fromkeys(["bos_token", "eos_token", "unk_token"], "<|endoftext|>") | roles
             model = gpt2_tokenizer(folder, config, roles)
         end = model.token_to_id(roles["eos_token"]) if "eos_token" in roles else None
-        if end is None:  # GPT-2's small files leave it to config.json; some have several, the usual one first
-            end = read_json(folder / "config.json").get("eos_token_id")
-        return HubTokenizer(model, [end] if isinstance(end, int) else list(end or [])[:1])
+        # GPT-2's small files leave it to config.json
+        return HubTokenizer(model, eos_ids(folder / "config.json")[:1] if end is None else [end])
     except InputError:
         raise
     except Exception as e:  # the library raises nothing more special, whatever is damaged
