@@ -139,9 +139,10 @@ class SparseLinear(nn.Linear):
     """A linear layer that trains W [out, in] and computes with m * W; `mask` (bool, True = keep) is a buffer.
 
     score: W -> what keep_mask ranks; amount: its sparsity=... or pattern=(n, m), 2:4 if neither is given. slorb_k: k of
-    SLoRB, None: without."""
+    SLoRB, which divides the inputs; None: without. Raises InputError where a pattern's m does not divide them."""
 
     def __init__(self, linear, score=magnitude_score, slorb_k=None, **amount):
+        assert not (linear.in_features % (slorb_k or 1) or hasattr(linear, "slorb_S")), (linear, slorb_k)
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.score, self.slorb_k, self.amount = score, slorb_k, amount or dict(pattern=(2, 4))
@@ -188,10 +189,10 @@ class SparseLinear(nn.Linear):
     @torch.no_grad()
     def merge(self) -> nn.Linear:
         """A plain nn.Linear that computes the same: sparse, or dense if there is SLoRB to merge."""
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None).to(self.weight)
-        linear.weight.copy_(self.effective())
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.effective())
         if self.bias is not None:
-            linear.bias.copy_(self.bias)
+            linear.bias = nn.Parameter(self.bias.clone())
         return linear
 
 
@@ -210,6 +211,7 @@ class AnnealedAdamW(torch.optim.AdamW):
         groups = [dict(params=list(self.layer_of), betas=(0.0, BETAS[1]), first_beta=BETAS[0], decay=0.0),
                   dict(params=rest)]
         super().__init__([g for g in groups if g["params"]], lr=lr, betas=BETAS, weight_decay=0.0, fused=True)
+        self._step_supports_amp_scaling = False  # u is made before the fused update: a GradScaler has to come first
 
     def _init_group(self, group, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps):
         """Here Adam collects what it will update. For sparse weights it is given u as the gradient and, too, as its own
@@ -260,7 +262,7 @@ def exchange(model, tensors):
 def by_chunks(f, logits, *others):
     """The sum of f(logits [N, vocab], *others [N, ...]) over chunks of tokens. A chunk's logits in float32 or better,
     and what f makes of them, are freed before the next one, and computed again in the backward pass."""
-    chunks = zip(*(x.split(CHUNK) for x in (logits, *others)))
+    chunks = zip(*(x.split(CHUNK) for x in (logits, *others)), strict=True)
     return sum(checkpoint(lambda chunk, *rest: f(at_least_float32(chunk), *rest), *chunk, use_reentrant=False,
                           preserve_rng_state=False) for chunk in chunks)  # nothing in f is random
 
@@ -562,10 +564,9 @@ def train(method, args, begin, mixture, held_out, calibration):
 
 def plot(path, runs):
     """The curves of all runs: loss, validation perplexity, mask flips, decay."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(1, 4, figsize=(18, 4))
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(18, 4))
+    axes = figure.subplots(1, 4)
     for method, state in sorted(runs.items()):  # side by side, either may end first
         axes[1].plot(*zip(*state["validation"]), marker=".", label=method)
         for axis, key, scale in zip(axes[[0, 2, 3]], ("loss", "flips", "decay"), (1, 100, 1)):
@@ -579,7 +580,6 @@ def plot(path, runs):
     axes[1].legend()
     figure.tight_layout()
     write_atomically(path, lambda beside: figure.savefig(beside, format="png", dpi=120))
-    pyplot.close(figure)
 
 
 def measure(args, test_ids, calibration, begin):

@@ -43,7 +43,7 @@ import copy
 import itertools
 import os
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -58,8 +58,8 @@ from data.checkpoint import CheckpointWriter, finished, noted, pruned_here, remo
 from data.command import InputError, at_least, check_disk, parser, record, run
 from data.estimate import CHUNK, ROUND, check_folders, dry_run, held_states, probe_tokens
 from data.hub import model_folder
-from data.method import (METHOD, NSAMPLES, USUAL, blocks_of, fill_in, has_goal, method_of, needs_gram, parse_pattern,
-                         refine_of, rows_apart, said_of, shared_by)
+from data.method import (ALLOCATIONS, METHOD, NSAMPLES, REFINES, SCORES, USUAL, blocks_of, fill_in, has_goal, method_of,
+                         needs_gram, parse_pattern, refine_of, rows_apart, said_of, shared_by)
 from data.processes import add_up, from_first, process_group, processes, progress_bar, say, wait
 from data.text import SOURCES, evaluation_ids, told, usual_text
 from eval import perplexity
@@ -68,11 +68,13 @@ from gpt import GPT, Config, all_prunable, layer_inputs, prunable, rotary
 
 # --------------------------------------------------------------------------------------------------- scores and masks
 
+@torch.no_grad()
 def magnitude_score(W: Tensor) -> Tensor:
     """|W| [out, in] in float32."""
     return W.float().abs()
 
 
+@torch.no_grad()
 def wanda_score(W: Tensor, stats: InputStats) -> Tensor:
     """|W| times the norm of the weight's input [out, in] in float32 (Sun et al. 2023, arXiv 2306.11695)."""
     return W.float().abs().mul_(stats.square.sqrt())
@@ -93,6 +95,7 @@ def keep_mask(score: Tensor, sparsity: float | None = None, pattern: tuple[int, 
     sparsity: in every row the int(in * sparsity) lowest are pruned. pattern (n, m): in every m consecutive ones n are
     kept. Equal scores are pruned from the left. Raises InputError where m does not divide the row."""
     assert (sparsity is None) != (pattern is None), "either a sparsity or a pattern"
+    assert pattern or 0 <= sparsity <= 1, sparsity
     rows, width = score.shape
     if pattern is None:
         k = int(width * sparsity)
@@ -119,6 +122,7 @@ def keep_mask(score: Tensor, sparsity: float | None = None, pattern: tuple[int, 
 
 # -------------------------------------------------------------------------------------------------------------- DSnoT
 
+@torch.no_grad()
 def dsnot_refine(W: Tensor, keep: Tensor, stats: InputStats, score: Tensor, *, cycles: int = 50, threshold: float = 0.1,
                  var_power: float = 1.0, sign_check: bool | None = None,
                  pattern: tuple[int, int] | None = None) -> Tensor:
@@ -128,6 +132,8 @@ def dsnot_refine(W: Tensor, keep: Tensor, stats: InputStats, score: Tensor, *, c
     cycles: swaps per row at most; threshold: a row stops once |e| is no larger, in units of s; var_power: p.
     sign_check: stop a row also when a swap would turn the sign of e; None is the published choice: only for n:m.
     pattern: (n, m) of the mask, which stays intact; None: unstructured, the number kept in each row stays."""
+    assert W.shape == keep.shape == score.shape, (W.shape, keep.shape, score.shape)
+    pattern = pattern and check_pattern(pattern, W.shape[1])
     sign_check = pattern is not None if sign_check is None else sign_check
     cycles, s = min(cycles, W.shape[1]), stats.sum
     rows = 64 if W.device.type == "cpu" else len(W)  # on a CPU, what a few rows need stays in its cache
@@ -197,6 +203,7 @@ def extremes(key, k, largest=False):
 
 # -------------------------------------------------------------------------------------------------------- exact swaps
 
+@torch.no_grad()
 def swap_refine(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = None, max_swaps: int | None = None,
                 candidates: int = 16, pattern: tuple[int, int] | None = None) -> Tensor:
     """Refine a mask by swaps that lower the true squared error of each row the most; returns the new mask.
@@ -212,6 +219,8 @@ def swap_refine(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = 
     y x^T over the outputs y that it should give, None: those of W. Then g is the goal less what the kept weights make.
     max_swaps: per row, None: until none helps, or as many as the row is wide. pattern: (n, m) of the mask, which stays.
     """
+    assert W.shape == keep.shape, (W.shape, keep.shape)
+    pattern = pattern and check_pattern(pattern, W.shape[1])
     new, W, G = keep.clone(), W.float(), gram.float()
     goal = None if goal is None else goal.float()
     pool = max(2 * candidates, pattern[1] if pattern else 0)  # weights of a row that are weighed against each other
@@ -311,6 +320,7 @@ def entries(G, i, j):
     return G.flatten().index_select(0, at.view(-1)).view(at.shape)
 
 
+@torch.no_grad()
 def refit_weights(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = None, damp: float = 1e-4) -> Tensor:
     """The weights that give the least squared error for a mask [out, in]: on each row's kept weights k they solve
     G_kk u = (G w)_k, or goal_k with `goal` [out, in] as in swap_refine. damp: added to G's diagonal, times its mean,
@@ -334,6 +344,7 @@ def refit_weights(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None 
     return new
 
 
+@torch.no_grad()
 def swap_and_refit(W, keep, gram, *, goal=None, max_swaps=None, pattern=None, rounds=1):
     """The weights [out, in] after swaps and refit in turns. Refit gives the kept weights new values, and to each pruned
     one `with_pruned` the best value with which it could come back: the next swaps are made among these. Only refit's
@@ -371,6 +382,7 @@ def damped(gram, damp):
 
 # ---------------------------------------------------------------------------------------------------------- SparseGPT
 
+@torch.no_grad()
 def sparsegpt(W: Tensor, gram: Tensor, *, sparsity: float | None = None, pattern: tuple[int, int] | None = None,
               keep: Tensor | None = None, damp: float = 0.01, block: int = 128) -> Tensor:
     """Prune and correct the weights that remain (Frantar & Alistarh 2023, arXiv 2301.00774); returns them, float32.
@@ -382,6 +394,7 @@ def sparsegpt(W: Tensor, gram: Tensor, *, sparsity: float | None = None, pattern
     fewer than n are kept where inputs are always 0; keep [out, in]: for a given mask only correct. damp: added to H's
     diagonal, times its mean."""
     assert (sparsity is None) + (pattern is None) + (keep is None) == 2, "one of sparsity, pattern, keep"
+    assert sparsity is None or 0 <= sparsity <= 1, sparsity
     width, dead = W.shape[1], gram.diagonal() == 0
     if pattern:
         _, m = check_pattern(pattern, width)
@@ -417,6 +430,7 @@ MOST = 0.99  # the largest share of a layer that an allocation prunes
 REACH, OUTLIER = 0.08, 5  # OWL's lambda and M, as published
 
 
+@torch.no_grad()
 def allocation(model, where, hidden, sparsity, kind):
     """{layer's name: the share of it to prune}, over all weights `sparsity` (but for what keep_mask rounds down in each
     layer), from one pass of `hidden`, batches [sequences, tokens, C], through the dense model. where: (rope, positions)
@@ -431,6 +445,7 @@ def allocation(model, where, hidden, sparsity, kind):
     layers = all_prunable(model)
     if kind == "uniform":
         return dict.fromkeys(layers, sparsity)
+    assert kind in ALLOCATIONS and sparsity is not None, (kind, sparsity)
     sizes = torch.tensor([layer.weight.numel() for layer in layers.values()], dtype=torch.double)
     hidden, trials, found = list(hidden), [], []
     grid = sparsity + torch.arange(-10, 10, dtype=torch.double) / 100
@@ -472,9 +487,10 @@ def pruned_alone(step, x, layer, score, sparsity):
     """step(x) while one linear layer is pruned by its scores."""
     W = layer.weight.data
     layer.weight.data = torch.where(keep_mask(score, sparsity=sparsity), W, 0)
-    y = step(x)
-    layer.weight.data = W
-    return y
+    try:
+        return step(x)
+    finally:
+        layer.weight.data = W
 
 
 def growth(score, sparsity, grid):
@@ -527,10 +543,12 @@ def layer_goal(W, stats, adjusts):
     return goal if stats.lack is None else goal.add_(stats.lack, alpha=b)
 
 
+@torch.no_grad()
 def prune_layer(W, stats, *, score, refine, goal=None, sparsity=None, pattern=None, refit=False, cycles=None,
-                **dsnot_options):
-    """One layer's pruned weight [out, in] in float32, from its InputStats and its goal as in swap_refine.
-    refine: "none", "dsnot", "swap", "dsnot+swap"."""
+                threshold=0.1, sign_check=None):
+    """One layer's pruned weight [out, in] in float32, from its InputStats and its goal as in swap_refine. score, refine:
+    one of SCORES and of REFINES."""
+    assert score in SCORES and refine in REFINES, (score, refine)
     W, amount = W.float(), dict(pattern=pattern) if pattern else dict(sparsity=sparsity)
     scores = magnitude_score(W) if score == "magnitude" else wanda_score(W, stats)
     if score == "sparsegpt":
@@ -543,7 +561,8 @@ def prune_layer(W, stats, *, score, refine, goal=None, sparsity=None, pattern=No
         new = weights_for(keep=keep)
     if "dsnot" in refine:
         few = max(1, round(W.shape[1] * 50 / 4096)) if cycles is None else cycles
-        keep = dsnot_refine(W, keep, stats, scores, pattern=pattern, cycles=few, **dsnot_options)
+        keep = dsnot_refine(W, keep, stats, scores, cycles=few, threshold=threshold, sign_check=sign_check,
+                            pattern=pattern)
     if refit and "swap" in refine:
         return swap_and_refit(W, keep, stats.gram, goal=goal, max_swaps=cycles, pattern=pattern)
     if refit:
@@ -595,6 +614,7 @@ def relative_error(W, pruned, gram):
     return max(0.0, lost / whole) if whole > 0 else 0.0
 
 
+@torch.no_grad()
 def prune_block(block, where, hidden, dense, prefix, stored, *, score, refine, sparsity, refit=False, propagate=False,
                 refine_layers="all", **options):
     """Prune the linear layers of one block in place and move `hidden`, a list of [sequences, tokens, C], through it,
@@ -636,7 +656,9 @@ def prune(model, samples, out, made, *, batch=8, propagate=False, sparsity=None,
     run; one of the same name that was interrupted goes on where it stopped. propagate: see prune_block; options:
     refine_layers and those of prune_layer. Returns a record per layer, {layer, weights, sparsity, error where it is
     known}, which is also written to out/pruning.json, with the seconds that it took. Raises InputError where
-    activations are not finite or the disk is too small."""
+    the model is not streamed, activations are not finite or the disk is too small."""
+    if not model.streams:
+        raise InputError("a model in memory can't be pruned into a folder: load it with stream=True")
     begin = time.perf_counter()
     source, device, count = model.source, model.place["device"], len(model.model.layers)
     source.check_dense()
@@ -689,6 +711,7 @@ def prune(model, samples, out, made, *, batch=8, propagate=False, sparsity=None,
 
 # ----------------------------------------------------------------------------- swaps by the output of the whole model
 
+@torch.inference_mode(False)
 def swap_globally(model: GPT, dense: GPT, samples: Tensor, rounds: int, pattern: tuple[int, int] | None = None):
     """Swap weights of a pruned model, in place, by what the output of the whole model loses. Returns the loss before
     and after each round, in nats a token.
@@ -700,17 +723,19 @@ def swap_globally(model: GPT, dense: GPT, samples: Tensor, rounds: int, pattern:
     that of the weight's input: the curvature as K-FAC (arXiv 1503.05671) takes it apart, and of that the diagonal, as
     it is before the first round. In a round each row makes the swap that promises most, if one promises anything. Where
     all together don't lower the loss on the round's own text, they are taken back, and the damping doubles until they
-    do, ten times at most; where they do at once, it falls by a third (Levenberg-Marquardt).
+    do, ten times at most; where they do at once, it falls by a third (Levenberg-Marquardt). Tokens are drawn by
+    PyTorch's global random numbers.
 
     samples [n, seqlen]: calibration ids, ROUND tokens a round by turns, which processes share. Both models are whole in
-    memory, on one device. pattern: (n, m) of the masks, which stays; None: each row keeps as many as it has."""
+    memory, on one device. pattern: (n, m) of the masks, which stays; None: each row keeps as many as it has. Raises
+    InputError for a streamed model."""
+    if model.streams:
+        raise InputError("global swaps change a model in memory: load it without stream=True")
     rank, world = processes()
     layers, originals = all_prunable(model), all_prunable(dense)
     seqlen = samples.shape[1]
     texts = samples[rank::world].split(max(1, ROUND // seqlen // world))
     texts = [[ids.to(model.device) for ids in text.split(probe_tokens(seqlen) // seqlen)] for text in texts]
-    for block in model.blocks():
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     curvature, damping, losses = curvature_of(model, layers, texts[0]), 16.0, []
     for i in progress_bar(range(rounds), desc="global swaps", unit="round"):
         text = texts[i % len(texts)]
@@ -730,9 +755,25 @@ def swap_globally(model: GPT, dense: GPT, samples: Tensor, rounds: int, pattern:
             damping *= 2
         losses.append((before, min(before, after)))
         del found  # as large as the model, and so is the next one
-    for block in model.blocks():
-        del block.forward
     return losses
+
+
+@contextmanager
+def recomputed(model):
+    """Inside, gradients reach what flows through a model and not its weights, and each block is computed again for them.
+    """
+    asked = [W.requires_grad for W in model.parameters()]
+    for block in model.blocks():
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    try:
+        model.requires_grad_(False)
+        with torch.enable_grad():
+            yield
+    finally:
+        for block in model.blocks():
+            del block.forward
+        for W, before in zip(model.parameters(), asked):
+            W.requires_grad_(before)
 
 
 def curvature_of(model, layers, text):
@@ -767,8 +808,7 @@ def output_gradients(model, layers, text, expected, loss):
         gradient, f, q = found.get(name, (None, 0, 0))
         found[name] = add_product(gradient, g, x), f + g.float().square().sum(0), q + x.float().square().sum(0)
 
-    model.requires_grad_(False)
-    with watch_gradients(model.model.embed_tokens, layers, seen):
+    with recomputed(model), watch_gradients(model.model.embed_tokens, layers, seen):
         for ids, x in zip(text, expected):
             part = loss(model(ids), x)
             part.backward()  # computes each block again, of which only the layers' inputs are kept
@@ -838,12 +878,12 @@ def options():
     how_many = group.add_mutually_exclusive_group()
     how_many.add_argument("--sparsity", type=float, default=0.7, help="the share of weights to prune")
     how_many.add_argument("--pattern", metavar="N:M", help="such as 2:4: N kept of every M consecutive weights")
-    group.add_argument("--score", default="wanda", choices=["magnitude", "wanda", "sparsegpt"], help="the first mask")
-    group.add_argument("--allocate", default="uniform", choices=["uniform", "owl", "sensitivity"],
+    group.add_argument("--score", default="wanda", choices=SCORES, help="the first mask")
+    group.add_argument("--allocate", default="uniform", choices=ALLOCATIONS,
                        help="uniform: the same sparsity everywhere; owl: less in blocks with more outliers; "
                             "sensitivity: less in layers whose pruning hurts more")
     group = p.add_argument_group("how to refine the mask")
-    group.add_argument("--refine", default="dsnot", choices=["none", "dsnot", "swap", "dsnot+swap"],
+    group.add_argument("--refine", default="dsnot", choices=REFINES,
                        help="DSnoT's rule, swaps that lower the exact error, or both")
     group.add_argument("--refit", action=argparse.BooleanOptionalAction, default=False,
                        help="make the kept weights the best ones for the mask (least squares); with swaps, by turns")

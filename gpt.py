@@ -89,7 +89,8 @@ class Config:
 
     @classmethod
     def from_dict(cls, raw):
-        """raw: the content of a config.json. Raises InputError where it is not one that this file can run."""
+        """raw: the content of a config.json. Raises InputError where it is not one that this file can run, KeyError
+        where a size is missing."""
         if raw.get("model_type") not in FAMILIES:
             raise InputError(f"config.json: model_type {raw.get('model_type')!r} is not supported "
                              f"({', '.join(FAMILIES)} are)")
@@ -162,7 +163,7 @@ class Config:
         if self.activation not in ACTIVATIONS:
             raise InputError(f"config.json: activation {self.activation!r} is not supported "
                              f"({', '.join(ACTIVATIONS)} are)")
-        if len(self.windows) != self.num_hidden_layers:
+        if self.windows and len(self.windows) != self.num_hidden_layers:
             raise InputError(f"config.json: layer_types names {len(self.windows)} of {self.num_hidden_layers} layers")
         for reach in set(self.windows) - {None}:
             check_whole("sliding_window", reach, 8)
@@ -393,9 +394,9 @@ class GPT(nn.Module):
         return self.model.embed_tokens.weight.device
 
     def check_tokens(self, ids):
-        """Raise InputError where a token is beyond the vocabulary; a GPU would only say that an assert has failed."""
-        if ids.max() >= self.config.vocab_size:
-            raise InputError(f"token {ids.max()} is beyond the model's {self.config.vocab_size}: "
+        """Raise InputError where a token is not in the vocabulary; a GPU would only say that an assert has failed."""
+        if (wrong := ids[(ids < 0) | (ids >= self.config.vocab_size)]).numel():
+            raise InputError(f"token {wrong[0]} is none of the model's {self.config.vocab_size}: "
                              f"the tokenizer is not its own")
 
     def embed(self, ids, positions=None):
@@ -448,8 +449,9 @@ class GPT(nn.Module):
 
     def sample(self, ids: Tensor, max_new_tokens: int, temperature: float = 1.0,
                top_k: int | None = None) -> Iterator[Tensor]:
-        """Yield `max_new_tokens` times the next token [B, 1] of ids [B, T]. temperature 0 takes the most likely token;
-        top_k samples among the k most likely ones. Raises InputError at once where the model can't read so much."""
+        """Yield `max_new_tokens` times the next token [B, 1] of ids [B, T], an inference tensor. temperature 0 takes
+        the most likely token; top_k samples among the k most likely ones. Raises InputError at once where the model
+        can't read so much."""
         T = ids.shape[1]
         assert T > 0 and temperature >= 0 and (top_k is None or top_k > 0), (T, temperature, top_k)
         self.check_tokens(ids)
@@ -503,8 +505,9 @@ class GPT(nn.Module):
     def from_pretrained(cls, name_or_dir: str | Path, device="cpu", dtype: torch.dtype | None = None,
                         stream: bool = False, sparse: bool = False) -> "GPT":
         """Load a preset, a Hub id or a Hugging Face folder. dtype None: the checkpoint's own on a GPU, float32 on a
-        CPU. stream=True leaves the blocks on disk for `blocks()` to read one by one; sparse=True keeps 2:4 layers
-        compressed in memory (a folder written by sparse_matmul.py's save_compressed is so in any case).
+        CPU. stream=True leaves the blocks on disk for `blocks()` to read one by one, to this device and in this dtype
+        whatever `to()` does; sparse=True keeps 2:4 layers compressed in memory (a folder written by sparse_matmul.py's
+        save_compressed is so in any case).
         Raises InputError where a tensor is missing, superfluous, of another shape or not finite, or memory is short."""
         model = cls.open(name_or_dir)
         if dtype is None:
@@ -566,15 +569,19 @@ class GPT(nn.Module):
     def save_pretrained(self, dir: str | Path, tokenizer_from: str | Path | None = None):
         """Write a Hugging Face folder: config.json, model.safetensors, and the tokenizer files of another folder
         (None: of the one that the model was loaded from). What this program has written there before is replaced.
-        Raises InputError for a streamed model."""
+        Raises InputError for a streamed model, one in training by ast_train.py, and one without a config.json."""
         if self.streams:
             raise InputError(f"the blocks of a streamed model are not in memory: load {self.source.folder} whole to "
                              f"save it as {dir}")
-        raw = self.config.raw
+        raw, tensors = self.config.raw, self.tensors()
+        if not raw:
+            raise InputError(f"a model without a config.json can't be saved as {dir}: make its Config by from_dict")
+        if any(name.endswith(".mask") for name in tensors):
+            raise InputError(f"layers in training can't be saved as {dir}: `merge` them, or take ast_train.save_model")
         key = "dtype" if "dtype" in raw else "torch_dtype"  # the name that transformers 5 or 4 gives it
         with CheckpointWriter(dir, raw | {key: str(self.lm_head.weight.dtype).removeprefix("torch.")},
                               tokenizer_from or (self.source and self.source.folder)) as out:
-            out.write("model.safetensors", self.tensors())
+            out.write("model.safetensors", tensors)
 
 
 # ------------------------------------------------------------------------------------------------------ the relatives

@@ -95,6 +95,7 @@ def crowded(W):
 def compress(W: torch.Tensor, bits: int | None = None) -> Sparse24:
     """W [N, K] -> its 2:4 form. bits: None keeps the dtype (float16, bfloat16, float32), 8 and 4 quantize the values.
     Raises InputError where K is no multiple of 16, the dtype is another one, or a group has more than two non-zeros."""
+    assert bits in (None, 8, 4), bits
     N, K = W.shape
     if K % 16 or W.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise InputError(f"a {W.dtype} weight with {K} columns can't be stored as 2:4: the columns must be a multiple "

@@ -29,6 +29,7 @@ class InputStats:
         self.sequences, self.with_gram, self.gram, self.cross, self.lack = 0, gram, None, None, None
         self._sums = torch.zeros(3, in_features)  # of sum, square and variance over sequences
 
+    @torch.no_grad()
     def add(self, x: Tensor, z: Tensor | None = None, d: Tensor | None = None):
         """One calibration sequence: x, z [tokens, in], d [tokens, out]. The sums are kept on their device."""
         exact = x.float()

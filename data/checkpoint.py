@@ -155,6 +155,9 @@ class Checkpoint:
                 self._found[bare(name)] = (path, name, value)
         self.compressed = any(name.endswith(".values") for name in self._found)  # 2:4 layers of sparse_matmul.py
 
+    def __deepcopy__(self, memo):
+        return self  # read alone: the copy of a model needs none of its file
+
     def stored(self, name):
         """The dtype in which a tensor is on disk; None where there is none of our name `name`."""
         found = self._found.get(bare(self.layout.name(name)))

@@ -9,6 +9,9 @@ from data.processes import processes
 
 LAYER = ["score", "refine", "refit", "cycles", "threshold", "sign_check", "sparsity", "pattern"]  # of prune_layer
 METHOD = LAYER + ["propagate", "refine_layers", "allocate"]  # of prune
+SCORES = "magnitude", "wanda", "sparsegpt"
+REFINES = "none", "dsnot", "swap", "dsnot+swap"
+ALLOCATIONS = "uniform", "owl", "sensitivity"
 NSAMPLES = 128
 USUAL = dict(cycles=None, threshold=0.1, sign_check=True, refine_layers="all")  # how masks are refined if nobody asks
 

@@ -55,6 +55,7 @@ def json_lines(path):
 
 def documents(source, split, shard=0):
     """The documents of a source as a list of texts; a running text is a single one. shard: which file of C4's 1024."""
+    assert split in PARTS, split
     if source not in SOURCES:
         return file_documents(source, split)
     split = "test" if split in (None, "held-out") else split
@@ -140,7 +141,7 @@ def windows(ids, seqlen: int, name: str = "the text") -> torch.Tensor:
     names the text, where there is no window."""
     check_length(ids, seqlen, name)
     n = len(ids) // seqlen
-    return torch.as_tensor(ids[:n * seqlen]).view(n, seqlen)
+    return torch.as_tensor(ids[:n * seqlen]).long().view(n, seqlen)
 
 
 def calibration_windows(source: str, tokenizer, nsamples: int, seqlen: int, seed: int) -> torch.Tensor:

@@ -14,15 +14,13 @@ import textwrap
 from pathlib import Path
 
 from data.command import InputError, record, write_atomically
-from data.method import method_of, percent, propagates, said_of
+from data.method import SCORES, method_of, percent, propagates, said_of
 
 NAMELESS = {"json", "out", "model", "data", "split", "device", "sparsity", "pattern", "score", "refine",
             "compare", "seed", "seqlen", "plot", "batch", "methods", "tasks", "tasks_dir", "limit", "speed", "files",
             "command", "processes", "dry_run", "sparse", "by_method", "recipe", "save_every", "one_shot", "micro_batch",
             "compile", "shard", "checkpoint_activations"}  # options that never tell one method from another ...
 TRAINED = {"data", "score"}  # ... but those of training do
-
-SCORES = "magnitude", "wanda", "sparsegpt"  # the masks that dsnot.py begins with
 
 
 def read_rows(path):
@@ -244,8 +242,7 @@ def plot(rows, path):
     """Draw what the rows hold, a panel below the other: perplexity for every model and text, accuracy, and maps of the
     layers unless more than six rows have them. Transparent, readable on light and dark pages."""
     import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
     charts = {}  # {(model, data, seqlen): rows}
     for r in rows:
         if r["perplexity"]:
@@ -260,9 +257,9 @@ def plot(rows, path):
     panels += [(2.0, layer_panel, (r, mapped)) for r in mapped] if len(mapped) <= 6 else []
     if not panels:
         raise InputError("--plot: there is nothing to draw; compare results of pruned models")
-    with pyplot.rc_context(LOOK):
+    with matplotlib.rc_context(LOOK):
         heights = [height for height, _, _ in panels]
-        figure = pyplot.figure(figsize=(8, sum(heights)), layout="constrained")
+        figure = Figure(figsize=(8, sum(heights)), layout="constrained")
         parts = figure.subfigures(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
         for part, (_, draw, what) in zip(parts, panels):
             draw(part.subplots(), what)
@@ -270,7 +267,6 @@ def plot(rows, path):
                 part.legend(frameon=False, loc="outside lower center", ncols=6)
         kind = Path(path).suffix[1:]
         write_atomically(path, lambda beside: figure.savefig(beside, format=kind, dpi=160, transparent=True))
-        pyplot.close(figure)
 
 
 def perplexity_panel(axis, what):

@@ -264,11 +264,11 @@ def tables():
 def draw_ast(path):
     """Validation perplexity while training, and what each part of the method is worth."""
     import matplotlib
-    matplotlib.use("Agg")
     from cycler import cycler
-    from matplotlib import pyplot
-    with pyplot.rc_context(LOOK | {"axes.prop_cycle": cycler(color=COLOURS)}):
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
+    from matplotlib.figure import Figure
+    with matplotlib.rc_context(LOOK | {"axes.prop_cycle": cycler(color=COLOURS)}):
+        figure = Figure(figsize=(8, 2.8), layout="constrained")
+        left, right = figure.subplots(1, 2)
         for name in "seed0", "long":
             found, options = made(f"ast-{name}"), made(f"ast-{name}", "options")
             for method, trained in found["runs"].items() if found else ():

@@ -195,11 +195,28 @@ def test_nothing_is_held_afterwards(pair):
     try:
         dsnot.swap_globally(pruned, dense, ids, 1, (2, 4))
         weight = weakref.ref(pruned.model.layers[0].mlp.up_proj.weight)
-        assert not any(layer.weight.requires_grad for layer in all_prunable(pruned).values())
+        assert all(W.requires_grad and W.grad is None for W in pruned.parameters())
         del pruned
         assert weight() is None
     finally:
         gc.enable()
+
+
+def test_the_model_is_left_as_it_was(pair):
+    """After an error, too: else each later pass would compute its blocks twice."""
+    (pruned, dense, ids) = pair
+    pruned = copy.deepcopy(pruned)
+    with pytest.raises(RuntimeError), torch.inference_mode():
+        dsnot.swap_globally(pruned, dense, ids, 1, (2, 3))
+    assert not any("forward" in vars(block) for block in pruned.blocks())
+    with torch.inference_mode():  # as without
+        found = dsnot.swap_globally(pruned, dense, ids, 1, (2, 4))
+    assert found[0][1] < found[0][0]
+    pruned(ids).sum().backward()
+    assert pruned.block(0).mlp.up_proj.weight.grad is not None
+    pruned.streams = True
+    with pytest.raises(InputError, match="load it without stream=True"):
+        dsnot.swap_globally(pruned, dense, ids, 1)
 
 
 def test_memory_is_asked_for_first(monkeypatch, capsys, model, tmp_path):

@@ -135,9 +135,9 @@ def test_block_by_block(family, changes, tmp_path):
 def test_ids_of_another_tokenizer_get_a_sentence(tmp_path):
     make_checkpoint(tmp_path)
     model = GPT.from_pretrained(tmp_path)
-    with pytest.raises(InputError, match="token 300 is beyond the model's 300"):
+    with pytest.raises(InputError, match="token 300 is none of the model's 300"):
         model(torch.tensor([[1, 300]]))
-    with pytest.raises(InputError, match="token 301 is beyond the model's 300"):
+    with pytest.raises(InputError, match="token 301 is none of the model's 300"):
         model.generate(torch.tensor([[301]]), 1)
 
 
@@ -227,7 +227,7 @@ def test_a_text_ends(monkeypatch, capsys):
         assert said in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("vocabulary, words", [(300, "tokens are too many"), (96, "beyond the model's 96")])
+@pytest.mark.parametrize("vocabulary, words", [(300, "tokens are too many"), (96, "none of the model's 96")])
 def test_what_a_model_cannot_read_leaves_no_prompt_behind(vocabulary, words, monkeypatch, capsys, tmp_path):
     """Would catch an error that sticks to the prompt."""
     theirs("gpt2", dict(vocab_size=vocabulary)).save_pretrained(tmp_path)
