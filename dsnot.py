@@ -323,23 +323,25 @@ def entries(G, i, j):
 @torch.no_grad()
 def refit_weights(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = None, damp: float = 1e-4) -> Tensor:
     """The weights that give the least squared error for a mask [out, in]: on each row's kept weights k they solve
-    G_kk u = (G w)_k, or goal_k with `goal` [out, in] as in swap_refine. damp: added to G's diagonal, times its mean,
-    which draws the weights towards W, or with a goal towards 0; in rows for which that is too little in float32, a
+    G_kk u = (G w)_k, or goal_k with `goal` [out, in] as in swap_refine. damp: so many times its own G_ii, each weight
+    is drawn towards that of W, however large the inputs of others; in rows for which that is too little in float32, a
     hundred times as much. Batched Cholesky over rows."""
     W, gram = W.float(), gram.float()
-    G, new = damped(gram, damp), torch.zeros_like(W)
-    right = W @ G if goal is None else goal.float()
-    kept = keep.sum(1)
+    aim = W @ gram if goal is None else goal.float()
+    own, new, kept = own_scale(gram), torch.zeros_like(W), keep.sum(1)
+
+    def system(rows, k, damp, **options):
+        G = entries(gram, k[:, :, None], k[:, None, :])
+        G.diagonal(0, 1, 2).add_(damp * own[k])
+        b = aim[rows[:, None], k] + damp * own[k] * W[rows[:, None], k]
+        return *torch.linalg.cholesky_ex(G, **options), b
+
     for count in kept[kept > 0].unique().tolist():  # rows that keep equally many are solved together
         for rows in (kept == count).nonzero()[:, 0].split(max(1, CHUNK // count ** 2)):
             k = keep[rows].nonzero()[:, 1].view(-1, count)
-            b = right[rows[:, None], k]
-            L, failed = torch.linalg.cholesky_ex(entries(G, k[:, :, None], k[:, None, :]))
+            L, failed, b = system(rows, k, damp)
             if (again := failed > 0).any():
-                more, j = damped(gram, 100 * damp), k[again]
-                L[again] = torch.linalg.cholesky(entries(more, j[:, :, None], j[:, None, :]))
-                if goal is None:
-                    b[again] = (W[rows[again]] @ more).gather(1, j)
+                L[again], _, b[again] = system(rows[again], k[again], 100 * damp, check_errors=True)
             new[rows[:, None], k] = torch.cholesky_solve(b[:, :, None], L)[:, :, 0]
     return new
 
@@ -348,15 +350,15 @@ def refit_weights(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None 
 def swap_and_refit(W, keep, gram, *, goal=None, max_swaps=None, pattern=None, rounds=1):
     """The weights [out, in] after swaps and refit in turns. Refit gives the kept weights new values, and to each pruned
     one `with_pruned` the best value with which it could come back: the next swaps are made among these. Only refit's
-    damping can make the error rise. Arguments as in swap_refine, keep: to start from."""
+    damping, and rounding to a dtype, can make the error rise. Arguments as in swap_refine, keep: to start from."""
     gram = gram.float()
     aim = W.float() @ gram if goal is None else goal.float()
     swap = partial(swap_refine, gram=gram, goal=aim, max_swaps=max_swaps, pattern=pattern)
     keep = swap(W, keep)
-    new = refit_weights(W, keep, gram, goal=goal)
+    new = refit_weights(W, keep, gram, goal=aim)
     for _ in range(rounds):
         keep = swap(with_pruned(new, keep, gram, aim), keep)
-        new = refit_weights(W, keep, gram, goal=goal)
+        new = refit_weights(W, keep, gram, goal=aim)
     return new
 
 
@@ -368,16 +370,16 @@ def with_pruned(new, keep, gram, goal):
 
 def dense_weights(W, gram, goal, damp=0.01):
     """The dense weights [out, in] that come closest to the goal, as in swap_refine: W + (goal - W G) G^-1, with G
-    damped. SparseGPT, which prunes towards the weights it is given, is given these."""
-    change = goal - W.float() @ gram
-    return W.float() + torch.cholesky_solve(change.T, torch.linalg.cholesky(damped(gram, damp))).T
+    damped as in refit_weights. SparseGPT, which prunes towards the weights it is given, is given these."""
+    change, G = goal - W.float() @ gram, gram + (damp * own_scale(gram)).diag()
+    return W.float() + torch.cholesky_solve(change.T, torch.linalg.cholesky(G)).T
 
 
-def damped(gram, damp):
-    """A Gram matrix [in, in] with `damp` times its diagonal's mean added to the diagonal, so that it has an inverse."""
-    H = gram.clone()
-    H.diagonal().add_(damp * gram.diagonal().mean().clamp(min=1e-20))
-    return H
+def own_scale(gram):
+    """The diagonal of a Gram matrix [in], and where that is 0 its mean: what damping is measured in, so that no input
+    is damped by the size of another."""
+    own = gram.diagonal()
+    return torch.where(own > 0, own, own.mean().clamp(min=1e-20))
 
 
 # ---------------------------------------------------------------------------------------------------------- SparseGPT
@@ -400,7 +402,8 @@ def sparsegpt(W: Tensor, gram: Tensor, *, sparsity: float | None = None, pattern
         _, m = check_pattern(pattern, width)
         block = -(-block // m) * m  # groups stay whole
     W = W.float().masked_fill(dead, 0)
-    H = damped(gram.float() + dead.diag(), damp)
+    H = gram.float() + dead.diag()
+    H.diagonal().add_(damp * H.diagonal().mean())
     U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)  # H^-1 = U^T U
     for left in range(0, width, block):
         right = min(left + block, width)
@@ -505,7 +508,7 @@ def damage(model, probe, trials):
     expected = model.head(probe.to(model.device)).float().log_softmax(-1)
     found = torch.stack([divergence(model.head(x.to(model.device)), expected) for x in trials])
     add_up(found)
-    return found.double().cpu()
+    return found.double().cpu().clamp(min=1e-12)  # with 0 all that `growth` tells of a layer would be lost
 
 
 def divergence(logits, expected):

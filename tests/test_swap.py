@@ -136,10 +136,23 @@ def test_refit_of_inputs_that_are_nearly_alike():
     keep = torch.ones_like(W, dtype=torch.bool)
     keep[0, 1:], keep[1, 1000:] = False, False
     new = dsnot.refit_weights(W, keep, gram, damp=1e-3)
-    assert torch.linalg.cholesky_ex(dsnot.damped(gram, 1e-3))[1] > 0
+    assert torch.linalg.cholesky_ex(gram + 1e-3 * gram.diagonal().diag())[1] > 0
     assert new.isfinite().all() and torch.equal(new != 0, keep)
     assert dsnot.relative_error(W, new, gram) < 1e-3
     torch.testing.assert_close(new[2:], W[2:], rtol=0, atol=1e-3)  # rows that keep all lack nothing
+
+
+@pytest.mark.parametrize("with_cross", [False, True])
+def test_a_giant_input_does_not_weaken_others(with_cross):
+    """A model computes the same where an input is 2^17 times as large and its weights as much smaller. Would catch a
+    damping that the largest inputs set for all: then refit pulls the others to 0, and perplexity explodes."""
+    W, _, _, gram, goal, keep = swap_case(3, dict(sparsity=0.5), with_cross)
+    times = torch.where(torch.arange(W.shape[1]) % 16 == 5, 2.0 ** 17, 1.0)
+    giant, goals = gram * times * times[:, None], [goal, None if goal is None else goal * times]
+    for work in (lambda W, gram, goal: dsnot.refit_weights(W, keep, gram, goal=goal),
+                 lambda W, gram, goal: dsnot.dense_weights(W, gram, W @ gram if goal is None else goal)):
+        expected, found = work(W, gram, goals[0]), work(W / times, giant, goals[1]) * times
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
 
 def test_swaps_and_refit_of_few_tokens_draw_the_weights_towards_the_dense_ones():
