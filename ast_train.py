@@ -810,13 +810,14 @@ def main():
             if processes()[0] > 0:
                 return
         del mixture, held_out  # which measuring needs no more
-        text = told(args.eval_data, evaluation_split(args.eval_data, "test", args.data))
+        split = evaluation_split(args.eval_data, "test", args.data)
+        text = told(args.eval_data, split)
         print(f"measuring the dense{', one-shot' * args.one_shot} and trained models on {text}:", flush=True)
         table = measure(args, test_ids, calibration, begin)
     print(f"\n{args.model} on {text}, windows of {args.seqlen} tokens")
     print_table(table)
     print("\nsaved " + ", ".join(str(Path(args.out) / name) for name in [*args.methods, "curve.png"]))
-    record(args, {"seconds": time.perf_counter() - started, "runs": runs, "table": table})
+    record(args, {"seconds": time.perf_counter() - started, "split": split, "runs": runs, "table": table})
 
 
 if __name__ == "__main__":

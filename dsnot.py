@@ -963,14 +963,14 @@ def prune_and_measure(args, folder, amount, passes):
     model.source.check_dense()
     same = shared_by(args, model.source)
     notes = check_folders(args, model, passes[1:], same)
-    one_text = Path(args.data).resolve() == Path(args.calib).resolve()
-    split = args.split or ("held-out" if one_text else None)
-    ids = evaluation_ids(args.data, split, tokenizer, args.seqlen)
+    if args.data not in SOURCES and Path(args.data).resolve() == Path(args.calib).resolve():
+        args.split = args.split or "held-out"  # which is recorded, too
+    ids = evaluation_ids(args.data, args.split, tokenizer, args.seqlen)
     calibration = calibration_windows(args.calib, tokenizer, args.nsamples, args.seqlen, args.seed)
     count = len(windows(ids, args.seqlen))
     allocated = f" ({said_of('allocate', args.allocate)})" * (args.allocate != "uniform")
     say(f"{args.model}: {amount} pruned{allocated}, calibration {args.nsamples} x {args.seqlen} tokens of "
-        f"{args.calib}, perplexity on {told(args.data, split)} ({count} window{'s' * (count != 1)} of {args.seqlen} "
+        f"{args.calib}, perplexity on {told(args.data, args.split)} ({count} window{'s' * (count != 1)} of {args.seqlen} "
         f"tokens{config.remark(args.seqlen)})")
     if pruned_here(folder):
         notes.append(f"{args.model} has been pruned before; it is what is called dense here")

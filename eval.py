@@ -204,7 +204,7 @@ def describe(model, name):
                 groups_fit &= layer.in_features % 4 == 0 and bool((layer.weight.view(-1, 4) != 0).sum(1).max() <= 2)
     share = zeros / total
     return {"model": name, "method": "dense" if share < 0.01 else "sparse",
-            "amount": "2:4" if groups_fit else f"{share:.0%}"}
+            "amount": "2:4" if groups_fit and round(share, 2) == 0.5 else f"{share:.0%}"}
 
 
 def options():
@@ -225,7 +225,7 @@ def options():
                        help=f"some of {', '.join(TASKS)}; none named: the first seven")
     group.add_argument("--tasks-dir", metavar="FOLDER",
                        help="read the tasks from here (data/tasks.py says how) instead of the Hub")
-    group.add_argument("--limit", type=int, help="only so many first questions of every task")
+    group.add_argument("--limit", type=int, help="only so many first questions of every task (of MMLU's subjects)")
     group = p.add_argument_group("speed")
     group.add_argument("--speed", action="store_true", help="measure prefill and decoding of one sequence, and memory")
     group = p.add_argument_group("tables and plots, instead of a measurement")

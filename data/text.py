@@ -58,7 +58,7 @@ def documents(source, split, shard=0):
     assert split in PARTS, split
     if source not in SOURCES:
         return file_documents(source, split)
-    split = "test" if split in (None, "held-out") else split
+    split = split or "test"
     if source == "tiny":
         return [stdlib_text(split)]
     if source == "tiny-code":
@@ -124,6 +124,8 @@ def told(source, split):
 
 def evaluation_ids(source, split, tokenizer, seqlen):
     """The ids of the text that perplexity is measured on: of C4 the first 256 windows, as the papers do, else all."""
+    if split == "held-out" and source in SOURCES:
+        raise InputError(f"--split held-out is the last tenth of a file: of {source} there are validation and test")
     ids = tokenizer.encode(load_text(source, split))
     check_length(ids, seqlen, f"the evaluation text, {told(source, split)},")
     return ids[:256 * seqlen] if source == "c4" else ids

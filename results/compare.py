@@ -15,9 +15,10 @@ from pathlib import Path
 
 from data.command import InputError, record, write_atomically
 from data.method import SCORES, method_of, percent, propagates, said_of
+from data.text import SOURCES
 
 NAMELESS = {"json", "out", "model", "data", "split", "device", "sparsity", "pattern", "score", "refine",
-            "compare", "seed", "seqlen", "plot", "batch", "methods", "tasks", "tasks_dir", "limit", "speed", "files",
+            "compare", "seed", "seqlen", "plot", "batch", "methods", "tasks", "tasks_dir", "speed", "files",
             "command", "processes", "dry_run", "sparse", "by_method", "recipe", "save_every", "one_shot", "micro_batch",
             "compile", "shard", "checkpoint_activations"}  # options that never tell one method from another ...
 TRAINED = {"data", "score"}  # ... but those of training do
@@ -39,9 +40,10 @@ def read_rows(path):
         else:
             amount = options.get("pattern") or options.get("sparsity")
             data, seqlen = results.get("data"), results.get("seqlen")
-        common = {"model": options["model"], "data": data, "seqlen": seqlen, "amount": amount, "options": options}
+        split = results.get("split", options.get("split"))
+        common = {"model": options["model"], "data": data, "split": split, "seqlen": seqlen, "amount": amount}
         dense = next((row.get("perplexity") for row in rows if row["method"] == "dense"), None)
-        return [complete(common | row | {"dense": dense}) for row in rows]
+        return [complete(common | row | {"dense": dense, "options": options | row.get("options", {})}) for row in rows]
     except FileNotFoundError:
         if file == path:
             raise InputError(f"--compare {path}: there is no such file or folder") from None
@@ -63,8 +65,8 @@ def complete(row):
     parts = Path(row["model"]).parts or (".",)
     parts = parts[:-2] if parts[2:] and parts[-2] == "snapshots" else parts
     model = re.sub("^models--(.*--)?", "", parts[-1])  # in the Hub's cache: models--OWNER--NAME/snapshots/COMMIT
-    validation = ", validation" * (row["options"].get("split") == "validation")
-    data = Path(row["data"]).name + validation if row["data"] else None
+    said = row["split"] and not (row["split"] == "test" and row["data"] in SOURCES)
+    data = row["data"] and Path(row["data"]).name + (f", {row['split']}" if said else "")
     return {"perplexity": None} | row | {"model": model, "data": data, "amount": amount, "layers": layers,
                                          "sparsity": 1 - int(n) / int(m) if m else float(n) / 100}
 
@@ -122,8 +124,9 @@ def merge(rows):
         groups.setdefault(key(row), []).append(row)
     for group in groups.values():
         same = {}  # {attempt: {seed: row}}; rows of one seed that differ for no known reason stay apart
-        for row in group:  # as do those with more than a perplexity
-            seed, again = None if row.get("tasks") or row.get("speed") else row["options"].get("seed"), 0
+        for row in group:  # as do those with another thing than a perplexity
+            alone = row["perplexity"] is None or row.get("tasks") or row.get("speed")
+            seed, again = None if alone else row["options"].get("seed"), 0
             while not alike(row, same.setdefault(again, {}).setdefault(seed, row)):
                 again += 1
         for by_seed in same.values():
@@ -164,6 +167,8 @@ def before(row, known):
 def table(rows):
     """The rows as a markdown table. By refinement: the change of the perplexity, relative to the same mask before."""
     tasks = list(dict.fromkeys(task for row in rows for task in row.get("tasks") or {}))
+    if len({tuple(row["tasks"]) for row in rows if row.get("tasks")}) > 1:
+        tasks.remove("mean")  # of others
     timed = ["decode (tokens/s)", "weights (GB)"] if any("speed" in row for row in rows) else []
     head = ["model", "data (seqlen)", "method", "sparsity", "perplexity", "by refinement", "seconds", *tasks, *timed]
     lines = []

@@ -304,6 +304,49 @@ def test_pruned_folders_that_differ_in_an_option_are_told_apart(checkpoint, tmp_
     assert str(checkpoint) not in json.dumps(json.loads(files[0].read_text())["results"])
 
 
+def test_parts_of_a_text_are_kept_apart(checkpoint, tmp_path):
+    """Would catch another part's perplexity under the name of a whole text, taken for another seed's, or compared."""
+    GPT.from_pretrained(checkpoint).save_pretrained(tmp_path / "pruned")
+    (tmp_path / "pruned/pruning.json").write_text(json.dumps({"layers": [], "run": dict(
+        model=str(checkpoint), score="wanda", refine="none", sparsity=0.5, pattern=None, seed=0)}))
+    (tmp_path / "text.txt").write_text("the model reads words and the words are few " * 400)
+    names = {}
+    for split in None, "held-out", "validation", "test":
+        words = ["--split", split] if split else []
+        for model in checkpoint, tmp_path / "pruned":
+            file = tmp_path / f"{split}-{model.name}.json"
+            assert run_eval("--model", model, "--data", tmp_path / "text.txt", *words, "--json", file).returncode == 0
+            names[file] = "text.txt" + f", {split}" * bool(split)
+    for file, name in names.items():
+        assert [row["data"] for row in read_rows(file)] == [name]
+    rows = merge([row for file in names for row in read_rows(file)])
+    assert [(row["data"], row["method"], row["runs"]) for row in rows] == [
+        (name, method, 1) for name in sorted(set(names.values())) for method in ("dense", "wanda")]
+    old = result_file(tmp_path, "old", [("wanda", 9.0, [])], split="validation")  # of a named text
+    assert [row["data"] for row in read_rows(old)] == ["wikitext2, validation"]
+
+
+def test_what_is_no_perplexity_is_not_averaged(tmp_path):
+    """Would catch a pruned folder that stands for another seed's, a mean of some tasks beside that of others, and a
+    part of the questions shown as all."""
+    for seed in 0, 1:
+        (tmp_path / str(seed)).mkdir()
+        (tmp_path / str(seed) / "pruning.json").write_text(json.dumps({
+            "layers": [dict(layer="model.layers.0.mlp.up_proj", weights=4, sparsity=0.5, error=0.1 + seed)],
+            "run": dict(model="m", score="wanda", refine="none", sparsity=0.5, pattern=None, seed=seed)}))
+    assert len(merge([row for seed in "01" for row in read_rows(tmp_path / seed)])) == 2
+    results = []
+    for i, (tasks, limit) in enumerate([(["rte", "mean"], None), (["rte", "piqa", "mean"], None), (["rte", "mean"], 1)]):
+        entry = dict(options=dict(model="m", sparsity=None, seed=0, limit=limit), results={"rows": [
+            dict(method="dense", tasks={task: dict(acc=0.5 + i / 10) for task in tasks})]})
+        (tmp_path / f"{i}.json").write_text(json.dumps(entry))
+        results.append(read_rows(tmp_path / f"{i}.json"))
+    lines = table(merge(sum(results, []))).split("\n")
+    assert "| rte | piqa |" in lines[0] and "mean" not in lines[0]
+    assert [line.split("|")[3].strip() for line in lines[2:]] == ["dense", "dense", "dense (limit 1)"]
+    assert "| mean |" in table(merge(results[0] + results[2]))
+
+
 def test_what_tells_two_trainings_apart(tmp_path):
     """Would catch the training text left out of a name, and how often a state was saved in it."""
     rows = []
