@@ -76,6 +76,7 @@ class SentencePiece:
         self.cut = re.compile("|".join(map(re.escape, sorted(self.added, key=len, reverse=True))) or "(?!)")
         self.vocab_size = max([own, *(i + 1 for i in self.added.values())])
         self.end = [eos] if eos >= 0 else []
+        self.legacy = config.get("legacy") is True
         self.first = [self.bos] if config.get("add_bos_token", True) and self.bos >= 0 else []
         self.last = self.end if config.get("add_eos_token", False) else []
 
@@ -83,9 +84,17 @@ class SentencePiece:
         """text -> list of ids, BOS first."""
         ids, end = list(self.first), 0
         for found in self.cut.finditer(text):
-            ids += [*self.model.encode(text[end:found.start()]), self.added[found.group()]]
+            ids += [*self._piece(text[end:found.start()], end), self.added[found.group()]]
             end = found.end()
-        return ids + self.model.encode(text[end:]) + self.last
+        return ids + self._piece(text[end:], end) + self.last
+
+    def _piece(self, text, begin):
+        """The ids of what follows an added token, or of the text's `begin` 0, where alone SentencePiece's space stands
+        (in folders that ask for "legacy", before each piece that has none)."""
+        if begin == 0 or not text:
+            return self.model.encode(text)
+        text = " " * (self.legacy and text[0] != " ") + text
+        return self.model.encode("\n" + text)[len(self.model.encode("\n")):]
 
     def decode(self, ids):
         """ids -> text; special and added tokens, and ids with which a model's vocabulary is padded, are left out."""

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -243,7 +244,7 @@ def test_what_stands_beside_llama2(llama2, tmp_path):
     (tmp_path / "added_tokens.json").write_text('{"<pad>": 32000}')
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     found = load_tokenizer(tmp_path)
-    a, b = llama2.encode("a")[1:], llama2.encode("b")[1:]
+    a, b = llama2.encode("a")[1:], [llama2.model.piece_to_id("b")]
     assert found.encode("a<|im_start|><pad>b") == [1, *a, 32001, 32000, *b, 2] and found.vocab_size == 32002
     assert found.decode(found.encode("a<|im_start|>")) == "a"
     for wrong in {"add_prefix_space": False}, {"bos_token": "<|im_start|>"}:
@@ -268,8 +269,8 @@ def test_what_a_sentencepiece_model_calls_special(tmp_path):
             for i, content in enumerate(["<unk>", "<s>", "</s>", "[INST]", "[/INST]"])}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(added_tokens_decoder=said, unk_token="<unk>")))
     ours = load_tokenizer(tmp_path)
-    assert ours.encode("[INST] Return the value[/INST]<s>") == [1, 3, *plain.encode(" Return the value")[1:], 4,
-                                                                *plain.encode("<s>")[1:]]
+    assert ours.encode("[INST] Return the value[/INST] <s>") == [1, 3, *plain.encode("Return the value")[1:], 4,
+                                                                 *plain.encode("<s>")[1:]]
     assert ours.decode(ours.encode("[INST]value")) == "value" and len(plain.encode("[INST]")) > 2
 
 
@@ -282,6 +283,22 @@ def test_llama2_against_transformers(llama2, tmp_path):
     for text in TEXTS:
         if not text.startswith(" ") and not any(odd in text for odd in ("  ", "==", "<|")):
             assert llama2.encode(text) == [1] + theirs.encode(text, add_special_tokens=False), repr(text)
+
+
+@needs_llama2
+@pytest.mark.parametrize("legacy", [None, False, True])
+def test_what_follows_an_added_token(legacy, tmp_path):
+    """Would catch a space that nobody wrote: SentencePiece puts one before whatever it is given."""
+    shutil.copy(LLAMA2 / "tokenizer.model", tmp_path)
+    said = {str(i): dict(content=content, lstrip=False, rstrip=False, normalized=False, single_word=False, special=True)
+            for i, content in [(0, "<unk>"), (1, "<s>"), (2, "</s>"), (32000, "[INST]"), (32001, "[/INST]")]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(
+        tokenizer_class="LlamaTokenizer", bos_token="<s>", eos_token="</s>", unk_token="<unk>", add_bos_token=True,
+        added_tokens_decoder=said, **({} if legacy is None else {"legacy": legacy}))))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    ours, theirs = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in "[INST] Hi there [/INST]", "[INST]Hi[/INST] there", "Hi[INST]\nHi", "[INST][/INST]", "[INST] [/INST]Hi.":
+        assert ours.encode(text) == theirs(text).input_ids, text
 
 
 @pytest.mark.parametrize("damage, words", [
