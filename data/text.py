@@ -25,16 +25,21 @@ PARTS = {  # the splits of a file: from which to which twentieth, and in words
     "first-half": (0, 10, "the first half of "), "second-half": (10, 20, "the second half of ")}
 
 
-def hub_rows(path, name, split, data_files=None, revision=None):
-    """The rows of a Hub data set. Raises InputError with the way out where it can't be had."""
+def hub_rows(path, name=None, split="train", file=None, revision=None):
+    """The rows of a Hub data set, or of one file of it. Raises InputError with the way out where it can't be had."""
     import datasets
     import huggingface_hub
     huggingface_hub.logging.set_verbosity_error()  # what goes wrong is said once, below
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(path, name, split=split, data_files=data_files, revision=revision)
+        if not file:
+            return datasets.load_dataset(path, name, split=split)
+        # fetched by itself: `datasets` does not find again without a network what it has been given as data_files
+        local = huggingface_hub.hf_hub_download(path, file, repo_type="dataset", revision=revision)
+        return datasets.load_dataset("parquet" if file.endswith("parquet") else "json", data_files=local, split=split)
     except Exception as e:  # the Hub's client raises a family of errors that changes between versions
-        reason = "the Hub is out of reach" if isinstance(e, ConnectionError) else type(e).__name__
+        absent = isinstance(e, (ConnectionError, huggingface_hub.errors.LocalEntryNotFoundError))
+        reason = "the Hub is out of reach" if absent else type(e).__name__
         raise InputError(f"the data set {path} is not in the cache and can't be fetched ({reason}): "
                          f"without a network, give a text file in its place") from None
 
@@ -66,11 +71,11 @@ def documents(source, split, shard=0):
     if source == "wikitext2":  # rows as the Hub serves them joined by "\n\n": the protocol of the papers
         return ["\n\n".join(hub_rows("Salesforce/wikitext", "wikitext-2-raw-v1", split)["text"])]
     if source == "ptb":  # Penn Treebank, joined as the papers do; the branch with files, because main holds a script
-        files = {split: f"penn_treebank/{split}/0000.parquet"}
-        rows = hub_rows("ptb-text-only/ptb_text_only", None, split, files, revision="refs/convert/parquet")
+        rows = hub_rows("ptb-text-only/ptb_text_only", file=f"penn_treebank/{split}/0000.parquet",
+                        revision="refs/convert/parquet")
         return [" ".join(rows["sentence"])]
     name, shards = ("train", 1024) if split == "train" else ("validation", 8)
-    return hub_rows("allenai/c4", None, name, {name: f"en/c4-{name}.{shard:05d}-of-{shards:05d}.json.gz"})["text"]
+    return hub_rows("allenai/c4", file=f"en/c4-{name}.{shard:05d}-of-{shards:05d}.json.gz")["text"]
 
 
 def file_documents(source, split):

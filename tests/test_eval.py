@@ -1,6 +1,7 @@
 """Oracles for eval.py: perplexity against a plain loop over transformers, tables against numbers worked out by hand,
 and the command."""
 
+import gzip
 import json
 import math
 import re
@@ -38,22 +39,54 @@ def test_sources_of_the_hub(monkeypatch):
     separator, the text of another split, and more of C4 than its first 1,100 documents and 256 windows."""
     asked, rows = [], [str(i) for i in range(2000)]
 
-    def load_dataset(path, name, *, split, data_files, revision):
-        asked.append((path, name, split, data_files, revision))
-        return {"sentence" if path.startswith("ptb") else "text": rows}
+    def load_dataset(path, *named, **options):
+        asked.append((path, *named, options))
+        return {"sentence" if path == "parquet" else "text": rows}
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda path, file, repo_type, revision: (
+        path, file, repo_type, revision))
     assert load_text("wikitext2", "test") == "\n\n".join(rows)
     assert load_text("ptb") == load_text("ptb", "validation") == " ".join(rows)
     assert evaluation_ids("ptb", "test", Words, 4) == rows
     assert evaluation_ids("c4", "test", Words, 4) == rows[:1024]
     assert evaluation_ids("c4", "test", Words, 8) == rows[:1100]
     assert evaluation_ids("c4", "validation", Words, 4) == rows[1100:]  # no text of the test
-    branch, c4 = "refs/convert/parquet", {"validation": "en/c4-validation.00000-of-00008.json.gz"}
-    ptb = [("ptb-text-only/ptb_text_only", None, split, {split: f"penn_treebank/{split}/0000.parquet"}, branch)
+    ptb = [("parquet", dict(split="train", data_files=(
+        "ptb-text-only/ptb_text_only", f"penn_treebank/{split}/0000.parquet", "dataset", "refs/convert/parquet")))
            for split in ("test", "validation", "test")]
-    assert asked == [("Salesforce/wikitext", "wikitext-2-raw-v1", "test", None, None), *ptb,
-                     *[("allenai/c4", None, "validation", c4, None)] * 3]
+    c4 = "allenai/c4", "en/c4-validation.00000-of-00008.json.gz", "dataset", None
+    assert asked == [("Salesforce/wikitext", "wikitext-2-raw-v1", dict(split="test")), *ptb,
+                     *[("json", dict(split="train", data_files=c4))] * 3]
+
+
+def test_what_was_fetched_is_found_without_a_network(monkeypatch, tmp_path):
+    """A login node fetches C4 and PTB, a compute node without a network calibrates on them: the Hub's cache as a
+    download leaves it is enough."""
+    import datasets
+    import huggingface_hub
+    import pyarrow
+    import pyarrow.parquet
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.file_download.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    for name, branch, file in [("allenai--c4", "main", "en/c4-train.00000-of-01024.json.gz"),
+                               ("ptb-text-only--ptb_text_only", "refs/convert/parquet",
+                                "penn_treebank/test/0000.parquet")]:
+        place = tmp_path / "hub" / f"datasets--{name}"
+        blob, link, ref = place / "blobs/abc", place / "snapshots/1234" / file, place / "refs" / branch
+        for path in blob, link, ref:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        ref.write_text("1234")
+        link.symlink_to(blob)
+        if file.endswith("gz"):
+            lines = [json.dumps(dict(text=text, timestamp="2019-04-25T12:57:54Z", url="u")) for text in ("one", "two")]
+            blob.write_bytes(gzip.compress("\n".join(lines).encode()))
+        else:
+            pyarrow.parquet.write_table(pyarrow.table({"sentence": ["a b", "c"]}), blob)
+    assert list(documents("c4", "train")) == ["one", "two"] and documents("ptb", "test") == ["a b c"]
+    with pytest.raises(InputError, match="allenai/c4 is not in the cache and can't be fetched .the Hub is out of reach"):
+        documents("c4", "test")
 
 
 # ------------------------------------------------------------------------------------------------------ perplexity
