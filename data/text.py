@@ -8,6 +8,7 @@ in the "text" of each line, any other file is one running text; a `.bin` of data
 import filecmp
 import json
 import random
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -52,7 +53,7 @@ def json_lines(path):
         for number, line in enumerate(lines, 1):
             try:  # half a character, which JSON can name, becomes "?"
                 texts += [json.loads(line)["text"].encode(errors="replace").decode()] if line.strip() else []
-            except (ValueError, KeyError, TypeError, AttributeError) as e:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
                 why = f" ({e})" if isinstance(e, ValueError) else '; each line is one object with a "text"'
                 raise InputError(f"{path}, line {number}: no JSON object with a \"text\"{why}") from None
     return texts
@@ -81,15 +82,18 @@ def documents(source, split, shard=0):
 def file_documents(source, split):
     """`documents` of a file. Windows' line ends in a running text become "\\n": models have seldom seen others."""
     path = Path(source)
-    if path.suffix == ".bin":
+    kind = path.suffix.lower()
+    if kind == ".bin":
         raise InputError(f"{source} holds tokens for ast_train.py: give the text that it was made from")
     if not path.is_file():
         raise InputError(f"no text source {source!r}: give a text file or one of {', '.join(SOURCES)}")
     try:
-        texts = (json_lines(path) if path.suffix in (".jsonl", ".json") else
+        texts = (json_lines(path) if kind in (".jsonl", ".json") else
                  [path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")])
     except UnicodeDecodeError as e:
         raise InputError(f"{source} is not UTF-8 text ({e.reason} at byte {e.start}): give a text file") from None
+    if kind not in (".jsonl", ".json") and "\0" in texts[0]:  # UTF-16 without its mark reads like this
+        raise InputError(f"{source} is not UTF-8 text (it holds zero bytes): give a text file")
     begin, end = part_of(sum(map(len, texts)), split)
     found, at = [], 0
     for text in texts:
@@ -156,15 +160,16 @@ def calibration_windows(source: str, tokenizer, nsamples: int, seqlen: int, seed
     texts, rng = documents(source, "train"), random.Random(seed)
     if not any(text.strip() for text in texts):
         raise InputError(f"{source} is empty, or too short to calibrate on a part of it: give another text")
-    whole = tokenizer.encode(texts[0]) if len(texts) == 1 else None  # once, not for every window
-    if whole and seqlen <= len(whole) < nsamples * seqlen:
-        say(f"note: {source} has {len(whole):,} tokens to calibrate on, so that {nsamples} windows of {seqlen} overlap")
+    encode = lru_cache(16)(lambda i: tokenizer.encode(texts[i]))  # a few long documents once, not for every window
+    if len(texts) == 1 and seqlen <= len(encode(0)) < nsamples * seqlen:
+        say(f"note: {source} has {len(encode(0)):,} tokens to calibrate on, so that {nsamples} windows of {seqlen} "
+            f"overlap")
     samples, short, longest = [], set(), 0
     with progress_bar(total=nsamples, desc="calibration text", unit="window") as bar:
         while len(samples) < nsamples:
             if (i := rng.randrange(len(texts))) in short:
                 continue
-            ids = whole or tokenizer.encode(texts[i])
+            ids = encode(i)
             if len(ids) >= seqlen:
                 begin = rng.randint(0, len(ids) - seqlen)
                 samples.append(ids[begin:begin + seqlen])

@@ -4,6 +4,7 @@ and the command."""
 import gzip
 import json
 import math
+import random
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, SHARED, make_checkpoint
 
-from data import load_text, load_tokenizer, processes, stdlib
+from data import calibration_windows, load_text, load_tokenizer, processes, stdlib
 from data.command import InputError, run, start
 from data.text import documents, evaluation_ids, told
 from eval import perplexity
@@ -130,6 +131,36 @@ def test_what_windows_adds_to_a_file_is_no_text(tmp_path):
     multiply perplexity by three."""
     (tmp_path / "a.txt").write_bytes("wörter\r\nund\rmehr\n".encode("utf-8-sig"))
     assert documents(str(tmp_path / "a.txt"), None) == ["wörter\nund\rmehr\n"]
+
+
+def test_a_few_long_documents_are_tokenized_once(tmp_path):
+    """Would catch minutes spent on a file of three books, and windows that depend on what is kept."""
+    texts = [" ".join(f"{book}-{i}" for i in range(5000)) for book in "abc"]
+    path = tmp_path / "books.JSONL"  # a shouting JSONL is one, too
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    counted = []
+
+    class Numbers:
+        def encode(self, text):
+            counted.append(text)
+            return [int(word[2:]) + 10000 * "abc".index(word[0]) for word in text.split()]
+    found = calibration_windows(str(path), Numbers(), 40, 8, seed=1)
+    assert sorted(counted) == sorted(documents(str(path), "train"))
+    rng, expected = random.Random(1), []
+    for _ in range(40):
+        ids = Numbers().encode(documents(str(path), "train")[rng.randrange(3)])
+        begin = rng.randint(0, len(ids) - 8)
+        expected.append(ids[begin:begin + 8])
+    assert found.tolist() == expected
+
+
+@pytest.mark.parametrize("name, content, said", [
+    ("a.jsonl", b'{"text": "a", "x": ' + b"[" * 100000 + b"]" * 100000 + b"}", 'line 1: no JSON object with a "text"'),
+    ("a.txt", "wide".encode("utf-16-le"), "it holds zero bytes")])
+def test_odd_files_get_a_sentence(name, content, said, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=said):
+        documents(str(tmp_path / name), None)
 
 
 def test_splits_of_tiny_share_nothing():
