@@ -6,8 +6,8 @@ file, which training memory-maps:
     python -m data.stream --model llama2-7b --data c4 --shards 52 --out c4.bin
     python -m data.stream --model llama2-7b --data arxiv.jsonl --out arxiv.bin
 
-The file is a header of 32 bytes (a mark, then as 64-bit numbers the size of the vocabulary, the bytes of a token and
-the number of tokens) and then the ids. Every document begins with the BOS token where the model's tokenizer puts one;
+The file is a header of 40 bytes (a mark, then as 64-bit numbers the size of the vocabulary, the `fingerprint` of the
+tokenizer, the bytes of a token and the number of tokens) and then the ids. Every document begins with the BOS token where the model's tokenizer puts one;
 where it puts nothing around a text, every document ends with the EOS token.
 """
 
@@ -17,6 +17,7 @@ import os
 import shutil
 import struct
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,8 @@ from data.processes import progress_bar
 from data.text import SOURCES, documents, evaluation_ids, load_text, part_of
 from data.tokenizer import load_tokenizer
 
-HEADER, MARK = struct.Struct("<8sQQQ"), b"TRAINBIN"
+HEADER, MARK = struct.Struct("<8sQQQQ"), b"TOKENBIN"
+PROBE = "The 1st of May:\n    naïve(x) -> 'été', 12345 + 67.89;\tLes élèves, 東京 🙂 don't.\n"
 GOLDEN = (5 ** 0.5 - 1) / 2
 PIECE = 50_000  # characters that are tokenized at a time: SentencePiece is slower on long texts
 
@@ -44,6 +46,11 @@ def pieces(texts):
             end = text.find("\n", begin + PIECE) + 1 or len(text)
             yield text[begin:end], begin == 0, end == len(text)
             begin = end
+
+
+def fingerprint(tokenizer):
+    """A number that tells a tokenizer from others, by what it makes of a text."""
+    return zlib.crc32(str(list(tokenizer.encode(PROBE))).encode())
 
 
 def token_type(tokenizer):
@@ -101,7 +108,7 @@ def write_bin(path, shards, tokenizer, label, made):
                 if not count:
                     raise InputError(f"{label} has no text")
                 f.seek(0)
-                f.write(HEADER.pack(MARK, tokenizer.vocab_size, width, count))
+                f.write(HEADER.pack(MARK, tokenizer.vocab_size, fingerprint(tokenizer), width, count))
             file.replace(path)
         except OSError as e:
             if e.filename not in (None, str(file)):  # of what is read
@@ -114,10 +121,11 @@ def write_bin(path, shards, tokenizer, label, made):
 
 
 def open_bin(path, tokenizer):
-    """A `.bin` file as an array of ids that stays on disk. Raises InputError for a damaged one or another model's."""
+    """A `.bin` file as an array of ids that stays on disk. Raises InputError for a damaged one or another tokenizer's.
+    """
     try:
         with open(path, "rb") as f:
-            mark, vocabulary, width, count = HEADER.unpack(f.read(HEADER.size))
+            mark, vocabulary, made_by, width, count = HEADER.unpack(f.read(HEADER.size))
     except OSError as e:
         raise InputError(f"{path} can't be read: {e.strerror}") from None
     except struct.error:
@@ -125,8 +133,8 @@ def open_bin(path, tokenizer):
     if mark != MARK or Path(path).stat().st_size != HEADER.size + width * count:
         raise InputError(f"{path} is damaged, of an older version, or was not made by `python -m data.stream`: "
                          f"make it anew")
-    if vocabulary != tokenizer.vocab_size:
-        raise InputError(f"{path} was made with a vocabulary of {vocabulary} tokens, the model has "
+    if (vocabulary, made_by) != (tokenizer.vocab_size, fingerprint(tokenizer)):
+        raise InputError(f"{path} was made by another tokenizer, of {vocabulary} tokens, than the model's, of "
                          f"{tokenizer.vocab_size}: make it anew with this --model")
     return np.memmap(path, np.uint16 if width == 2 else np.uint32, mode="r", offset=HEADER.size, shape=(count,))
 
@@ -233,10 +241,11 @@ def main():
     if not 1 <= args.shards <= (1024 if args.data == "c4" else 1):
         raise InputError(f"--shards {args.shards}: C4 has 1024 of them, every other text 1")
     folder = model_folder(args.model, weights=False)
-    vocabulary = [folder / name for name in ("tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt")]
-    made = dict(model=repository(folder), data=args.data, shards=args.shards, files=versions([*vocabulary, args.data]))
+    tokenizer = load_tokenizer(folder)
+    made = dict(model=repository(folder), data=args.data, shards=args.shards, files=versions([args.data]),
+                tokenizer=fingerprint(tokenizer))
     shards = [functools.partial(documents, args.data, "train", shard) for shard in range(args.shards)]
-    count = write_bin(args.out, shards, load_tokenizer(folder), args.data, made)
+    count = write_bin(args.out, shards, tokenizer, args.data, made)
     print(f"{args.out}: {count:,} tokens, {Path(args.out).stat().st_size / 1e6:,.1f} MB")
     record(args, {"tokens": count})
 

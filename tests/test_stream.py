@@ -1,6 +1,7 @@
 """Texts as streams of token ids, kept in .bin files and drawn from by weight, as training reads them."""
 
 import argparse
+import copy
 import json
 import sys
 from pathlib import Path
@@ -28,9 +29,11 @@ def test_a_bin_file_returns_the_tokens(checkpoint, tmp_path, monkeypatch, capsys
     parts = [stream.tokens(str(tmp_path / "text.bin"), tokenizer, split) for split in ("train", "validation", "test")]
     assert np.array_equal(np.concatenate(parts), ids)  # the splits share nothing and lose nothing
 
-    tokenizer.vocab_size = 301
-    with pytest.raises(InputError, match="vocabulary of 300 tokens, the model has 301"):
-        stream.open_bin(tmp_path / "text.bin", tokenizer)
+    for changed in dict(vocab_size=301), dict(first=[]):  # another size; the same, and no BOS
+        with pytest.raises(InputError, match="made by another tokenizer, of 300 tokens, than the model's, of 30"):
+            other = copy.copy(tokenizer)
+            vars(other).update(changed)
+            stream.open_bin(tmp_path / "text.bin", other)
     (tmp_path / "text.bin").write_bytes((tmp_path / "text.bin").read_bytes()[:-1])
     with pytest.raises(InputError, match="damaged"):
         stream.open_bin(tmp_path / "text.bin", tokenizer)
