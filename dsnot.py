@@ -549,8 +549,8 @@ def layer_goal(W, stats, adjusts):
 @torch.no_grad()
 def prune_layer(W, stats, *, score, refine, goal=None, sparsity=None, pattern=None, refit=False, cycles=None,
                 threshold=0.1, sign_check=None):
-    """One layer's pruned weight [out, in] in float32, from its InputStats and its goal as in swap_refine. score, refine:
-    one of SCORES and of REFINES."""
+    """One layer's pruned weight [out, in] in float32, from its InputStats and its goal as in swap_refine. score and
+    refine are of SCORES and REFINES."""
     assert score in SCORES and refine in REFINES, (score, refine)
     W, amount = W.float(), dict(pattern=pattern) if pattern else dict(sparsity=sparsity)
     scores = magnitude_score(W) if score == "magnitude" else wanda_score(W, stats)
@@ -763,8 +763,7 @@ def swap_globally(model: GPT, dense: GPT, samples: Tensor, rounds: int, pattern:
 
 @contextmanager
 def recomputed(model):
-    """Inside, gradients reach what flows through a model and not its weights, and each block is computed again for them.
-    """
+    """Inside, gradients reach what flows through a model but no weights; each block is computed again for them."""
     asked = [W.requires_grad for W in model.parameters()]
     for block in model.blocks():
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -969,9 +968,9 @@ def prune_and_measure(args, folder, amount, passes):
     calibration = calibration_windows(args.calib, tokenizer, args.nsamples, args.seqlen, args.seed)
     count = len(windows(ids, args.seqlen))
     allocated = f" ({said_of('allocate', args.allocate)})" * (args.allocate != "uniform")
+    read = f"{count} window{'s' * (count != 1)} of {args.seqlen} tokens{config.remark(args.seqlen)}"
     say(f"{args.model}: {amount} pruned{allocated}, calibration {args.nsamples} x {args.seqlen} tokens of "
-        f"{args.calib}, perplexity on {told(args.data, args.split)} ({count} window{'s' * (count != 1)} of {args.seqlen} "
-        f"tokens{config.remark(args.seqlen)})")
+        f"{args.calib}, perplexity on {told(args.data, args.split)} ({read})")
     if pruned_here(folder):
         notes.append(f"{args.model} has been pruned before; it is what is called dense here")
     if (args.refit or args.score == "sparsegpt") and calibration.numel() < config.intermediate_size:

@@ -83,7 +83,8 @@ def perplexity(model: GPT, ids, seqlen: int, batch: int = 8, progress: bool = Fa
 
 @torch.inference_mode()
 def log_likelihoods(model, pairs, max_length, batch=8, progress=False):
-    """log P(continuation | context) in nats of every pair of ids (context, continuation) -> list of floats.
+    """log P(continuation | context) in nats of every pair of ids (context, continuation), lists of which only the
+    second may be empty -> list of floats.
 
     Of a pair longer than max_length + 1 tokens the left end is cut off; the last token is only predicted. Pairs that
     differ in nothing but the last token (" yes", " no") share one pass; long ones go first, `batch` at a time."""
@@ -232,7 +233,7 @@ def options():
     group.add_argument("--compare", nargs="+", metavar="PATH",
                        help="print a table of result files and pruned checkpoints")
     group.add_argument("--by-method", action="store_true", help="perplexity alone, sparsities side by side")
-    group.add_argument("--plot", metavar="FILE", help="and draw them (.png or .svg)")
+    group.add_argument("--plot", metavar="FILE", help="and draw them (.png or .svg), with maps of six rows at most")
     return p.parse_args()
 
 

@@ -658,7 +658,8 @@ def main():
     new = len(ids) - prompt.shape[1]
     seconds, beyond = time.perf_counter() - begin, model.config.remark(len(ids))
     remark = f"; {len(ids)} with the prompt{beyond}" if beyond else ""
-    print(f"\n\n{new} token{'s' * (new != 1)} in {seconds:.2f} s, {new / seconds:.1f} tokens/s on {args.device}{remark}")
+    print(f"\n\n{new} token{'s' * (new != 1)} in {seconds:.2f} s, {new / seconds:.1f} tokens/s on {args.device}"
+          f"{remark}")
     record(args, {"text": tokenizer.decode(ids), "tokens_per_second": new / seconds})
 
 

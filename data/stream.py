@@ -7,8 +7,8 @@ file, which training memory-maps:
     python -m data.stream --model llama2-7b --data arxiv.jsonl --out arxiv.bin
 
 The file is a header of 40 bytes (a mark, then as 64-bit numbers the size of the vocabulary, the `fingerprint` of the
-tokenizer, the bytes of a token and the number of tokens) and then the ids. Every document begins with the BOS token where the model's tokenizer puts one;
-where it puts nothing around a text, every document ends with the EOS token.
+tokenizer, the bytes of a token and the number of tokens) and then the ids. Every document begins with the BOS token
+where the model's tokenizer puts one; where it puts nothing around a text, every document ends with the EOS token.
 """
 
 import functools

@@ -455,7 +455,7 @@ def test_existing_folders_are_respected(monkeypatch, capsys, model, tmp_path):
     assert json.loads((tmp_path / "new" / "pruning.json").read_text())["run"]["sparsity"] == 0.5
     (tmp_path / "here" / "below").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here" / "below")
-    for out in tmp_path / "here", tmp_path / "here" / "below":  # a rename would take it from the shell that stands there
+    for out in tmp_path / "here", tmp_path / "here" / "below":  # a rename takes it from the shell that stands there
         with pytest.raises(SystemExit):
             command(monkeypatch, model, out)
         assert "it is the current folder, or one above it: choose" in capsys.readouterr().err
