@@ -2,13 +2,14 @@
 what can't be meant is refused."""
 
 import copy
+import re
 
 import pytest
 import torch
 import torch.nn as nn
 
 from ast_train import AnnealedAdamW, SparseLinear, distillation_loss, training_loss
-from conftest import make_checkpoint
+from conftest import ROOT, make_checkpoint
 from data.calibration import InputStats, watch
 from data.command import InputError
 from data.text import windows
@@ -17,6 +18,14 @@ from dsnot import (ALLOCATIONS, allocation, dsnot_refine, keep_mask, prune, prun
 from eval import perplexity
 from gpt import GPT, Config, all_prunable
 from sparse_matmul import compress
+
+
+def test_the_snippets_of_the_page(capsys):
+    for snippet in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
+        exec(snippet, {})
+    masked, swapped, refitted, *text, measured = capsys.readouterr().out.splitlines()
+    assert 1 > float(masked) > float(swapped) > float(refitted) > 0
+    assert text[0].startswith("Return the value of") and 10 < float(measured) < 40
 
 
 @pytest.fixture
