@@ -250,6 +250,15 @@ def ablated():
         for said, (perplexity, closed) in ablation(PARTS | SETTINGS).items()])
 
 
+def giant():
+    """Perplexity by how many times as large an input of each block is."""
+    found, times = {}, {}
+    for row in results("giant"):
+        found.setdefault(row["method"], []).append(f"{row['perplexity']:.2f}")
+        times[f"{row['times']:,} times"] = None
+    return markdown(["tiny, 70%", *times], [[method, *cells] for method, cells in found.items()])
+
+
 def tables():
     """{name of its marker in a page: text}."""
     return {
@@ -257,7 +266,7 @@ def tables():
         "settings": table_by_method(pruned("settings/*")),
         "goal": goal(), "cost": cost(), "cost of swaps": cost_of_swaps(), "cost on a GPU": cost_on_a_gpu(),
         "overfit": table_by_method(pruned("overfit/[0-9]*")), "products": speed_of_products(), "decoding": decoding(),
-        "retrained": retrained(),
+        "retrained": retrained(), "giant": giant(),
         "ablation": ablated(), "compressed": compressed(), "streamed": streamed(), "texts": texts()}
 
 
