@@ -255,7 +255,7 @@ def giant():
     found, times = {}, {}
     for row in results("giant"):
         found.setdefault(row["method"], []).append(f"{row['perplexity']:.2f}")
-        times[f"{row['times']:,} times"] = None
+        times[f"x {row['times']:,}"] = None
     return markdown(["tiny, 70%", *times], [[method, *cells] for method, cells in found.items()])
 
 
