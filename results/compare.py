@@ -166,9 +166,9 @@ def before(row, known):
 
 def table(rows):
     """The rows as a markdown table. By refinement: the change of the perplexity, relative to the same mask before."""
-    tasks = list(dict.fromkeys(task for row in rows for task in row.get("tasks") or {}))
-    if len({tuple(row["tasks"]) for row in rows if row.get("tasks")}) > 1:
-        tasks.remove("mean")  # of others
+    tested = {frozenset(row["tasks"]) for row in rows if row.get("tasks")}  # a mean of others is no number beside it
+    tasks = [task for task in dict.fromkeys(task for row in rows for task in row.get("tasks") or {})
+             if task != "mean" or len(tested) == 1]
     timed = ["decode (tokens/s)", "weights (GB)"] if any("speed" in row for row in rows) else []
     head = ["model", "data (seqlen)", "method", "sparsity", "perplexity", "by refinement", "seconds", *tasks, *timed]
     lines = []
