@@ -69,7 +69,7 @@ from data.checkpoint import CheckpointWriter, alone_in, noted, pruned_here
 from data.command import InputError, Parser, parser, record, run, versions, write_atomically
 from data.device import fast_in_bf16
 from data.hub import model_folder
-from data.method import parse_pattern
+from data.method import SCORES, parse_pattern
 from data.processes import add_up, mean_over_processes, process_group, processes, say, side_by_side
 from data.state import check_room, load_state, save_state
 from data.stream import Mixture, evaluation_split, evaluation_tokens, sources_of
@@ -596,7 +596,7 @@ def measure(args, test_ids, calibration, begin):
 
     gc.collect()  # what training has left on the GPU
     add("dense", args.model, 0)
-    for score in ["magnitude", "wanda", "sparsegpt"] if args.one_shot else []:
+    for score in SCORES if args.one_shot else []:
         pruned = Path(args.out) / f"one-shot-{score}"
         one_shot(args, pruned, calibration, replace=True, score=score, refine="none")
         add(f"one-shot {score}", pruned, 0 if score == "magnitude" else calibration.numel())

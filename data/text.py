@@ -59,6 +59,18 @@ def json_lines(path):
     return texts
 
 
+def running_text(path):
+    """A file's text. Windows' line ends become "\\n": models have seldom seen others. Raises InputError where it is not
+    UTF-8."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start}): give a text file") from None
+    if "\0" in text:  # UTF-16 without its mark reads like this
+        raise InputError(f"{path} is not UTF-8 text (it holds zero bytes): give a text file")
+    return text.replace("\r\n", "\n")
+
+
 def documents(source, split, shard=0):
     """The documents of a source as a list of texts; a running text is a single one. shard: which file of C4's 1024."""
     assert split in PARTS, split
@@ -80,20 +92,14 @@ def documents(source, split, shard=0):
 
 
 def file_documents(source, split):
-    """`documents` of a file. Windows' line ends in a running text become "\\n": models have seldom seen others."""
+    """`documents` of a file."""
     path = Path(source)
     kind = path.suffix.lower()
     if kind == ".bin":
         raise InputError(f"{source} holds tokens for ast_train.py: give the text that it was made from")
     if not path.is_file():
         raise InputError(f"no text source {source!r}: give a text file or one of {', '.join(SOURCES)}")
-    try:
-        texts = (json_lines(path) if kind in (".jsonl", ".json") else
-                 [path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")])
-    except UnicodeDecodeError as e:
-        raise InputError(f"{source} is not UTF-8 text ({e.reason} at byte {e.start}): give a text file") from None
-    if kind not in (".jsonl", ".json") and "\0" in texts[0]:  # UTF-16 without its mark reads like this
-        raise InputError(f"{source} is not UTF-8 text (it holds zero bytes): give a text file")
+    texts = json_lines(path) if kind in (".jsonl", ".json") else [running_text(path)]
     begin, end = part_of(sum(map(len, texts)), split)
     found, at = [], 0
     for text in texts:

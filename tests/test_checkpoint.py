@@ -474,8 +474,9 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(folder, monkeypatch, 
 
 
 @pytest.mark.parametrize("error, words", [
-    ("GatedRepoError", "ask for access"), ("RepositoryNotFoundError", "no public"), ("HTTPError", "--model FOLDER"),
-    ("LocalEntryNotFoundError", "out of reach.*--model FOLDER"), ("HFValidationError", "Hub id")])
+    ("GatedRepoError", "ask for access"), ("RepositoryNotFoundError", "no public model"),
+    ("HTTPError", "--model FOLDER"), ("LocalEntryNotFoundError", "out of reach.*--model FOLDER"),
+    ("HFValidationError", "Hub id")])
 def test_hub_errors(error, words, monkeypatch):
     """A traceback, or the wrong way out, where the Hub refuses, does not know the model or hangs up."""
     kind = getattr(pytest.importorskip("huggingface_hub.errors"), error)

@@ -160,4 +160,3 @@ def test_logits_of_other_texts_are_no_teachers():
         distillation_loss(student, teacher, 2.0)
     with pytest.raises(ValueError):
         training_loss(student, teacher, torch.zeros(2, 1024, dtype=torch.long), kl_weight=0.5)
-
