@@ -278,7 +278,8 @@ def kl(student, teacher, temperature):
 
 
 def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(teacher || student) of logits [..., vocab], averaged over tokens -> scalar; little memory beside them."""
+    """T^2 KL(teacher || student) of logits [..., vocab], averaged over tokens -> scalar; little memory beside them.
+    (`training_loss` has cross-entropy, too.)"""
     student, teacher = student_logits.flatten(0, -2), teacher_logits.flatten(0, -2)
     return by_chunks(functools.partial(kl, temperature=temperature), student, teacher) / len(student)
 

@@ -548,7 +548,7 @@ def layer_goal(W, stats, adjusts):
 
 @torch.no_grad()
 def prune_layer(W, stats, *, score, refine, goal=None, sparsity=None, pattern=None, refit=False, cycles=None,
-                threshold=0.1, sign_check=None):
+                threshold=USUAL["threshold"], sign_check=USUAL["sign_check"]):
     """One layer's pruned weight [out, in] in float32, from its InputStats and its goal as in swap_refine. score and
     refine are of SCORES and REFINES."""
     assert score in SCORES and refine in REFINES, (score, refine)
@@ -802,7 +802,7 @@ def mean_loss(total, text):
 
 def output_gradients(model, layers, text, expected, loss):
     """The mean of loss(logits, expected) over the tokens of a text, a list of ids [B, T], and {layer's name: its
-    gradient (dL/dW [out, in], f [out], q [in])}, as in swap_globally."""
+    gradient (dL/dW [out, in], f [out], q [in])}, as in swap_globally (f and q are for curvature_of)."""
     found, total = {}, torch.zeros((), device=text[0].device)
 
     def seen(name, x, g):
@@ -916,8 +916,8 @@ def options():
                        help="of a named text (default: test); of a file the halves of its last tenth, or both "
                             "(default: all of it if calibration reads none of it, else held-out)")
     group.add_argument("--compare", action=argparse.BooleanOptionalAction, default=None,
-                       help="prune a second time without refinement, for comparison (default: where model and text "
-                            "are tiny's)")
+                       help="prune a second time without refinement, for comparison (default: where the model has "
+                            "tiny's tokenizer and the text is tiny)")
     return p.parse_args()
 
 

@@ -48,7 +48,7 @@ ROPE_KINDS = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_fr
 
 @dataclass
 class Config:
-    """What config.json says about the shape of a model; `raw` is the file itself, written back unchanged."""
+    """What config.json says about the shape of a model; `raw` is the file itself, which is written back."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int

@@ -19,7 +19,7 @@ Quantization is symmetric, to nearest, -127..127 or -7..7. A compressed model is
 `X.values`, `X.meta` (and `X.scale`) in place of `X.weight` for each 2:4 layer X; `transformers` can't read it.
 
 A token at a time, a matmul waits for its weights: 16 bits each dense, here 8 + 1, so 1.78 times as fast is what to
-expect (1.6 to 1.8 on an H100); int8 and int4 values read 5.125 and 3.125 bits (3.1 and 5.1 times), but putting them
+expect (1.6 to 1.8 on an H100, by an older version); int8 and int4 values read 5.125 and 3.125 bits (3.1 and 5.1 times), but putting them
 together takes time, too: 2 to 2.5 times. For one row of x no W is built: W x = sum v0 x[i0] + v1 x[i1]. For more rows W
 is put together in registers as the left operand of the tensor cores; K is split, so that a small N fills the GPU, too.
 Where many rows make arithmetic the limit, W is decompressed for the dense matmul. Which tile, or the dense way, is

@@ -299,7 +299,8 @@ def what_keeps_from_renaming(folder):
 
 
 class CheckpointWriter:
-    """Writes a Hugging Face folder beside its final place; leaving the `with` block renames it, an error removes it.
+    """Writes a Hugging Face folder beside its final place; leaving the `with` block renames it, an error removes it,
+    unless it holds finished files to go on from.
 
     `made` (a dict) identifies the run and is written as run.json. Where an interrupted run has left an unfinished
     folder with the same one, its files are kept and `done` tells which they are (goes_on=False: they are thrown away).

@@ -105,7 +105,8 @@ def fill_in(args, config, text):
 def shared_by(args, source):
     """What names a run beside its method: the options and the files that every checkpoint it makes depends on."""
     same = {option: getattr(args, option) for option in ("nsamples", "seqlen", "seed")}
-    same |= dict(calib=os.path.normpath(args.calib), model=repository(source.folder), pattern=args.pattern,
+    same |= dict(calib=os.path.normpath(args.calib), model=repository(source.folder),
+                 pattern=args.pattern,  # as text, in which tables name it, instead of the method's pair of numbers
                  files=versions([*source.paths, source.folder / "config.json", args.calib]), command="dsnot.py")
     if args.allocate == "sensitivity" and processes()[1] > 1:
         same["processes"] = processes()[1]  # each looks at tokens of its own, so others would find other shares

@@ -4,9 +4,9 @@
 # AST's text needs the model of python ast_train.py --out out/ast-seed0. Then `python results/readme.py` puts them into README.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+rm -rf out/models
 write() { python gpt.py --model "$2" --prompt "Help on module json" --max-new-tokens 60 --json "results/text-$1.json"; }
 compress() {
-    rm -rf "out/models/$1"
     python sparse_matmul.py --model out/models/2of4 "${@:2}" --out "out/models/$1" --json "results/sparse-bytes-$1.json"
     python eval.py --model "out/models/$1" --data tiny --json "results/sparse-tiny-$1.json"
 }

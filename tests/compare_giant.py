@@ -41,7 +41,7 @@ def main():
             for method, (score, refine, refit, propagate) in METHODS.items():
                 dense = GPT.from_pretrained(f"{folder}/dense", device=args.device, stream=True)
                 dsnot.prune(dense, calibration, f"{folder}/{method}", {}, score=score, refine=refine, refit=refit,
-                            propagate=propagate, sparsity=0.7, sign_check=True, batch=32)  # as the command does
+                            propagate=propagate, sparsity=0.7, batch=32)
                 found = perplexity(GPT.from_pretrained(f"{folder}/{method}", device=args.device), ids, 256)
                 rows.append({"method": method, "times": 2 ** power, "perplexity": found})
                 print(f"2^{power}, {method}: perplexity {found:.2f}", flush=True)

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import dsnot
 from data import load_tokenizer, windows
 from data.command import parser, record, run, start
+from data.method import propagates
 from data.processes import progress_bar
 from data.text import evaluation_ids, load_text
 from eval import perplexity
@@ -64,7 +65,7 @@ def main():
                     out = Path(folder) / f"{method}-{label}-{text}".replace(":", "of")
                     dsnot.prune(GPT.from_pretrained(f"{folder}/dense", device=args.device, stream=True), calibration,
                                 out, {}, score=score, refine=refine, refit=refit,
-                                propagate=dsnot.propagates(method), **amount)
+                                propagate=propagates(method), **amount)
                     measured(method, label, text, GPT.from_pretrained(out, device=args.device))
     record(args, rows)
 

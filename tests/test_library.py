@@ -1,8 +1,10 @@
 """What a program that calls these files, and not their commands, relies on: no graph is held, nothing is left changed,
 what can't be meant is refused."""
 
+import ast
 import copy
 import re
+from importlib import import_module
 
 import pytest
 import torch
@@ -26,6 +28,21 @@ def test_the_snippets_of_the_page(capsys):
     masked, swapped, refitted, *text, measured = capsys.readouterr().out.splitlines()
     assert 1 > float(masked) > float(swapped) > float(refitted) > 0
     assert text[0].startswith("Return the value of") and 10 < float(measured) < 40
+
+
+def test_scripts_name_what_there_is():
+    """Would catch a script of tests/ or results/, which no test runs, that a renaming elsewhere has left behind."""
+    ours = {path.stem: import_module(path.stem) for path in ROOT.glob("*.py")}
+    for script in [*ROOT.glob("tests/*.py"), *ROOT.glob("results/*.py")]:
+        for node in ast.walk(ast.parse(script.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in [*ours, "data"]:
+                found, names = import_module(node.module), [alias.name for alias in node.names]
+            elif isinstance(node, ast.Attribute) and getattr(node.value, "id", None) in ours:
+                found, names = ours[node.value.id], [node.attr]
+            else:
+                continue
+            for name in names:
+                assert hasattr(found, name), f"{script.name}, line {node.lineno}: {found.__name__} has no {name}"
 
 
 @pytest.fixture
