@@ -698,8 +698,12 @@ def prune(model, samples, out, made, *, batch=8, propagate=False, sparsity=None,
                 move(steps(block, *where)[0], hidden)
                 records += done[i]
             else:
-                records += prune_block(block, where, hidden, dense, prefix, source.stored, sparsity=shares,
-                                       propagate=propagate, **options)
+                try:
+                    records += prune_block(block, where, hidden, dense, prefix, source.stored, sparsity=shares,
+                                           propagate=propagate, **options)
+                except InputError:  # this run can't be finished, and no other one takes these blocks: they go
+                    writer.goes_on = False
+                    raise
                 if rank == 0:
                     writer.note(run=made, seconds=seconds + time.perf_counter() - begin, layers=records)
                     tensors = {f"{prefix}.{k}": v for k, v in block.state_dict().items()}

@@ -78,7 +78,8 @@ def perplexity(model: GPT, ids, seqlen: int, batch: int = 8, progress: bool = Fa
     for part, hidden in zip(batches, hidden_states(model, batches, "perplexity", progress)):
         for window, h in zip(part.to(hidden.device), hidden):
             total += F.cross_entropy(model.head(h[:-1]).float(), window[1:], reduction="sum").double()
-    return math.exp(min(700.0, total.item() / (len(x) * (seqlen - 1))))  # no overflow, and no NaN
+    loss = total.item() / (len(x) * (seqlen - 1))
+    return math.exp(loss) if loss < 700 else math.inf  # or NaN: a ruined model
 
 
 @torch.inference_mode()

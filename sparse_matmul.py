@@ -266,6 +266,7 @@ def operands(w):
 
 def matmul(x, w, tile):
     """x [M, K] @ W.T -> [M, N] with a kernel and tile (BN, BG or BW, parts of K, warps, stages)."""
+    assert x.dtype.itemsize == 2, f"the kernels are for 16-bit numbers, not for {x.dtype}"
     BN, size, split, warps, stages = tile
     (M, K), N = x.shape, w.shape[0]
     y = torch.empty(split, M, N, device=x.device, dtype=x.dtype if split == 1 else torch.float32)

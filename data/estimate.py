@@ -113,8 +113,8 @@ def check_global_swaps(args, model):
 
 
 def needed_memory(args, model, methods):
-    """{what for: bytes of memory} that each process of a run takes at most, beside what a program with PyTorch takes.
-    """
+    """{what for: bytes of memory} that each process of a run takes at most, beside what a program with PyTorch takes
+    and what evaluation keeps of its text."""
     config, block, whole = model.config, model.model.layers[0], sum(p.numel() for p in model.parameters())
     weights, itemsize = [layer.weight for layer in prunable(block).values()], held_dtype(args, config).itemsize
     elsewhere = config.num_hidden_layers - 1 - has_goal(**vars(args))  # blocks that are not in memory
@@ -129,6 +129,10 @@ def needed_memory(args, model, methods):
         "Gram matrices": gram * (24 if args.score == "sparsegpt" else 16) * widest ** 2,
         "refit's equations": args.refit * 20 * min(max(CHUNK, (widest * n / m) ** 2), equations),
         "the logits of trials": sensitivity * 24 * probe_tokens(args.seqlen) * config.vocab_size}
+    evaluation = {name: needed[name] for name in ("weights", "a batch's activations")}
+    evaluation["a window's logits"] = (8 + itemsize % 4) * args.seqlen * config.vocab_size  # in float32, too
+    if sum(evaluation.values()) > sum(needed.values()):
+        needed = {f"{name} in evaluation": size for name, size in evaluation.items()}
     if args.global_swaps and sum((later := whole_memory(args, model)).values()) > sum(needed.values()):
         needed = {f"{name} for global swaps": size for name, size in later.items()}  # when all else is gone
     return {name: size for name, size in needed.items() if size}
@@ -219,7 +223,8 @@ def dry_run(args, config, amount, methods, prune_layer, divergence):
         say(f"    {name:<18} {W.shape[0]:>6} x {W.shape[1]}")
     written = (len(methods) + (args.global_swaps > 0)) * size  # what is pruned block by block is written before
     each = f" in each of {world} processes" * (world > 1)
-    say(f"memory    {told_bytes(sum(memory.values()))} on {args.device}{each}: {told_each(memory)}")
+    say(f"memory    {told_bytes(sum(memory.values()))} on {args.device}{each}: {told_each(memory)}; evaluation "
+        f"also keeps hidden states of its text, in at most half of what is free")
     say(f"disk      {told_bytes(size)} to read, {told_bytes(written)} to write")
     needed = needed_seconds(args, config, methods, block, prune_layer, divergence)  # the last: it takes a while itself
     unit, seconds = next((u for u in (("days", 86400), ("hours", 3600), ("minutes", 60)) if needed > 2 * u[1]),

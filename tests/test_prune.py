@@ -13,7 +13,7 @@ import weakref
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import dsnot
 from conftest import ROOT, make_checkpoint
@@ -278,6 +278,10 @@ def test_dry_run_writes_nothing(monkeypatch, capsys, model, tmp_path):
         printed = capsys.readouterr().out
         assert all(f"{name}_proj" in printed for name in "q k v o gate up down".split()) and "memory" in printed
         assert f"{sum(W.numel() for W in tensors(model / 'm').values()):,} parameters" in printed
+    large = json.loads((only / "config.json").read_text()) | dict(vocab_size=10**6)
+    (only / "config.json").write_text(json.dumps(large))
+    command(monkeypatch, model, tmp_path / "out", "--model", str(only), "--dry-run")
+    assert "a window's logits in evaluation 256.00 MB" in capsys.readouterr().out  # 32 tokens in float32, twice
     assert [p.name for p in tmp_path.iterdir()] == ["only"]
 
 
@@ -403,7 +407,16 @@ def test_bad_texts_and_files(monkeypatch, capsys, model, tmp_path):
 
 
 def test_activations_that_are_not_finite(monkeypatch, capsys, model, tmp_path):
-    """Would catch a mask chosen from NaN: the layer is named."""
+    """Would catch a mask chosen from NaN: the layer is named. And blocks finished before it left behind, for a run
+    that would end there again, in the way of others; a ruined dense model's perplexity made up from NaN."""
+    overflows = tmp_path / "overflows"
+    make_checkpoint(overflows)
+    tensors = load_file(overflows / "model.safetensors")
+    for name, scale in ("up", 1e10), ("down", 1e38):  # what flows into the second block is too large
+        tensors[f"model.layers.0.mlp.{name}_proj.weight"] *= scale
+    save_file(tensors, overflows / "model.safetensors")
+    expect_refusal(monkeypatch, capsys, model, tmp_path / "out", ["--model", str(overflows)],
+                   "layers.1.self_attn.q_proj are not finite")
     import gpt
     real = gpt.GPT.embed
     monkeypatch.setattr(gpt.GPT, "embed", lambda self, *ids: real(self, *ids) * float("nan"))

@@ -192,10 +192,8 @@ needs_llama2 = pytest.mark.skipif(not LLAMA2.is_dir(), reason="the tokenizer is 
 
 
 @pytest.fixture
-def llama2(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "tokenizer.model").write_bytes((LLAMA2 / "tokenizer.model").read_bytes())
-    return load_tokenizer(tmp_path)
+def llama2():
+    return load_tokenizer(LLAMA2)
 
 
 @needs_llama2
