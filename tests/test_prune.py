@@ -281,7 +281,7 @@ def test_dry_run_writes_nothing(monkeypatch, capsys, model, tmp_path):
     large = json.loads((only / "config.json").read_text()) | dict(vocab_size=10**6)
     (only / "config.json").write_text(json.dumps(large))
     command(monkeypatch, model, tmp_path / "out", "--model", str(only), "--dry-run")
-    assert "a window's logits in evaluation 256.00 MB" in capsys.readouterr().out  # 32 tokens in float32, twice
+    assert "a window's logits in evaluation 0.3 GB" in capsys.readouterr().out  # 32 tokens in float32, twice
     assert [p.name for p in tmp_path.iterdir()] == ["only"]
 
 
