@@ -71,7 +71,7 @@ from data.device import fast_in_bf16
 from data.hub import model_folder
 from data.method import SCORES, parse_pattern
 from data.processes import add_up, mean_over_processes, process_group, processes, say, side_by_side
-from data.state import check_room, load_state, save_state
+from data.state import check_room, last_state, load_state, save_state
 from data.stream import Mixture, evaluation_split, evaluation_tokens, sources_of
 from data.text import SOURCES, told, usual_text
 from dsnot import check_pattern, keep_mask, magnitude_score, prune, wanda_score
@@ -360,6 +360,8 @@ def first_weights(args, calibration):
     that suit it. Its pruned weights are 0 and return when their gradients have moved them far enough."""
     if args.start_from == "dense":
         return args.model
+    for method in set(args.methods) - {"dense"}:  # what would be found out after hours of swaps
+        last_state(Path(args.out) / f"{method}.training", {"start_from": args.start_from})
     folder = Path(args.out) / "start"  # trained models may have begun with what is there
     one_shot(args, folder, calibration, score="wanda", refine="swap", refit=True, propagate=True)
     return folder

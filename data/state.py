@@ -59,20 +59,20 @@ def check_room(work, model, mean, folder, size):
     check_disk(work, need - held, work)
 
 
-def load_state(work, model, optimizer, mean, options, steps):
-    """The last state in `work`, loaded into model, optimizer and mean if fewer than `steps` are done; where there is
-    none, that of step 0. Raises InputError if it belongs to a run with other options."""
+def last_state(work, options):
+    """The folder of the last state in `work` and what it tells; (None, that of step 0) where there is none. Raises
+    InputError if it is damaged, or belongs to a run with other options."""
     found = sorted(path for path in work.glob("step-*") if path.suffix != ".partial")
     first = dict(step=0, options=options, flips=[0, 0], history=[], validation=[])
     if not found:
-        return first
-    damaged = InputError(f"{found[-1]} is damaged: delete it or choose another --out")
+        return None, first
     try:
         state = json.loads((found[-1] / "run.json").read_text())
         before = dict({name: state[name] for name in first}["options"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise damaged from None
-    for name, value in options.items():
+        raise damaged(found[-1]) from None
+    for name in sorted(options, key=lambda name: name in ("model", "texts")):  # other options explain another model
+        value = options[name]
         if (old := before.get(name)) != value:
             option = f"--{name.replace('_', '-')}"
             if name in ("model", "texts"):
@@ -82,15 +82,31 @@ def load_state(work, model, optimizer, mean, options, steps):
             else:
                 told = f"with {option} {old}" + f", not {value}" * (value != "None")
             raise InputError(f"{work} holds a run {told}: give the options it had, choose another --out, or delete it")
+    return found[-1], state
+
+
+def damaged(folder):
+    return InputError(f"{folder} is damaged: delete it or choose another --out")
+
+
+def load_state(work, model, optimizer, mean, options, steps):
+    """The last state in `work`, as last_state finds it, loaded into model, optimizer and mean if fewer than `steps` are
+    done."""
+    folder, state = last_state(work, options)
+    if folder is None:
+        return state
     if state["step"] >= steps:
+        for other in work.glob("step-*") if processes()[0] == 0 else []:  # save_state was killed as it removed it
+            if other != folder:
+                shutil.rmtree(other, ignore_errors=True)
         say(f"{work} is finished")
         return state
     weights, moments = get_state_dict(model, optimizer)
     logging.disable(logging.WARNING)  # PyTorch logs a traceback of what is a sentence here
     try:
-        dcp.load({"model": weights, "optimizer": moments, "mean": mean}, checkpoint_id=found[-1])
+        dcp.load({"model": weights, "optimizer": moments, "mean": mean}, checkpoint_id=folder)
     except (CheckpointException, OSError):
-        raise damaged from None
+        raise damaged(folder) from None
     finally:
         logging.disable(logging.NOTSET)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)

@@ -369,6 +369,19 @@ def test_two_processes_follow_one(files, tmp_path, train):
     assert abs(one["history"][-1]["loss"] - resumed["history"][-1]["loss"]) < 1e-4
 
 
+def test_a_finished_training_is_found_again(tmp_path, train):
+    """Would catch swaps that are made before another start is refused, and the state before, which a run that was
+    killed while it removed it has left."""
+    options = "--steps", 2, "--save-every", 1
+    train(tmp_path, *options)
+    with pytest.raises(InputError, match="holds a run with --start-from dense, not swap"):
+        train(tmp_path, *options, "--start-from", "swap")
+    assert not (tmp_path / "start").exists()
+    (tmp_path / "ast.training" / "step-0000001").mkdir()
+    train(tmp_path, *options)
+    assert [path.name for path in (tmp_path / "ast.training").iterdir()] == ["step-0000002"]
+
+
 def test_methods_side_by_side_are_those_one_after_the_other(tmp_path, train, monkeypatch):
     """Would catch a process that reads other text, and an error in one that is not told."""
     methods = "--methods", "ast", "dense", "--steps", 3
