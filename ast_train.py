@@ -360,8 +360,9 @@ def first_weights(args, calibration):
     that suit it. Its pruned weights are 0 and return when their gradients have moved them far enough."""
     if args.start_from == "dense":
         return args.model
-    for method in set(args.methods) - {"dense"}:  # what would be found out after hours of swaps
-        last_state(Path(args.out) / f"{method}.training", {"start_from": args.start_from})
+    for method in args.methods:
+        if method != "dense":  # what resume would find out after hours of swaps
+            last_state(Path(args.out) / f"{method}.training", {"start_from": args.start_from})
     folder = Path(args.out) / "start"  # trained models may have begun with what is there
     one_shot(args, folder, calibration, score="wanda", refine="swap", refit=True, propagate=True)
     return folder

@@ -55,7 +55,7 @@ from torch.utils.checkpoint import checkpoint
 from data import calibration_windows, load_tokenizer, windows
 from data.calibration import InputStats, add_product, input_stats, move, place_for, readers, steps, watch_gradients
 from data.checkpoint import CheckpointWriter, finished, noted, pruned_here, remove, shard
-from data.command import InputError, at_least, check_disk, parser, record, run
+from data.command import DeadEnd, InputError, at_least, check_disk, parser, record, run
 from data.estimate import CHUNK, ROUND, check_folders, dry_run, held_states, probe_tokens
 from data.hub import model_folder
 from data.method import (ALLOCATIONS, METHOD, NSAMPLES, REFINES, SCORES, USUAL, blocks_of, fill_in, has_goal, method_of,
@@ -594,17 +594,17 @@ def prune_rows(W, stats, goal, **options):
 
 def prune_linear(weight, name, stats, adjusts, dtype, **options):
     """prune_rows of one layer's weight, in place, rounded to the dtype in which it will be read again; its record.
-    adjusts: as in layer_goal. Raises InputError where its inputs are not finite or too few to fit weights to, or where
+    adjusts: as in layer_goal. Raises DeadEnd where its inputs are not finite or too few to fit weights to, or where
     these don't fit into the dtype."""
     if not all(x.isfinite().all() for x in (stats.square, stats.cross, stats.lack) if x is not None):
-        raise InputError(f"the calibration activations that flow into {name} are not finite")
+        raise DeadEnd(f"the calibration activations that flow into {name} are not finite")
     try:
         W = prune_rows(weight, stats, layer_goal(weight, stats, adjusts), **options).to(dtype)
     except torch.linalg.LinAlgError:
-        raise InputError(f"the calibration activations that flow into {name} are too few or too much alike to fit its "
+        raise DeadEnd(f"the calibration activations that flow into {name} are too few or too much alike to fit its "
                          f"weights to them: give more --nsamples, or another --calib text") from None
     if not W.isfinite().all():  # float16 ends at 65504
-        raise InputError(f"the weights that suit {name} do not fit into {str(dtype).removeprefix('torch.')}, in which "
+        raise DeadEnd(f"the weights that suit {name} do not fit into {str(dtype).removeprefix('torch.')}, in which "
                          f"the checkpoint is stored: leave out --refit or --score sparsegpt, which change them")
     error = {} if stats.gram is None else {"error": relative_error(weight, W, stats.gram)}
     weight.copy_(W)
@@ -698,12 +698,8 @@ def prune(model, samples, out, made, *, batch=8, propagate=False, sparsity=None,
                 move(steps(block, *where)[0], hidden)
                 records += done[i]
             else:
-                try:
-                    records += prune_block(block, where, hidden, dense, prefix, source.stored, sparsity=shares,
-                                           propagate=propagate, **options)
-                except InputError:  # this run can't be finished, and no other one takes these blocks: they go
-                    writer.goes_on = False
-                    raise
+                records += prune_block(block, where, hidden, dense, prefix, source.stored, sparsity=shares,
+                                       propagate=propagate, **options)
                 if rank == 0:
                     writer.note(run=made, seconds=seconds + time.perf_counter() - begin, layers=records)
                     tensors = {f"{prefix}.{k}": v for k, v in block.state_dict().items()}

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from data.command import InputError, told_bytes, what_keeps_from_writing, write_atomically
+from data.command import DeadEnd, InputError, told_bytes, what_keeps_from_writing, write_atomically
 
 TOKENIZER_FILES = ["tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"]
@@ -300,7 +300,7 @@ def what_keeps_from_renaming(folder):
 
 class CheckpointWriter:
     """Writes a Hugging Face folder beside its final place; leaving the `with` block renames it, an error removes it,
-    unless it holds finished files to go on from.
+    unless it holds finished files to go on from and the error is no DeadEnd.
 
     `made` (a dict) identifies the run and is written as run.json. Where an interrupted run has left an unfinished
     folder with the same one, its files are kept and `done` tells which they are (goes_on=False: they are thrown away).
@@ -418,7 +418,8 @@ class CheckpointWriter:
                     self.finish()
                     finished = True
             finally:
-                if not finished and not (self.goes_on and any(self.partial.glob("*.safetensors"))):
+                kept = self.goes_on and not isinstance(error, DeadEnd) and any(self.partial.glob("*.safetensors"))
+                if not finished and not kept:
                     shutil.rmtree(self.partial, ignore_errors=True)
 
     def finish(self):

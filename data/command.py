@@ -22,6 +22,10 @@ class InputError(ValueError):
     """Bad input from the user: one sentence that names the offending value and the way out."""
 
 
+class DeadEnd(InputError):
+    """Input with which a run would end at the same place each time: what it has finished is of no use."""
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Defaults in --help, but for those that a command works out."""
 

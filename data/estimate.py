@@ -129,13 +129,14 @@ def needed_memory(args, model, methods):
         "Gram matrices": gram * (24 if args.score == "sparsegpt" else 16) * widest ** 2,
         "refit's equations": args.refit * 20 * min(max(CHUNK, (widest * n / m) ** 2), equations),
         "the logits of trials": sensitivity * 24 * probe_tokens(args.seqlen) * config.vocab_size}
-    evaluation = {name: needed[name] for name in ("weights", "a batch's activations")}
-    evaluation["a window's logits"] = (8 + itemsize % 4) * args.seqlen * config.vocab_size  # in float32, too
-    if sum(evaluation.values()) > sum(needed.values()):
-        needed = {f"{name} in evaluation": size for name, size in evaluation.items()}
-    if args.global_swaps and sum((later := whole_memory(args, model)).values()) > sum(needed.values()):
-        needed = {f"{name} for global swaps": size for name, size in later.items()}  # when all else is gone
-    return {name: size for name, size in needed.items() if size}
+    logits = 8 if itemsize == 4 else itemsize + 8  # bytes: as they come, in float32, and their softmax
+    stages = {  # each begins when what the one before held is gone
+        "": needed,
+        " in evaluation": {name: needed[name] for name in ("weights", "a batch's activations")} |
+                          {"a window's logits": logits * args.seqlen * config.vocab_size},
+        " for global swaps": whole_memory(args, model) if args.global_swaps else {}}
+    largest = max(stages, key=lambda stage: sum(stages[stage].values()))
+    return {name + largest: size for name, size in stages[largest].items() if size}
 
 
 def fastest(work, device):

@@ -38,13 +38,13 @@ def repository(folder):
     return str(folder.parents[1] if folder.parent.name == "snapshots" else folder)
 
 
-def model_folder(name, weights=True, config_only=False):
-    """The local folder of a model: a folder, a preset, or a Hub id (downloaded to the Hub's cache; weights=False: only
-    the configuration and the tokenizer; config_only: config.json alone). Raises InputError with the way out where there
-    is none."""
+def model_folder(name, weights=True, config_only=False, holds=("config.json",)):
+    """The local folder of a model: a folder, which is one if it `holds` any of these files, a preset, or a Hub id
+    (downloaded to the Hub's cache; weights=False: only the configuration and the tokenizer; config_only: config.json
+    alone). Raises InputError with the way out where there is none."""
     target = PRESETS.get(name, str(name))  # a Path is no preset, such as that of "./tiny"
     if Path(target).is_dir():
-        if not (Path(target) / "config.json").is_file():
+        if not any((Path(target) / file).is_file() for file in holds):
             inside = sorted(str(file.parent) for file in Path(target).glob("*/config.json"))
             raise InputError(f"{target} is no model folder: config.json is missing" +
                              (f"; give {' or '.join(inside[:5])}" if inside else ""))

@@ -35,9 +35,7 @@ def save_state(work, model, optimizer, mean, state, finished=False):
         if first:
             (partial / "run.json").write_text(json.dumps(state))
             partial.rename(final)
-            for old in work.glob("step-*"):
-                if old != final:
-                    shutil.rmtree(old)
+            remove_all_but(final)
     except (OSError, CheckpointException) as e:
         shutil.rmtree(partial, ignore_errors=True)
         causes = [e] if isinstance(e, OSError) else [cause for cause, _ in e.failures.values()]
@@ -48,6 +46,13 @@ def save_state(work, model, optimizer, mean, state, finished=False):
         raise InputError(f"can't write the state of step {state['step']} to {work}: is the disk full? Make room and "
                          f"give the same command again{kept}") from None
     dist.barrier()
+
+
+def remove_all_but(last, **how):
+    """Remove the other states beside the last one; how: as shutil.rmtree takes it."""
+    for other in last.parent.glob("step-*"):
+        if other != last:
+            shutil.rmtree(other, **how)
 
 
 def check_room(work, model, mean, folder, size):
@@ -96,9 +101,8 @@ def load_state(work, model, optimizer, mean, options, steps):
     if folder is None:
         return state
     if state["step"] >= steps:
-        for other in work.glob("step-*") if processes()[0] == 0 else []:  # save_state was killed as it removed it
-            if other != folder:
-                shutil.rmtree(other, ignore_errors=True)
+        if processes()[0] == 0:  # save_state may have been killed as it did this
+            remove_all_but(folder, ignore_errors=True)
         say(f"{work} is finished")
         return state
     weights, moments = get_state_dict(model, optimizer)

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from data.command import InputError
-from data.hub import PRESETS, model_folder
+from data.hub import model_folder
 
 ROLES = ["bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"]
 
@@ -183,9 +183,8 @@ def encode_open(tokenizer, text):
 def load_tokenizer(name_or_dir: str | Path):
     """The tokenizer of a preset, a Hub id or a folder, which needs no model beside it: .encode(text) -> list[int],
     .decode(ids) -> str."""
-    folder = Path(PRESETS.get(name_or_dir, name_or_dir))
-    if not any((folder / file).is_file() for file in ("tokenizer.model", "tokenizer.json", "vocab.json")):
-        folder = model_folder(name_or_dir, weights=False)
+    holds = "config.json", "tokenizer.model", "tokenizer.json", "vocab.json"
+    folder = model_folder(name_or_dir, weights=False, holds=holds)
     files = {path.name for path in folder.iterdir()}
     if "tokenizer.model" in files:
         try:
