@@ -48,6 +48,7 @@ import functools
 import gc
 import math
 import shutil
+import sys
 import time
 from argparse import BooleanOptionalAction
 from concurrent.futures.process import BrokenProcessPool
@@ -292,7 +293,9 @@ def mixed_loss(student, target, teacher, kl_weight, temperature):
     return loss
 
 
-compiled_mixed_loss = torch.compile(mixed_loss)  # which costs nothing before the first call
+@functools.cache
+def compiled_mixed_loss():
+    return torch.compile(mixed_loss)  # this alone takes seconds
 
 
 def training_loss(student_logits, teacher_logits, targets, kl_weight=0.0, temperature=1.0, compiled=False):
@@ -301,7 +304,7 @@ def training_loss(student_logits, teacher_logits, targets, kl_weight=0.0, temper
     student, target = student_logits.flatten(0, 1), targets.flatten()
     if teacher_logits is None:
         return by_chunks(functools.partial(F.cross_entropy, reduction="sum"), student, target) / len(target)
-    mixed = functools.partial(compiled_mixed_loss if compiled else mixed_loss, kl_weight=kl_weight,
+    mixed = functools.partial(compiled_mixed_loss() if compiled else mixed_loss, kl_weight=kl_weight,
                               temperature=temperature)
     return by_chunks(mixed, student, target, teacher_logits.flatten(0, 1)) / len(target)
 
@@ -627,7 +630,7 @@ def print_table(rows):
 # -------------------------------------------------------------------------------------------------------- the command
 
 def options(description=__doc__):
-    compiler = bool(shutil.which("g++") or shutil.which("clang++"))
+    compiler = any(map(shutil.which, ["cl"] if sys.platform == "win32" else ["g++", "clang++"]))
     early = Parser(add_help=False)  # reads --recipe first, where the defaults of the others come from
     early.add_argument("--recipe", choices=RECIPES, default="tiny")
     p = parser(description)
@@ -749,7 +752,7 @@ def fitting_k(asked, inputs):
 
 def train_alone(method, args, begin):
     """`train` in a process of its own."""
-    with process_group(args, alone=True), memory_is_enough(args):
+    with process_group(args), memory_is_enough(args):
         return train(method, args, begin, *texts(args, load_tokenizer(args.model)))
 
 
@@ -805,7 +808,7 @@ def train_all(args, begin, mixture, held_out, calibration):
 def main():
     args, started = options(), time.perf_counter()
     with ExitStack() as held, memory_is_enough(args):
-        with process_group(args, alone=True):
+        with process_group(args):
             mixture, held_out, calibration, test_ids = prepare(args)
             if processes()[0] == 0:
                 held.enter_context(alone_in(Path(args.out)))  # until all is measured

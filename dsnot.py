@@ -862,6 +862,7 @@ def prune_globally(model, samples, out, made, *, global_swaps, pattern=None, **o
             writer.note(run=made, seconds=seconds, losses=losses, layers=records)
             tensors = {name: W.to(source.stored(name)) for name, W in pruned.tensors().items()}
             writer.write("model.safetensors", tensors | source.rest())
+    dense = pruned = tensors = None  # mapped files would keep Windows from removing them
     if first:
         remove(start)
     wait()

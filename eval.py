@@ -40,6 +40,11 @@ from data.text import SOURCES, evaluation_ids, told, usual_text
 from gpt import GPT, rotary
 from results.compare import compare, read_rows
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 # -------------------------------------------------------------------------------------------- perplexity and accuracy
 
 
@@ -163,7 +168,7 @@ REPEATS = 3  # timed runs; one before them warms up, and times the tiles of spar
 
 def speed(model, ids, new_tokens=64):
     """Tokens per second of a prompt ids [1, T] (prefill) and of greedy decoding one sequence after it, medians; bytes
-    of the weights; peak memory in bytes, on a GPU of what torch allocated, else of the whole process."""
+    of the weights; peak memory in bytes, on a GPU what torch allocated, else of the process (Windows: None)."""
     times = []
     for i in range(1 + REPEATS):
         if i == 1 and ids.is_cuda:
@@ -177,9 +182,10 @@ def speed(model, ids, new_tokens=64):
     prefill, decode = (statistics.median(column) for column in zip(*times[1:]))
     if ids.is_cuda:
         peak = torch.cuda.max_memory_allocated(ids.device)
-    else:
-        import resource
+    elif resource:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    else:
+        peak = None
     tensors = [*model.parameters(), *model.buffers()]  # tied ones once
     return {"prompt_tokens": ids.shape[1], "new_tokens": new_tokens,
             "prefill_tokens_per_second": ids.shape[1] / prefill, "decode_tokens_per_second": 1 / decode,
@@ -296,8 +302,8 @@ def main():
         row["speed"] = measured = speed(model, text[None], new_tokens)
         print(f"{args.model} on {args.device}: prefill {measured['prefill_tokens_per_second']:,.1f} tokens/s "
               f"({measured['prompt_tokens']} tokens), decode {measured['decode_tokens_per_second']:,.1f} tokens/s, "
-              f"weights {measured['weight_bytes'] / 1e9:,.3f} GB in memory, "
-              f"peak memory {measured['peak_memory_bytes'] / 1e9:,.2f} GB")
+              f"weights {measured['weight_bytes'] / 1e9:,.3f} GB in memory"
+              + (f", peak memory {peak / 1e9:,.2f} GB" if (peak := measured["peak_memory_bytes"]) else ""))
     record(args, results | {"rows": [row]})
 
 

@@ -81,7 +81,7 @@ class Config:
         """The configuration of a model's folder. Raises InputError where there is none."""
         path = Path(folder) / "config.json"
         try:
-            return cls.from_dict(json.loads(path.read_text()))
+            return cls.from_dict(json.loads(path.read_text("utf-8")))
         except OSError as e:
             raise InputError(f"{path} can't be read: {e.strerror}") from None
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:

@@ -125,7 +125,7 @@ def weight_files(folder):
                              f"download complete?")
         return [path]
     try:
-        named = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        named = sorted(set(json.loads(path.read_text("utf-8"))["weight_map"].values()))
         other = path.with_suffix("").with_suffix("")  # model.safetensors, pytorch_model.bin
         if other.is_file() and other.name not in named:
             raise InputError(f"{folder} holds one model in {other.name} and another in the files that {path.name} "
@@ -431,6 +431,7 @@ class CheckpointWriter:
                 tensors = read_tensors(file)
                 weights |= dict.fromkeys(tensors, file.name)
                 size += sum(tensor.nbytes for tensor in tensors.values())
+                del tensors  # mapped files would keep Windows from renaming their folder
             index = json.dumps({"metadata": {"total_size": size}, "weight_map": weights}, indent=1)
             write_atomically(self.partial / "model.safetensors.index.json", lambda path: path.write_text(index))
         text = json.dumps(self.raw, indent=1) + "\n"

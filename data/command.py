@@ -65,7 +65,7 @@ def start(args, together=False):
     if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
         raise InputError(f"--device {args.device} is not supported: give cpu, cuda or cuda:1")
     try:
-        device = torch.empty(1, device=args.device).device
+        device = torch.ones(1, device=args.device).device  # too old a GPU fails where it computes
         if device.type == "cuda":
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as e:

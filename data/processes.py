@@ -19,26 +19,26 @@ QUIET = 60  # seconds between the lines of progress_bar where there is no termin
 
 
 @contextmanager
-def process_group(args, alone=False):
+def process_group(args):
     """Call `start` of data.command. Inside, torchrun's processes form a group, each with the GPU of its LOCAL_RANK;
-    without torchrun there is none, or with `alone` one of a single process."""
+    without torchrun there is none."""
     torchrun, cuda = "RANK" in os.environ, args.device.startswith("cuda")
     if torchrun and cuda:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     start(args, together=True)
-    if torchrun or alone:
-        of_one = {} if torchrun else dict(store=dist.HashStore(), rank=0, world_size=1)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **of_one)
+    if torchrun:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     try:
         yield
     finally:
-        if dist.is_initialized():
+        if torchrun:
             dist.destroy_process_group()
 
 
 def processes():
     """(this process, how many there are); (0, 1) outside of `process_group`, too."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    grouped = dist.is_available() and dist.is_initialized()  # some builds of PyTorch have no torch.distributed
+    return (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
 
 
 class Lines:

@@ -7,14 +7,16 @@ and reads them with as many processes as there are, and a run.json of everything
 import json
 import logging
 import shutil
+import warnings
 
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from data.command import InputError, check_disk
-from data.processes import processes, say
+from data.processes import processes, say, wait
+
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # by dcp: without torchrun it is
 
 
 def save_state(work, model, optimizer, mean, state, finished=False):
@@ -25,7 +27,7 @@ def save_state(work, model, optimizer, mean, state, finished=False):
     first = processes()[0] == 0
     if first:
         shutil.rmtree(partial, ignore_errors=True)
-    dist.barrier()
+    wait()
     try:
         if first or not finished:  # of a finished one nobody else writes, or waits before the folder is renamed
             partial.mkdir(parents=True, exist_ok=True)
@@ -45,7 +47,7 @@ def save_state(work, model, optimizer, mean, state, finished=False):
         kept = "; the state before is kept" if any(work.glob("step-*")) else ""
         raise InputError(f"can't write the state of step {state['step']} to {work}: is the disk full? Make room and "
                          f"give the same command again{kept}") from None
-    dist.barrier()
+    wait()
 
 
 def remove_all_but(last, **how):

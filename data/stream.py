@@ -152,9 +152,9 @@ def tokens(source, tokenizer, split):
 
 
 def weighted(name):
-    """"text.txt:0.7" -> ("text.txt", "0.7"); without a weight it is "1" (a path with a ":" needs one)."""
+    """"text.txt:0.7" -> ("text.txt", "0.7"); without a weight it is "1" (a file with a ":" in its name needs one)."""
     source, _, weight = name.rpartition(":")
-    return (source, weight) if source else (name, "1")
+    return (source, weight) if source and not set(weight) & set("/\\") else (name, "1")
 
 
 def sources_of(names):

@@ -212,6 +212,7 @@ def main():
     model = new_model(args.hidden_size, args.layers, args.seqlen).to(args.device)
     history = train(args, model, streams, held_out, work / "state.pt")
     model.bfloat16().save_pretrained(args.out, tokenizer_from=work)
+    del streams  # a mapped file would keep Windows from removing it
     shutil.rmtree(work)
     print(f"saved {args.out}")
     record(args, {"validation_loss": history, "parameters": sum(w.numel() for w in model.parameters())})

@@ -297,7 +297,7 @@ def draw_ast(path):
 
 def pages():
     """{path: text} of the pages, with their tables as results/ has them now."""
-    contents = {path: path.read_text() for path in PAGES}
+    contents = {path: path.read_text("utf-8") for path in PAGES}
     for name, table in tables().items():
         marked = re.compile(rf"(<!-- {name} -->).*?(\n<!-- end -->)", re.DOTALL)
         if sum(len(marked.findall(text)) for text in contents.values()) != 1:
@@ -317,7 +317,7 @@ def main():
     plot(pruned(*(f"tiny/0.7-wanda-swap-refit{share}" for share in shares)), ROOT / "assets/layers.png")
     draw_ast(ROOT / "assets/ast.png")
     for path, text in contents.items():
-        path.write_text(text)
+        path.write_text(text, "utf-8")
     print("README.md, results/README.md and their pictures hold what results/ holds")
 
 

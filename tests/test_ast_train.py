@@ -472,7 +472,7 @@ def test_blocks_are_compiled_also_inside_checkpoints(files, monkeypatch, inside)
     torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     options = argparse.Namespace(shard=0, device="cpu", dtype="float32", compile=True, seed=0, json=None)
-    with ast_train.process_group(options, alone=True):
+    with ast_train.process_group(options):
         model = ast_train.set_up(GPT.from_pretrained(files / "model"), options, checkpoint_activations=inside)
     torch._dynamo.utils.counters.clear()
     model(torch.arange(32)[None]).mean().backward()

@@ -3,7 +3,10 @@ what can't be meant is refused."""
 
 import ast
 import copy
+import json
 import re
+import subprocess
+import sys
 from importlib import import_module
 
 import pytest
@@ -43,6 +46,33 @@ def test_scripts_name_what_there_is():
                 continue
             for name in names:
                 assert hasattr(found, name), f"{script.name}, line {node.lineno}: {found.__name__} has no {name}"
+
+
+LIKE_WINDOWS = """import runpy, sys, torch, torch.distributed as dist
+sys.modules.update(dict.fromkeys(["fcntl", "resource", "triton"]))  # which can't be imported then
+del dist.init_process_group, dist.HashStore, torch.compile  # which takes seconds, and fails in some locales
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("command", [
+    ["dsnot.py", "--calib", "text.txt", "--data", "text.txt", "--seqlen", "16", "--nsamples", "2", "--out", "sparse"],
+    ["ast_train.py", "--data", "text.txt", "--eval-data", "text.txt", "--seqlen", "16", "--steps", "2", "--batch", "2",
+     "--methods", "ast", "--no-one-shot", "--no-compile", "--out", "trained"],
+    ["eval.py", "--speed", "--json", "speed.json"]])
+def test_what_linux_alone_has_is_not_needed(command, model, tmp_path):
+    """Would catch a command that needs a module, or a part of PyTorch, that Windows does not have, or UTF-8 as the
+    encoding of files where nobody asks for another."""
+    config = tmp_path / "m/config.json"
+    raw = json.loads(config.read_text()) | {"_name_or_path": "models/\u6771\u4eac"}
+    config.write_text(json.dumps(raw, ensure_ascii=False), "utf-8")
+    (tmp_path / "text.txt").write_text("the model reads words and the words are few " * 100)
+    done = subprocess.run([sys.executable, "-X", "utf8=0", "-c", LIKE_WINDOWS, ROOT / command[0], *command[1:],
+                           "--model", "m"], cwd=tmp_path,
+                          env=dict(LC_ALL="C", PYTHONCOERCECLOCALE="0", OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)),
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
 
 
 @pytest.fixture

@@ -145,5 +145,7 @@ def test_a_mixture_draws_by_weight_and_by_step_alone(checkpoint, tmp_path):
     alone.streams = [np.arange(10016)]  # a window's first token tells where it begins
     begin = torch.cat([alone.batch(3, step, 4)[:, 0] for step in range(100)]).sort()[0]
     assert begin.diff().max() < 2 * 10000 / 400 and begin[0] < 50 and begin[-1] > 9950
+    for name, source in [("C:\\a.txt", "C:\\a.txt"), ("C:\\a.txt:3", "C:\\a.txt"), ("a:b/c.txt", "a:b/c.txt")]:
+        assert stream.sources_of([name]) == [source]
     with pytest.raises(InputError, match="weight 'x' is not a number"):
         stream.Mixture([f"{tmp_path / 'b.txt'}:x"], tokenizer, 16, 4)
