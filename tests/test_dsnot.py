@@ -8,7 +8,7 @@ from safetensors import safe_open
 
 from conftest import SHARED
 from data.command import InputError
-from dsnot import InputStats, dsnot_refine, keep_mask, magnitude_score, sparsegpt, wanda_score
+from dsnot import InputStats, dsnot_refine, extremes, keep_mask, magnitude_score, sparsegpt, wanda_score
 
 
 def golden(name):
@@ -59,6 +59,21 @@ def test_sums_of_products_are_those_of_float64(device, dtype):
     for found, exact in ((stats.gram, x.T @ x), (stats.cross, z.T @ x)):
         assert found.dtype == torch.float32 and found.device == x.device
         assert (found - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_statistics_and_scores_are_float32(dtype):
+    """Would catch sums and scores of 16-bit numbers in 16 bits, which overflow or make ties."""
+    x, W, stats = (100 * torch.randn(3, 500, 48)).to(dtype), torch.randn(8, 48).to(dtype), InputStats(48)
+    for sequence in x:
+        stats.add(sequence)
+    exact = x.double()
+    for found, expected in ((stats.sum, exact.sum(1).mean(0)), (stats.square, exact.square().sum(1).mean(0)),
+                            (stats.variance, exact.var(1, unbiased=False).mean(0)),
+                            (magnitude_score(W), W.double().abs()),
+                            (wanda_score(W, stats), W.double().abs() * exact.square().sum(1).mean(0).sqrt())):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-2)
 
 
 # ----------------------------------------------------------------------------------------------------------- masks
@@ -209,6 +224,31 @@ def test_dsnot_lowers_the_expected_error():
     assert (after <= before + 1e-4).all() and after.mean() < 0.5 * before.mean()
 
 
+@pytest.mark.parametrize("amount, checked", [(dict(sparsity=0.7), False), (dict(pattern=(2, 4)), True)])
+def test_what_dsnot_does_if_nobody_asks(amount, checked):
+    """Would catch other defaults than the published ones: 50 cycles, a threshold of 0.1, v^1, and the sign check with a
+    pattern alone."""
+    W, inputs = random_layer(1, rows=200, width=256)
+    stats = stats_of(inputs)
+    score, pattern = wanda_score(W, stats), amount.get("pattern")
+    keep = keep_mask(score, **amount)
+    usual = dict(cycles=50, threshold=0.1, var_power=1.0, sign_check=checked, pattern=pattern)
+    expected = dsnot_refine(W, keep, stats, score, **usual)
+    assert torch.equal(dsnot_refine(W, keep, stats, score, pattern=pattern), expected)
+    for other in dict(cycles=1), dict(threshold=0), dict(var_power=0), dict(sign_check=not checked):
+        assert not torch.equal(dsnot_refine(W, keep, stats, score, **usual | other), expected), other
+
+
+@pytest.mark.parametrize("largest", [False, True])
+def test_extremes_in_the_order_of_a_stable_sort(largest):
+    """Would catch ties between the last one that is listed and the first that isn't."""
+    key = torch.stack([torch.randperm(40) for _ in range(50)]).float()
+    key[key == 7], key[key == 32] = 6, 33  # the 7th and the 8th, from either end
+    order = key.argsort(dim=1, stable=True)
+    found, count = extremes(key, 7, largest)
+    assert torch.equal(found, (order.flip(1) if largest else order)[:, :7]) and (count == 7).all()
+
+
 # ------------------------------------------------------------------------------------------------------- SparseGPT
 
 def slow_sparsegpt(W, gram, mask, damp):
@@ -236,6 +276,15 @@ def test_sparsegpt_equals_slow_loop(amount):
         assert abs((new == 0).float().mean() - amount["sparsity"]) < 0.01
     # the same mask, the same correction
     assert torch.allclose(sparsegpt(W, gram, keep=new != 0, block=16), new, atol=1e-5)
+
+
+def test_what_sparsegpt_does_if_nobody_asks():
+    """Would catch another damping than the published one, and a threshold over other columns than 128."""
+    W, inputs = random_layer(4, rows=10, width=256, tokens=300)
+    gram = stats_of(inputs, gram=True).gram
+    found = sparsegpt(W, gram, sparsity=0.5)
+    assert torch.equal(found, sparsegpt(W, gram, sparsity=0.5, damp=0.01, block=128))
+    assert not torch.equal(found, sparsegpt(W, gram, sparsity=0.5, block=256))
 
 
 def test_sparsegpt_survives_dead_inputs():

@@ -226,3 +226,73 @@ def test_memory_is_asked_for_first(monkeypatch, capsys, model, tmp_path):
     error = capsys.readouterr().err
     assert end.value.code == 2 and "--global-swaps needs" in error and "and 1.00 MB are free on cpu" in error
     assert not list(tmp_path.iterdir())
+
+
+def test_gradients_and_losses_are_means_over_all_processes(pair, monkeypatch):
+    """Would catch processes that swap by what each has read: as if another one had read the same text."""
+    pruned, dense, ids = pair
+    expected = dense(ids).log_softmax(-1).detach()
+    args = pruned, all_prunable(pruned), ids.split(5), expected.split(5), dsnot.divergence
+    alone, found = dsnot.output_gradients(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(dsnot, "add_up", lambda x: x.mul_(2))
+        beside, twice = dsnot.output_gradients(*args)
+    assert beside == pytest.approx(alone)
+    for name, sums in found.items():
+        for one, other in zip(sums, twice[name]):
+            torch.testing.assert_close(one, other)
+    monkeypatch.setattr(dsnot, "add_up", lambda x: x.add_(torch.tensor([10.0, 5.0])))
+    assert dsnot.mean_loss(torch.tensor(2.0), [ids[0, :3]]) == pytest.approx(12 / 8)
+
+
+def test_other_processes_draw_other_tokens(pair, monkeypatch):
+    pruned, _, ids = pair
+    found = []
+    for rank in 0, 1:
+        torch.manual_seed(3)
+        monkeypatch.setattr(dsnot, "processes", lambda: (rank, 2))
+        found.append(dsnot.curvature_of(pruned, all_prunable(pruned), [ids])["model.layers.0.mlp.up_proj"])
+    assert torch.equal(found[0][1], found[1][1]) and not torch.equal(found[0][0], found[1][0])
+
+
+def test_rounds_read_texts_by_turns_and_curvature_the_models_own_tokens(pair, monkeypatch):
+    """Would catch swaps that suit a single text, and the curvature of the text or of the likeliest tokens."""
+    pruned, dense, ids = pair
+    read, real = [], dsnot.output_gradients
+    monkeypatch.setattr(dsnot, "output_gradients", lambda model, layers, text, expected, loss: (
+        read.append((text, expected)), real(model, layers, text, expected, loss))[1])
+    monkeypatch.setattr(dsnot, "ROUND", 64)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        logits = pruned(ids[:4])
+    drawn = torch.distributions.Categorical(logits=logits).sample()
+    torch.manual_seed(5)
+    dsnot.swap_globally(pruned, dense, ids, 4, (2, 4))
+    assert [torch.cat(text).tolist() for text, _ in read] == [ids[a:a + 4].tolist() for a in (0, 0, 4, 8, 0)]
+    assert torch.equal(torch.cat(read[0][1]), drawn) and not torch.equal(drawn, logits.argmax(-1))
+
+
+def test_a_weight_that_was_zero_does_not_come_back():
+    """Would catch a row that loses weights because the dense model has zeros of its own."""
+    torch.manual_seed(1)
+    dense, gradient, f, q = torch.randn(6, 16), torch.randn(6, 16), torch.rand(6), torch.rand(16)
+    keep = dsnot.keep_mask(torch.rand(6, 16), pattern=(2, 4))
+    dense[~keep & (torch.rand(6, 16) < 0.7)] = 0
+    W = torch.where(keep, dense, 0)
+    dsnot.swap_one(W, dense, gradient, f, q, 0.1, None)
+    assert ((W != 0).sum(1) == 8).all() and not torch.equal(W != 0, keep)
+
+
+def test_what_global_swaps_write(monkeypatch, model, tmp_path):
+    """Dtypes as they were, and a record of what is pruned; would catch a checkpoint of twice the size."""
+    half = GPT.from_pretrained(model / "m").to(torch.bfloat16)
+    half.save_pretrained(tmp_path / "half", tokenizer_from=model / "m")
+    command(monkeypatch, model, tmp_path / "out", "--model", str(tmp_path / "half"), "--sparsity", "0.5", "--refine",
+            "none", "--global-swaps", "1")
+    before, after = tensors(tmp_path / "half"), tensors(tmp_path / "out")
+    assert {name: W.dtype for name, W in after.items()} == {name: W.dtype for name, W in before.items()}
+    layers = json.loads((tmp_path / "out" / "pruning.json").read_text())["layers"]
+    assert len(layers) == 14
+    for one in layers:
+        W = after[one["layer"] + ".weight"]
+        assert one == dict(layer=one["layer"], weights=W.numel(), sparsity=(W == 0).double().mean().item())

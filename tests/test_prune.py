@@ -261,6 +261,8 @@ def test_two_processes_prune_as_one(monkeypatch, model, tmp_path, options, alike
     same, total = 0, 0
     for name, W in tensors(tmp_path / "one").items():
         other = tensors(tmp_path / "two")[name]
+        if "proj" in name and "sparsegpt" not in options:
+            assert len(set((other != 0).sum(1).tolist())) == 1, name  # of all rows, whoever has pruned them
         same, total = same + ((W == 0) == (other == 0)).sum().item(), total + W.numel()
     assert same >= total * alike
     rows = [json.loads((tmp_path / f"{n}.json").read_text())["results"]["rows"] for n in ("one", "two")]
@@ -636,3 +638,23 @@ def test_time_is_kept(monkeypatch, model, tmp_path):
         command(monkeypatch, model, tmp_path / "out", "--json", str(tmp_path / "new" / "result.json"))
         seconds.append(json.loads((tmp_path / "new" / "result.json").read_text())["results"]["rows"][-1]["seconds"])
     assert seconds[0] == seconds[1] > 0
+
+
+def test_refine_layers(monkeypatch, model, tmp_path):
+    """Would catch an option that nothing hears, or the wrong half."""
+    for name, options in ("none", ["--refine", "none"]), ("attn", ["--refine-layers", "attn"]), ("all", []):
+        command(monkeypatch, model, tmp_path / name, "--sparsity", "0.6", *options)
+    none, attn, every = (tensors(tmp_path / name) for name in ("none", "attn", "all"))
+    for name in (name for name in none if "layers.0." in name and "proj" in name):  # what flows into it is dense
+        assert torch.equal(attn[name], (every if "self_attn" in name else none)[name]), name
+    for part in "self_attn", "mlp":
+        assert any(not torch.equal(none[name], every[name]) for name in none if "layers.0." in name and part in name)
+
+
+def test_sparsegpt_aims_at_all_that_is_missing(monkeypatch, model, tmp_path):
+    """Its weights can make up for what a mask can't."""
+    aims, real = [], dsnot.layer_goal
+    monkeypatch.setattr(dsnot, "layer_goal", lambda W, stats, adjusts: aims.append(adjusts) or real(W, stats, adjusts))
+    for method in (["--score", "sparsegpt"], ["--refine", "swap", "--refit"], ["--refine", "swap"]):
+        command(monkeypatch, model, tmp_path / "-".join(method), "--propagate", *method)
+    assert aims == 28 * ["weights"] + 14 * ["mask"]

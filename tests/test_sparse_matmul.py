@@ -244,3 +244,21 @@ def test_what_cannot_be_compressed(tmp_path):
     with pytest.raises(InputError, match="no linear layer"):
         GPT.from_pretrained(tmp_path / "plain", sparse=True)
     assert run("sparse_matmul.py", "--bits", "8").returncode == 2
+
+
+@pytest.mark.parametrize("bits, top", [(8, 127), (4, 7)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_quantization_uses_the_scale_that_is_stored(bits, top, dtype):
+    """Would catch a scale more than there are columns for, values divided by a scale that rounding has changed, and
+    ones that wrap round where float16 has few digits left for it."""
+    torch.manual_seed(0)
+    W = prune_24(torch.randn(9, 256)).to(dtype)
+    w = compress(W, bits)
+    assert w.scale.shape == (9, 2) and compress(W[:, :144].contiguous(), bits).scale.shape == (9, 2)
+    kept, scale = compress(W).values.float(), w.scale.float().repeat_interleave(64, 1)
+    values = w.values.float() if bits == 8 else torch.stack(
+        [w.values.view(torch.int8) << 4 >> 4, w.values.view(torch.int8) >> 4], -1).flatten(1).float()
+    assert ((values * scale - kept).abs() <= 0.5001 * scale).all()
+    tiny = torch.tensor([[1e-5 * top / 127, 0, 0, -1e-5 * top / 127] * 4], dtype=torch.float16)
+    q = compress(tiny, bits).values
+    assert (q == (torch.tensor([127, -127] * 4) if bits == 8 else 7 | (-7 & 15) << 4)).all()

@@ -149,3 +149,33 @@ def test_a_mixture_draws_by_weight_and_by_step_alone(checkpoint, tmp_path):
         assert stream.sources_of([name]) == [source]
     with pytest.raises(InputError, match="weight 'x' is not a number"):
         stream.Mixture([f"{tmp_path / 'b.txt'}:x"], tokenizer, 16, 4)
+
+
+class Large:
+    """A tokenizer of more tokens than 16 bits can name."""
+    first, last, end, vocab_size = [1], [], [], 70_000
+
+    def encode(self, text):
+        return [1, *(int(word) if word.isdigit() else 3 for word in text.split())]
+
+
+def test_large_vocabularies_keep_their_ids(tmp_path):
+    """Would catch ids that are cut to 16 bits, as they are written or as they are read: LLaMA 3 has 128,256."""
+    stream.write_bin(tmp_path / "a.bin", [lambda: ["69999 2 65536"], lambda: ["65535"]], Large(), "a", {})
+    ids = stream.open_bin(tmp_path / "a.bin", Large())
+    assert ids.tolist() == [1, 69999, 2, 65536, 1, 65535] and ids.dtype == np.uint32
+    for size, dtype in (1 << 16, np.uint16), ((1 << 16) + 1, np.uint32):
+        Large.vocab_size = size
+        assert stream.token_type(Large()) == dtype
+
+
+def test_streams_are_drawn_anew_in_each_step():
+    """Would catch a small batch that takes the same streams each time, a seed that moves no window, and a last window
+    that ends beyond its stream."""
+    mixture = stream.Mixture.__new__(stream.Mixture)
+    mixture.seqlen, mixture.weights = 16, np.array([0.75, 0.25])
+    mixture.streams = [np.arange(18), np.arange(100, 118)]
+    first = torch.cat([mixture.batch(0, step, 4)[:, 0] for step in range(100)])
+    assert 0.68 < (first < 100).double().mean() < 0.82 and set(first.tolist()) == {0, 1, 100, 101}
+    mixture.streams, mixture.weights = [np.arange(10000)], np.array([1.0])
+    assert not torch.equal(mixture.batch(0, 0, 4), mixture.batch(1, 0, 4))

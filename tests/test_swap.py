@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import dsnot
+from data.command import DeadEnd
 from dsnot import InputStats, keep_mask, sparsegpt, wanda_score
-from test_dsnot import random_layer
+from test_dsnot import random_layer, stats_of
 
 AMOUNTS = [dict(sparsity=0.5), dict(sparsity=0.75), dict(sparsity=0.9),
            dict(pattern=(2, 4)), dict(pattern=(1, 4)), dict(pattern=(4, 8))]
@@ -33,7 +34,7 @@ def swap_case(seed, amount, with_cross, **layer):
     return W, inputs, z, stats.gram, goal, keep_mask(wanda_score(W, stats), **amount)
 
 
-@pytest.mark.parametrize("width", [30, 1000, 1024, 2048])
+@pytest.mark.parametrize("width", [30, 1000, 1024, 1030, 2048])
 def test_lowest_is_topk(width):
     """Would catch columns that the search in two steps overlooks, and rows that have fewer than k to offer."""
     x = torch.randn(40, width, generator=torch.Generator().manual_seed(width))
@@ -238,3 +239,69 @@ def test_sparsegpt_aims_for_what_propagation_says():
                               sparsity=0.5)
     plain = sparsegpt(W, stats.gram, sparsity=0.5)
     assert (inputs @ aimed.T - z @ W.T).square().sum() < 0.8 * (inputs @ plain.T - z @ W.T).square().sum()
+
+
+def test_the_worst_mask_becomes_the_best():
+    """Would catch swaps that end too soon in a wide row, and a bound that holds in each turn instead of all. Where
+    inputs have nothing to do with each other, the best mask is known."""
+    squares = torch.stack([torch.randperm(512) for _ in range(4)]) + 512.0
+    W, gram, best = squares.sqrt(), torch.eye(512), keep_mask(squares, 0.5)
+    assert torch.equal(dsnot.swap_refine(W, ~best, gram), best)
+    for most in 20, 100:
+        flips = (dsnot.swap_refine(W, ~best, gram, max_swaps=most) == best).sum(1)
+        assert (flips == 2 * most).all()
+
+
+@pytest.mark.parametrize("with_cross", [False, True])
+def test_refit_swaps_again(with_cross):
+    """Would catch turns that are left out where nobody asks for a number, and a goal that changes with the weights."""
+    W, inputs, z, gram, goal, keep = swap_case(4, dict(sparsity=0.6), with_cross, rows=40, width=48, tokens=64)
+    errors = [squared_error(W, dsnot.swap_and_refit(W, keep, gram, goal=goal, **rounds), inputs, z).sum()
+              for rounds in (dict(rounds=0), dict(rounds=1), {})]
+    assert errors[1] == errors[2] < 0.999 * errors[0]
+
+
+@pytest.mark.parametrize("amount", AMOUNTS)
+def test_inputs_that_are_always_zero(amount):
+    """Would catch NaN and a Cholesky factor that is not there where ReLU leaves inputs dead."""
+    W, inputs = random_layer(9, rows=12, width=64)
+    inputs[..., ::5] = 0
+    stats = stats_of(inputs, gram=True)
+    keep = keep_mask(W.abs(), **amount)
+    new = dsnot.swap_and_refit(W, keep, stats.gram, pattern=amount.get("pattern"))
+    assert new.isfinite().all() and torch.equal((new != 0).sum(1), keep.sum(1))
+    assert squared_error(W, new, inputs).sum() < 0.9 * squared_error(W, W * keep, inputs).sum()
+    assert dsnot.dense_weights(W, stats.gram, W @ stats.gram).isfinite().all()
+
+
+def test_the_size_of_all_inputs_does_not_matter():
+    """Would catch a floor that is none for small activations."""
+    W, _, _, gram, goal, keep = swap_case(3, dict(sparsity=0.5), True, rows=20, width=64, tokens=64)
+    small = 2.0 ** -30
+    for work in (lambda gram, goal: dsnot.swap_refine(W, keep, gram, goal=goal),
+                 lambda gram, goal: dsnot.swap_and_refit(W, keep, gram, goal=goal),
+                 lambda gram, goal: dsnot.sparsegpt(W, gram, sparsity=0.5),
+                 lambda gram, goal: dsnot.dense_weights(W, gram, goal)):
+        torch.testing.assert_close(work(gram * small, goal * small), work(gram, goal), rtol=0, atol=0)
+
+
+def test_damping_if_nobody_asks():
+    """Would catch weights that are drawn to the old ones more than float32 needs."""
+    W, inputs, z, gram, goal, keep = swap_case(3, dict(sparsity=0.6), True, rows=10, width=32, tokens=64)
+    for work, most in ((lambda **damp: dsnot.refit_weights(W, keep, gram, goal=goal, **damp), 1e-5),
+                       (lambda **damp: dsnot.dense_weights(W, gram, goal, **damp), 5e-2)):
+        best, found = (squared_error(W, work(**damp), inputs, z).sum() for damp in (dict(damp=0.0), {}))
+        assert 0 < found / best - 1 < most
+
+
+def test_refit_ends_where_no_damping_helps():
+    """Would catch weights that come from no Cholesky factor, written as finished."""
+    gram, keep = 2 * torch.eye(16) - 1, torch.ones(4, 16, dtype=torch.bool)
+    with pytest.raises(torch.linalg.LinAlgError):
+        dsnot.refit_weights(torch.randn(4, 16), keep, gram)
+    stats = InputStats(16, gram=True)
+    stats.add(torch.randn(4, 16))
+    stats.gram = gram
+    with pytest.raises(DeadEnd, match="flow into layer 7 are too few or too much alike"):
+        dsnot.prune_linear(torch.randn(4, 16), "layer 7", stats, "weights", torch.float32, score="wanda",
+                           refine="none", refit=True, sparsity=0.1)

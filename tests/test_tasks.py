@@ -7,10 +7,11 @@ import pytest
 import torch
 from conftest import ROOT
 
-from data import load_tokenizer
+import eval as evaluation
+from data import load_tokenizer, tasks
 from data.command import InputError
 from data.tasks import SEVEN, TASKS, Example, encode_pair, load_task
-from eval import accuracy, log_likelihoods, zero_shot
+from eval import accuracy, log_likelihoods, perplexity, zero_shot
 from gpt import GPT
 
 STORY = "One day the model had read all the words in the house and it could not find a new one anywhere. "
@@ -115,6 +116,20 @@ def test_pairs_are_those_of_transformers(tasks_dir):
         assert encode_pair(ours, *pair) == encode_pair(theirs, *pair)
 
 
+def test_likelihoods_of_a_bf16_model_are_float32(checkpoint):
+    """Would catch log-likelihoods rounded to 8 bits, which tie."""
+    model, ids = GPT.from_pretrained(checkpoint, dtype=torch.bfloat16), torch.randint(300, (256,)).tolist()
+    found = torch.tensor(log_likelihoods(model, [(ids[i:i + 9], ids[i + 9:i + 10]) for i in range(0, 200, 10)], 64))
+    with torch.no_grad():
+        logits = [model(torch.tensor([ids[i:i + 9]]))[0, -1].float() for i in range(0, 200, 10)]
+    expected = torch.stack([x.log_softmax(-1)[ids[i * 10 + 9]] for i, x in enumerate(logits)])
+    assert (found != found.bfloat16()).any() and (found - expected).abs().max() < 0.05
+    exact = torch.nn.functional.cross_entropy(torch.cat([model(torch.tensor([ids[i:i + 64]]))[0, :-1].float()
+                                                         for i in range(0, 256, 64)]).double(),
+                                              torch.tensor(ids).view(4, 64)[:, 1:].flatten()).exp().item()
+    assert perplexity(model, ids, 64) == pytest.approx(exact, rel=1e-4)
+
+
 # ----------------------------------------------------------------------------------------------------------- tasks
 
 def test_prompts(tasks_dir):
@@ -207,3 +222,58 @@ def test_missing_tasks_are_one_sentence(tmp_path, monkeypatch):
         load_task("rte", tmp_path)
     assert SEVEN == ["boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
     assert set(ROWS) == set(TASKS)
+
+
+def test_lengths_are_those_of_the_choices_in_characters(tasks_dir, tmp_path):
+    """Would catch acc_norm by bytes, by tokens, or with the space before a choice."""
+    assert load_task("hellaswag", tasks_dir)[0].lengths == [9, 8, 6, 27]
+    (tmp_path / "piqa.jsonl").write_text(json.dumps(dict(goal="a", sol1="été", sol2="naïveté", label=0)))
+    assert load_task("piqa", tmp_path)[0].lengths == [3, 7]
+    assert [example.group for name in ("mmlu", "piqa") for example in load_task(name, tasks_dir)] == [
+        *3 * ["high_school_reading"], "", ""]
+    # per character the second, by one character more the first; a choice without characters is never the answer
+    example = Example([("", "")] * 3, 1, [1, 4, 0])
+    assert accuracy([example], [-1.9, -7.4, -0.1], True)["acc_norm"] == 1
+
+
+def test_what_the_hub_is_asked_for(monkeypatch):
+    """Would catch another configuration, the solved examples of MMLU taken from its test, and a training split."""
+    asked = []
+
+    def hub_rows(path, name, split):
+        asked.append((path, name, split))
+        return DEV if split == "dev" else ROWS[task]
+    monkeypatch.setattr(tasks, "hub_rows", hub_rows)
+    for task in TASKS:
+        assert len(load_task(task)) == len(ROWS[task])
+    assert asked == [("aps/super_glue", "boolq", "validation"), ("nyu-mll/glue", "rte", "validation"),
+                     ("Rowan/hellaswag", None, "validation"), ("allenai/winogrande", "winogrande_xl", "validation"),
+                     ("allenai/ai2_arc", "ARC-Easy", "test"), ("allenai/ai2_arc", "ARC-Challenge", "test"),
+                     ("allenai/openbookqa", "main", "test"), ("baber/piqa", None, "validation"),
+                     ("cais/mmlu", "all", "test"), ("cais/mmlu", "all", "dev")]
+
+
+def test_subjects_of_mmlu(tmp_path):
+    """Would catch a limit on all subjects together, and questions with fewer solved examples than five."""
+    write_tasks(tmp_path / "tasks")
+    folder = tmp_path / "tasks" / "mmlu"
+    other = [row | dict(subject="law") for row in ROWS["mmlu"]]
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*ROWS["mmlu"], *other]))
+    law = [json.dumps(row | dict(subject="law")) + "\n" for row in DEV]
+    for many in 4, 5:
+        (folder / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in DEV) + "".join(law[:many]))
+        if many == 4:
+            with pytest.raises(InputError, match="needs 5 solved examples of 'law'"):
+                load_task("mmlu", tmp_path / "tasks")
+    assert [example.group for example in load_task("mmlu", tmp_path / "tasks", limit=2)] == [
+        *2 * ["high_school_reading"], *2 * ["law"]]
+
+
+def test_zero_shot_by_hand(checkpoint, tasks_dir, monkeypatch):
+    """Would catch contexts that are longer than the model's, and a mean that takes tasks without acc_norm for 0."""
+    lengths, real = [], evaluation.log_likelihoods
+    monkeypatch.setattr(evaluation, "log_likelihoods", lambda model, pairs, most, *rest, **how: (
+        lengths.append(most), real(model, pairs, most, *rest, **how))[1])
+    found = zero_shot(GPT.from_pretrained(checkpoint), load_tokenizer(checkpoint), ["boolq", "piqa"], tasks_dir)
+    assert lengths == [64, 64] and "acc_norm" not in found["boolq"]
+    assert found["mean"]["acc_norm"] == (found["boolq"]["acc"] + found["piqa"]["acc_norm"]) / 2

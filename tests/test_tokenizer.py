@@ -386,3 +386,22 @@ def test_a_text_that_goes_on_has_no_end(tmp_path):
     assert ours.encode("Return the value") == plain + ours.end and encode_open(ours, "Return the value") == plain
     pair = "Return the value", " of"
     assert encode_pair(ours, *pair) == encode_pair(load_tokenizer("tiny"), *pair)
+
+
+def test_texts_are_neither_cut_nor_filled_up(tmp_path):
+    """Would catch perplexity of a text's first 8 tokens: files of fine-tuned models often ask for both."""
+    theirs = train("gpt2", tmp_path)
+    text = "Return the value of the name in the list of names " * 9
+    expected = theirs.encode(text).ids
+    theirs.enable_truncation(8)
+    theirs.enable_padding(length=1000)
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).encode(text) == expected and 8 < len(expected) < 1000
+
+
+def test_the_longest_added_token_is_recognised(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(Path(ROOT, "data/tiny/tokenizer.model").read_bytes())
+    (tmp_path / "config.json").write_text("{}")
+    own = load_tokenizer(tmp_path).vocab_size
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<x": own, "<x>": own + 1}))
+    assert load_tokenizer(tmp_path).encode("a<x>")[-1] == own + 1

@@ -1,0 +1,126 @@
+"""The training loop of AST against a plain one that follows the formulas, and what it begins and ends with."""
+
+import argparse
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import ast_train
+from data import load_tokenizer
+from data.calibration import InputStats, watch
+from data.stream import Mixture
+from dsnot import keep_mask, wanda_score
+from gpt import GPT, all_prunable
+from test_ast_train import files, train  # noqa: F401
+
+STEPS, LR, END, WARMUP, DECAY, T0, KL, T, SEED, CLIP = 8, 1e-2, 0.3, 2, 0.05, 5, 0.6, 2.0, 7, 0.1
+
+
+def plain_training(files, every):  # noqa: F811
+    """The loop of `train` as the head of ast_train.py tells it: the weights {name: W} and the loss of each step, the
+    last masks {name: mask}."""
+    student, teacher = (GPT.from_pretrained(files / "model") for _ in range(2))
+    mixture = Mixture([str(files / "text.txt")], load_tokenizer(files / "model"), 32, 4)
+    masked = {f"{name}.weight" for name in all_prunable(student)}
+    W = {name: p.detach().clone() for name, p in student.named_parameters()}
+    M, V = ({name: torch.zeros_like(w) for name, w in W.items()} for _ in range(2))
+    mask, weights, losses = {name: keep_mask(W[name].abs(), pattern=(2, 4)) for name in masked}, [], []
+    for step in range(STEPS):
+        if every and step and step % every == 0:
+            mask = {name: keep_mask(W[name].abs(), pattern=(2, 4)) for name in masked}
+        cosine = END + (1 - END) * (1 + math.cos(math.pi * (step - WARMUP) / (STEPS - WARMUP))) / 2
+        lr = LR * ((step + 1) / WARMUP if step < WARMUP else cosine)
+        for name, p in student.named_parameters():
+            p.data, p.grad = W[name] * mask[name] if name in masked else W[name].clone(), None
+        ids = mixture.batch(SEED, step, 4)
+        logits = student(ids[:, :-1]).flatten(0, 1)
+        with torch.no_grad():
+            target = teacher(ids[:, :-1]).flatten(0, 1)
+        p, q = (target / T).softmax(-1), (logits / T).log_softmax(-1)
+        loss = KL * T ** 2 * (p * (p.log() - q)).sum(-1).mean()
+        loss = loss + (1 - KL) * F.cross_entropy(logits, ids[:, 1:].flatten())
+        loss.backward()
+        losses.append(loss.item())
+        norm = sum(p.grad.square().sum() for p in student.parameters()).sqrt()
+        assert norm > CLIP
+        for name, p in student.named_parameters():
+            g = p.grad * CLIP / norm
+            M[name] = 0.9 * M[name] + 0.1 * g
+            u = M[name] / (1 - 0.9 ** (step + 1))
+            if name in masked:
+                u = u + DECAY * min(step / T0, 1) * ~mask[name] * W[name]
+            V[name] = 0.95 * V[name] + 0.05 * (u if name in masked else g) ** 2
+            W[name] = W[name] - lr * u / ((V[name] / (1 - 0.95 ** (step + 1))).sqrt() + 1e-8)
+        weights.append(dict(W))
+    return weights, losses, mask
+
+
+@pytest.mark.parametrize("average, every", [(0.5, 3), (0.5, 0), (0, 3)])
+def test_training_is_the_plain_loop(files, tmp_path, train, monkeypatch, average, every):  # noqa: F811
+    """Would catch an option that the loop does not hear, a mask that is chosen too early, late or never, a gradient
+    that is not clipped or not forgotten, a mean of other steps, and masks that don't fit it."""
+    monkeypatch.setattr(ast_train, "CLIP", CLIP)
+    found = train(tmp_path, "--steps", STEPS, "--save-every", STEPS, "--lr", LR, "--lr-end", END, "--warmup", WARMUP,
+                  "--decay", DECAY, "--decay-steps", T0, "--mask-every", every, "--kl-weight", KL, "--temperature", T,
+                  "--seed", SEED, "--average", average)["runs"]["ast"]
+    weights, losses, mask = plain_training(files, every)
+    saved = load_file(tmp_path / "ast" / "model.safetensors")
+    last = weights[STEPS - round(average * STEPS):] or weights[-1:]
+    mean = {name: sum(W[name] for W in last) / len(last) for name in saved}
+    if average and every:
+        mask = {name: keep_mask(mean[name].abs(), pattern=(2, 4)) for name in mask}
+    assert found["history"][-1]["loss"] == pytest.approx(losses[-1], rel=1e-4)
+    for name, W in saved.items():
+        assert (W - mean[name] * mask.get(name, 1)).abs().mean() < 1e-5, name
+
+
+@pytest.mark.parametrize("micro_batch", [2, 5])
+def test_masks_by_wanda(files, micro_batch):  # noqa: F811
+    """Would catch masks of |W| alone, at first or when they are chosen again, another layer's inputs, and calibration
+    text that is left out."""
+    args = argparse.Namespace(score="wanda", sparsity=None, pattern="2:4", micro_batch=micro_batch, device="cpu")
+    model, ids, inputs = GPT.from_pretrained(files / "model"), torch.randint(384, (5, 32)), {}
+    with torch.no_grad(), watch(all_prunable(model), inputs.__setitem__):
+        model(ids)
+    expected = {}
+    for name, layer in all_prunable(model).items():
+        stats = InputStats(layer.in_features)
+        for x in inputs[name]:
+            stats.add(x)
+        expected[name] = stats
+    ast_train.make_sparse(model, args, None, ids)
+    for name, layer in ast_train.sparse_layers(model).items():
+        assert torch.equal(layer.mask, keep_mask(wanda_score(layer.weight, expected[name]), pattern=(2, 4)))
+        assert not torch.equal(layer.mask, keep_mask(layer.weight.abs(), pattern=(2, 4)))
+        layer.weight.data = torch.randn_like(layer.weight)
+        layer.update_mask()
+        assert torch.equal(layer.mask, keep_mask(wanda_score(layer.weight, expected[name]), pattern=(2, 4)))
+
+
+def test_the_best_model_by_validation_is_kept(tmp_path, train, monkeypatch):  # noqa: F811
+    """Would catch the last model, or the worst, in place of the best."""
+    found, saved, save = iter([5.0, 3.0, 4.0, 2.5]), [], ast_train.save_model
+    monkeypatch.setattr(ast_train, "validation_perplexity", lambda *_: next(found))
+    monkeypatch.setattr(ast_train, "save_model", lambda *args: (saved.append(args[0]), save(*args)))
+    train(tmp_path)
+    assert saved == 3 * [tmp_path / "ast"]
+
+
+def test_where_the_first_weights_come_from(files, tmp_path, train):  # noqa: F811
+    """Would catch a dense control that begins with pruned weights, and a start that is not fitted to its mask."""
+    table = train(tmp_path, "--methods", "ast", "dense", "--start-from", "swap", "--steps", 1, "--lr", 1e-12)["table"]
+    assert table["dense, trained on"]["perplexity"] == table["dense"]["perplexity"]
+    run = json.loads((tmp_path / "start" / "pruning.json").read_text())["run"]
+    assert [run[name] for name in ("score", "refine", "refit", "propagate", "pattern")] == [
+        "wanda", "swap", True, True, "2:4"]
+
+
+def test_arithmetic_in_bf16():
+    x = torch.randn(2, 4)
+    for dtype in "float32", "bfloat16":
+        with ast_train.arithmetic(argparse.Namespace(device="cpu", dtype=dtype)):
+            assert F.linear(x, x).dtype == getattr(torch, dtype)
