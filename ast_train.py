@@ -215,8 +215,8 @@ class AnnealedAdamW(torch.optim.AdamW):
         self._step_supports_amp_scaling = False  # u is made before the fused update: a GradScaler has to come first
 
     def _init_group(self, group, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps):
-        """Here Adam collects what it will update. For sparse weights it is given u as the gradient and, too, as its own
-        first moment, which an average with beta 0 leaves alone; M, which it would have used, is updated here."""
+        """Here Adam collects what it will update. Of a sparse weight it is handed u in place of the gradient and of the
+        first moment (with beta 0 the mean of both is u); M, the first moment in its state, is updated here."""
         has_complex = super()._init_group(group, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)
         if "first_beta" in group:
             for i, (W, grad, moment, t) in enumerate(zip(params, grads, exp_avgs, state_steps)):
@@ -418,6 +418,7 @@ def save_model(folder, model, source, made):
     layers = sparse_layers(model)
     masks = {f"{name}.weight": layer.mask for name, layer in layers.items()}
     k = next((layer.slorb_k for layer in layers.values()), None)
+    assert not k or len(layers) == len(all_prunable(model)), "SLoRB stands beside all layers of the blocks, or none"
     tensors = {}
     for name, (value, dtype) in to_save(model, source).items():
         value = whole(value) * masks[name] if name in masks else whole(value)

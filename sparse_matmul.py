@@ -307,6 +307,7 @@ def fastest_tile(x, w):
     return fastest.get(key)
 
 
+@torch.no_grad()
 def sparse_linear(x: torch.Tensor, w: Sparse24, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [..., K] @ W.T (+ bias) -> [..., N], without gradient; 16-bit numbers on a GPU with Triton by a kernel, else
     dense."""

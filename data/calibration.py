@@ -17,7 +17,7 @@ from data.processes import add_up
 class InputStats:
     """What a linear layer's inputs x look like, in float32, over N calibration sequences, [in] each:
         sum       s_k, the mean over sequences of the sum of x_k over a sequence's tokens
-        square    q_k, the same of x_k^2
+        square    q_k, the same of x_k^2: ||x_k||^2 but for a factor that all inputs share
         variance  v_k, the mean over sequences of the (biased) variance of x_k inside the sequence
     and on demand
         gram   [in, in]   the sum of x x^T over all tokens
@@ -32,6 +32,7 @@ class InputStats:
     @torch.no_grad()
     def add(self, x: Tensor, z: Tensor | None = None, d: Tensor | None = None):
         """One calibration sequence: x, z [tokens, in], d [tokens, out]. The sums are kept on their device."""
+        assert x.ndim == 2, f"one sequence [tokens, in] at a time, not {tuple(x.shape)}"
         exact = x.float()
         self.sequences += 1
         one = torch.stack([exact.sum(0), exact.square().sum(0), exact.var(0, unbiased=False)])
@@ -51,9 +52,13 @@ class InputStats:
                 add_up(tensor)
         self.sequences = count.item()
 
-    sum = property(lambda self: self._sums[0] / self.sequences)
-    square = property(lambda self: self._sums[1] / self.sequences)
-    variance = property(lambda self: self._sums[2] / self.sequences)
+    def _mean(self, i):
+        assert self.sequences, "no calibration sequence has reached this layer"
+        return self._sums[i] / self.sequences
+
+    sum = property(lambda self: self._mean(0))
+    square = property(lambda self: self._mean(1))
+    variance = property(lambda self: self._mean(2))
 
 
 def add_product(total, a, b):

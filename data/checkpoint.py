@@ -32,7 +32,7 @@ BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$")  # co
 @dataclass
 class Layout:
     """What a family's files call our tensors: `names` turn our names, which are LLaMA's, into its own, one after the
-    other. conv1d: the weights of a block's projections are transposed, and q, k, v are one tensor."""
+    other. conv1d: the weights of a block's projections are transposed, and q, k, v are one tensor, c_attn."""
     names: tuple = ()
     conv1d: bool = False
 
@@ -304,8 +304,9 @@ class CheckpointWriter:
 
     `made` (a dict) identifies the run and is written as run.json. Where an interrupted run has left an unfinished
     folder with the same one, its files are kept and `done` tells which they are (goes_on=False: they are thrown away).
-    run.json stays in the finished folder: one that lacks it was not made here and is never replaced, nor does a command
-    (made["command"]) replace what another one has made, or a command that goes on a finished run with another `made`.
+    run.json stays in the finished folder. Never replaced are: a folder without one (it was not made here), what another
+    command (made["command"]) has made and, unless goes_on=False, a finished run with another `made`; made=None
+    replaces whatever was made here.
     `differs`: what a finished run that the folder holds has otherwise; "" where that is nothing."""
 
     def __init__(self, folder, raw_config, tokenizer_from=None, made=None, goes_on=True):

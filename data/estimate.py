@@ -169,9 +169,9 @@ def needed_seconds(args, config, methods, block, prune_layer, divergence):
     tokens, blocks = -(-args.nsamples // world) * args.seqlen, config.num_hidden_layers
     block_seconds = sum(walking(m["propagate"], has_goal(**m)) for m in methods) * tokens / len(sample)
     tried, swapped = 0, 0  # tokens: of trials in a block, of global swaps in all
-    if args.allocate != "uniform":  # a pass through the dense model, and for "sensitivity" a trial of each layer,
+    if args.allocate != "uniform":  # a pass through the dense model; a trial goes from its block to the last one
         tried = len(layers) * probe_tokens(args.seqlen) if args.allocate == "sensitivity" else 0
-        through = running * tried * (blocks + 1) / 2  # which goes on through the blocks that follow
+        through = running * tried * (blocks + 1) / 2
         block_seconds += len(methods) * ((running + watching) * tokens + through) / len(sample)
     if args.global_swaps:  # a round more is for the curvature
         swapped = (args.global_swaps + 1) * max(ROUND, args.seqlen * world) / world

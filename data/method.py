@@ -9,7 +9,7 @@ from data.processes import processes
 
 LAYER = ["score", "refine", "refit", "cycles", "threshold", "sign_check", "sparsity", "pattern"]  # of prune_layer
 METHOD = LAYER + ["propagate", "refine_layers", "allocate"]  # of prune
-SCORES = "magnitude", "wanda", "sparsegpt"
+SCORES = "magnitude", "wanda", "sparsegpt"  # a new one needs a line in prune_layer, and in rows_apart if rows meet
 REFINES = "none", "dsnot", "swap", "dsnot+swap"
 ALLOCATIONS = "uniform", "owl", "sensitivity"
 NSAMPLES = 128

@@ -128,7 +128,9 @@ def test_what_cannot_be_meant_is_refused(layer, model, tmp_path):
                   lambda: prune_layer(W, stats, score="obs", refine="none", sparsity=0.5),
                   lambda: prune_layer(W, stats, score="wanda", refine="swaps", sparsity=0.5),
                   lambda: allocation(model, None, [], 0.5, "evo"), lambda: allocation(model, None, [], None, "owl"),
-                  lambda: SparseLinear(nn.Linear(64, 8), slorb_k=7), lambda: compress(W, bits=16)):
+                  lambda: SparseLinear(nn.Linear(64, 8), slorb_k=7), lambda: compress(W, bits=16),
+                  lambda: stats.add(torch.randn(3, 32, 64)), lambda: keep_mask(W, pattern=(4, 2)),
+                  lambda: prune_layer(W, InputStats(64), score="wanda", refine="none", sparsity=0.5)):
         with pytest.raises(AssertionError):
             wrong()
     with pytest.raises(TypeError):  # the name that swap_refine gives what is called cycles here

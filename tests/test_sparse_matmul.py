@@ -78,6 +78,7 @@ def test_reference_is_linear(dtype):
     torch.manual_seed(0)
     W, x, bias = prune_24(torch.randn(40, 64)).to(dtype), torch.randn(2, 3, 64).to(dtype), torch.randn(40).to(dtype)
     assert torch.equal(sparse_linear(x, compress(W), bias), F.linear(x, W, bias))
+    assert not sparse_linear(x.requires_grad_(), compress(W), bias).requires_grad  # whichever way it is computed
 
 
 def run(*arguments, **environment):
