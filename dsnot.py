@@ -660,9 +660,9 @@ def prune(model, samples, out, made, *, batch=8, propagate=False, sparsity=None,
 
     samples [nsamples, seqlen]: calibration ids, of which each process takes its share. made: a dict that names this
     run and its options; an interrupted run of that name goes on, a finished one is not made again. propagate: see
-    prune_block; options: refine_layers and those of prune_layer. Returns a record per layer, {layer, weights, sparsity, error where it is
-    known}, which is also written to out/pruning.json, with the seconds that it took. Raises InputError where
-    the model is not streamed, activations are not finite or the disk is too small."""
+    prune_block; options: refine_layers and those of prune_layer. Returns a record per layer, {layer, weights, sparsity,
+    error where it is known}, which is also written to out/pruning.json, with the seconds that it took. Raises
+    InputError where the model is not streamed, activations are not finite or the disk is too small."""
     if not model.streams:
         raise InputError("a model in memory can't be pruned into a folder: load it with stream=True")
     begin = time.perf_counter()
