@@ -178,7 +178,7 @@ def needed_seconds(args, config, methods, block, prune_layer, divergence):
         # the dense model's output, the pruned one's with a gradient, which takes three passes more, and a check or two
         block_seconds += swapped * 6 * running / len(sample)
     block_seconds += layer_seconds(args, methods, layers, stats, prune_layer)
-    compared = len(methods) * tried * blocks + 5 * swapped
+    compared = len(methods) * tried * blocks + 5 * swapped  # through the head: a round twice, and with a gradient
     heads = compared * head_seconds(config, x[0], divergence, args.device) if compared else 0.0
     return block_seconds * blocks + heads
 
