@@ -3,6 +3,8 @@
 import argparse
 import json
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,12 +12,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import ast_train
-from data import load_tokenizer
+from data import load_tokenizer, windows
 from data.calibration import InputStats, watch
-from data.stream import Mixture
+from data.stream import Mixture, evaluation_tokens
 from dsnot import keep_mask, wanda_score
 from gpt import GPT, all_prunable
-from test_ast_train import files, train  # noqa: F401
+from test_ast_train import command, files, train  # noqa: F401
 
 STEPS, LR, END, WARMUP, DECAY, T0, KL, T, SEED, CLIP = 8, 1e-2, 0.3, 2, 0.05, 5, 0.6, 2.0, 7, 0.1
 
@@ -124,3 +126,33 @@ def test_arithmetic_in_bf16():
     for dtype in "float32", "bfloat16":
         with ast_train.arithmetic(argparse.Namespace(device="cpu", dtype=dtype)):
             assert F.linear(x, x).dtype == getattr(torch, dtype)
+
+
+def test_validation_test_and_calibration_text(files, tmp_path, monkeypatch):  # noqa: F811
+    """Would catch a best model that is chosen by the test text, a table of the validation text, and calibration windows
+    that are longer than those of the training."""
+    monkeypatch.setattr(sys, "argv", command(files, tmp_path / "out", "--seed", 3))
+    _, held_out, calibration, test_ids = ast_train.prepare(ast_train.options())
+    text, tokenizer = str(files / "text.txt"), load_tokenizer(files / "model")
+    ids = {split: evaluation_tokens(text, split, [text], tokenizer, 32) for split in ("validation", "test")}
+    assert torch.equal(held_out, windows(ids["validation"], 33)) and test_ids.tolist() == ids["test"].tolist()
+    assert torch.equal(calibration, Mixture([text], tokenizer, 32, 4).batch(3, 0, 128)[:, :-1])
+
+
+def test_the_gap_that_is_closed(tmp_path, monkeypatch):
+    """By hand; would catch a share of the perplexity instead of its logarithm, one that counts from another mask than
+    the best of the one-shot ones, windows of another length, and tokens that were not read."""
+    found, asked = {"m": 4, "one-shot-magnitude": 64, "one-shot-wanda": 16, "one-shot-sparsegpt": 32, "start": 11,
+                    "ast": 8}, set()
+    monkeypatch.setattr(ast_train, "one_shot", lambda args, folder, *_, **__: folder.mkdir())
+    monkeypatch.setattr(ast_train.GPT, "from_pretrained", lambda folder, **_: argparse.Namespace(
+        folder=folder, parameters=lambda: [torch.eye(3)]))
+    monkeypatch.setattr(ast_train, "perplexity", lambda model, ids, seqlen, *_, **__: (
+        asked.add(seqlen), found[Path(model.folder).name])[1])
+    args = argparse.Namespace(model="m", out=tmp_path, device="cpu", seqlen=32, micro_batch=2, one_shot=True,
+                              methods=["ast"], steps=3, batch=4)
+    rows = ast_train.measure(args, None, torch.zeros(5, 32), tmp_path / "start")
+    assert [row["gap_closed"] for name, row in rows.items() if "start" not in name] == pytest.approx(
+        [1, -1, 0, -0.5, 0.5])
+    assert [row["tokens"] for row in rows.values()] == [0, 0, 160, 160, 160, 3 * 4 * 32] and asked == {32}
+    assert all(row["parameters"] == 3 for row in rows.values())

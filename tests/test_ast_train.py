@@ -417,6 +417,8 @@ def test_methods_side_by_side_end_together(files, tmp_path):
 # what users get wrong
 
 @pytest.mark.parametrize("options, message", [
+    (["--lr-end", "2"], "--lr-end 2.0 must lie between 0 and 1"),
+    (["--decay", "-1"], "--decay -1.0 can't be negative"),
     (["--batch", "10000"], "fewer than one batch of 10000 windows"),
     (["--batch", "0"], "--batch 0 must be above 0"),
     (["--temperature", "inf"], "--temperature inf must be above 0 and finite"),

@@ -23,7 +23,7 @@ import sparse_matmul
 from conftest import ROOT, make_checkpoint
 from safetensors.torch import load_file, save_file
 
-from data.checkpoint import CheckpointWriter, alone_in
+from data.checkpoint import CheckpointWriter, alone_in, shard
 from data.command import InputError
 from data.hub import model_folder, repository
 from gpt import GPT
@@ -495,3 +495,77 @@ def test_a_run_json_of_another_kind_gets_a_sentence(tmp_path, files):
     (tmp_path / "there" / "run.json").write_text(json.dumps({"command": "x", "files": files}))
     with pytest.raises(InputError, match=r"differs in files \(.*b\)"):
         CheckpointWriter(tmp_path / "there", {"model_type": "llama"}, made={"command": "x", "files": [["b", 1, 2]]})
+
+
+def test_what_is_done_is_known_of_many_blocks(tmp_path):
+    """Would catch records of block 10 that are taken for those of block 1, blocks that are noted and not written, and
+    room that is asked for what is there already."""
+    with suppress(KeyboardInterrupt), CheckpointWriter(tmp_path / "m", {"model_type": "llama"}, made={"a": 1}) as out:
+        for i in 1, 10, 11:
+            out.write(shard(i, 12), {"w": torch.ones(100)})
+        out.note(layers=[{"layer": f"model.layers.{i}.up"} for i in (1, 2, 10)], seconds=7)
+        raise KeyboardInterrupt
+    out = CheckpointWriter(tmp_path / "m", {"model_type": "llama"}, made={"a": 1})
+    assert out.progress(12) == ({i: [{"layer": f"model.layers.{i}.up"}] for i in (1, 10)}, 7)
+    assert 10_000 - 3 * 600 < out.missing(10_000) < 10_000 - 3 * 400
+
+
+def test_a_run_that_does_not_go_on_begins_anew(tmp_path):
+    """Would catch what it has left refused as another run's, or a block of it in the finished folder."""
+    def writer(number):
+        return CheckpointWriter(tmp_path / "m", {"model_type": "llama"}, made={"command": "x", "a": number},
+                                goes_on=False)
+    for number in 1, 2:
+        with writer(number) as out:  # killed, as it were
+            out.write("model-00001-of-00002.safetensors", {"w": torch.ones(3)})
+            (tmp_path / "kept").mkdir(exist_ok=True)
+            for file in out.partial.iterdir():
+                (tmp_path / "kept" / file.name).write_bytes(file.read_bytes())
+        (tmp_path / "kept").rename(tmp_path / "m.partial")
+        with writer(2) as out:
+            assert not list(out.partial.glob("*.safetensors"))
+            out.write("model.safetensors", {"w": torch.ones(3)})
+
+
+def test_a_tensor_is_the_readers_own(tmp_path):
+    """Would catch a .bin file that a streamed model reads otherwise after its block was pruned in place."""
+    make_checkpoint(tmp_path)
+    state = GPT.from_pretrained(tmp_path).state_dict()
+    (tmp_path / "model.safetensors").unlink()
+    for zipped in False, True:
+        torch.save(state, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+        model = GPT.from_pretrained(tmp_path, stream=True)
+        model.block(0).self_attn.q_proj.weight.data.zero_()
+        assert model.block(0).self_attn.q_proj.weight.count_nonzero()
+
+
+def test_all_files_of_a_tokenizer_come_along(tmp_path):
+    """Would catch a saved model that `transformers` tokenizes for otherwise, or that knows no end of text."""
+    make_checkpoint(tmp_path / "a")
+    names = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+             "merges.txt", "chat_template.jinja", "generation_config.json"}
+    for name in names:
+        (tmp_path / "a" / name).write_text("{}")
+    GPT.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    assert names < {path.name for path in (tmp_path / "b").iterdir()}
+
+
+def test_a_model_that_is_read_by_another_name_is_not_replaced(tmp_path, monkeypatch):
+    """Would catch a folder that is replaced by what is made of it, where a link or a relative path leads to it."""
+    make_checkpoint(tmp_path / "a")
+    (tmp_path / "link").symlink_to("a")
+    monkeypatch.chdir(tmp_path)
+    for name in "link", "a":
+        with pytest.raises(InputError, match="a is the model that is being read"):
+            GPT.from_pretrained(name).save_pretrained(tmp_path / "a")
+
+
+def test_what_is_fetched(monkeypatch):
+    """Would catch an index or the end of a text left on the Hub, and a tokenizer fetched for a config.json alone."""
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda target, allow_patterns: asked.append(
+        allow_patterns) or "nowhere")
+    model_folder("opt-125m", config_only=True)
+    model_folder("opt-125m")
+    assert asked[0] == ["config.json"] and "generation_config.json" in asked[1]
+    assert "model.safetensors.index.json" in asked[1] and "pytorch_model.bin.index.json" in asked[2]

@@ -14,12 +14,16 @@ import pytest
 import torch
 from conftest import ROOT, SHARED, make_checkpoint
 
+import eval as evaluation
 from data import calibration_windows, load_text, load_tokenizer, processes, stdlib
 from data.command import InputError, run, start
+from data.tasks import SEVEN
 from data.text import documents, evaluation_ids, told
-from eval import perplexity
-from gpt import GPT
-from results.compare import compare, merge, plot, read_rows, table, table_by_method
+from dsnot import keep_mask
+from eval import describe, perplexity, speed
+from gpt import GPT, all_prunable
+from results.compare import (accuracy_panel, compare, layer_panel, merge, perplexity_panel, plot, read_rows, table,
+                             table_by_method)
 from results.readme import PAGES, pages, tables
 from test_tasks import write_tasks
 
@@ -544,3 +548,78 @@ def test_a_log_tells_where_a_long_run_is(monkeypatch, capsys):
         assert list(processes.progress_bar(range(3), desc="pruning")) == [0, 1, 2]
         lines = capsys.readouterr().err.splitlines()
         assert all(any(line.startswith(start) for line in lines) for start in said) and bool(lines) == bool(said)
+
+
+def test_a_ruined_model_has_an_infinite_perplexity(checkpoint):
+    """Would catch an OverflowError in the place of a number."""
+    model = GPT.from_pretrained(checkpoint)
+    model.lm_head.weight.data *= 1e6
+    assert perplexity(model, list(range(64)), 64) == float("inf")
+
+
+def test_speed_by_hand(monkeypatch):
+    """On a clock that the model sets; would catch the run that warms up or the slow second token being counted."""
+    now, runs = [0.0], iter([(100, 50), (2, 0.25), (4, 0.5), (6, 1)])
+
+    def sample(ids, many, temperature):
+        prefill, decode = next(runs)
+        for i in range(many):
+            now[0] += prefill if i == 0 else 9 if i == 1 else decode
+            yield torch.zeros(1)
+    monkeypatch.setattr(evaluation, "time", Namespace(perf_counter=lambda: now[0]))
+    model = Namespace(sample=sample, parameters=lambda: [torch.zeros(3)], buffers=lambda: [])
+    found = speed(model, torch.zeros(1, 8), new_tokens=5)
+    assert found["prefill_tokens_per_second"] == 8 / 4 and found["decode_tokens_per_second"] == 1 / 0.5
+
+
+@pytest.mark.parametrize("amount, said", [(dict(sparsity=0.0), ("dense", "0%")),
+                                          (dict(sparsity=0.5), ("sparse", "50%")),
+                                          (dict(pattern=(2, 4)), ("sparse", "2:4")),
+                                          (dict(pattern=(4, 8)), ("sparse", "50%"))])
+def test_what_a_model_without_notes_is_called(checkpoint, amount, said):
+    """Would catch a pruned model in the place of the dense one, and a mask that is not 2:4 taken for it."""
+    model = GPT.from_pretrained(checkpoint)
+    for layer in all_prunable(model).values():
+        layer.weight.data *= keep_mask(torch.rand_like(layer.weight), **amount)
+    found = describe(model, "m")
+    assert (found["method"], found["amount"]) == said
+
+
+def test_what_tasks_are_given(checkpoint, monkeypatch):
+    """Would catch --limit and --batch that nobody hears, and tasks that nobody asked for."""
+    given = []
+    monkeypatch.setattr(evaluation, "zero_shot", lambda model, tokenizer, *rest: given.append(rest))
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--device=cpu", f"--model={checkpoint}", "--tasks", "--limit=3",
+                                      "--batch=2"])
+    evaluation.main()
+    assert given == [(SEVEN, None, 3, 2)]
+
+
+@pytest.mark.parametrize("options, said", [(["--batch=0"], "batch 0"), (["--tasks", "--limit=-1"], "limit -1"),
+                                           (["--tasks", "--seqlen=9"], "--seqlen 9 is for perplexity")])
+def test_more_options_that_cannot_be_meant(options, said, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["eval.py", *options])
+    with pytest.raises(InputError, match=said):
+        evaluation.check(evaluation.options())
+
+
+def test_pictures_show_the_numbers():
+    """Would catch a point in another method's line, a map on its side, and shares drawn as percent."""
+    from matplotlib.figure import Figure
+    layers = [dict(layer=f"model.layers.{i}.mlp.{kind}", weights=4, sparsity=0.5 + i / 10 + j / 100)
+              for i in range(3) for j, kind in enumerate(("up_proj", "down_proj"))]
+    rows = [dict(model="m", data="d", seqlen=8, method=method, amount=amount, perplexity=ppl, spread=None,
+                 layers=layers, tasks={"rte": dict(acc=ppl / 100)})
+            for method, amount, ppl in [("dense", "0%", 5.0), ("a", "50%", 7.0), ("b", "50%", 6.0), ("a", "70%", 9.0)]]
+    axis = Figure().subplots()
+    perplexity_panel(axis, (rows, {"50%": "red", "70%": "blue"}))
+    names = [text.get_text() for text in axis.get_yticklabels()]
+    shown = {(box.get_label(), names[int(y)], x) for box in axis.containers for x, y in zip(*box[0].get_data())}
+    assert shown == {(row["amount"], row["method"], row["perplexity"]) for row in rows[1:]}
+    axis = Figure().subplots()
+    accuracy_panel(axis, rows)
+    assert [bar.get_height() for bar in axis.patches] == pytest.approx([5, 7, 6, 9])
+    axis = Figure().subplots()
+    layer_panel(axis, (rows[1], rows))
+    assert axis.images[0].get_array().flatten().tolist() == pytest.approx([50, 60, 70, 51, 61, 71])
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["up_proj", "down_proj"]

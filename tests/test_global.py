@@ -296,3 +296,14 @@ def test_what_global_swaps_write(monkeypatch, model, tmp_path):
     for one in layers:
         W = after[one["layer"] + ".weight"]
         assert one == dict(layer=one["layer"], weights=W.numel(), sparsity=(W == 0).double().mean().item())
+
+
+def test_what_global_swaps_are_given(monkeypatch, model, tmp_path):
+    """Would catch swaps out of a pattern's groups, and the time of the blocks forgotten."""
+    given, noted = [], dsnot.noted
+    monkeypatch.setattr(dsnot, "swap_globally", lambda *args: given.append(args[3:]) or [])
+    monkeypatch.setattr(dsnot, "noted", lambda file: noted(file) | dict(
+        {"seconds": 1000.0} if file.parent.name == "out.blocks" else {}))
+    command(monkeypatch, model, tmp_path / "out", "--pattern", "2:4", "--refine", "none", "--global-swaps", "2")
+    assert given == [(2, (2, 4))]
+    assert json.loads((tmp_path / "out" / "pruning.json").read_text())["seconds"] > 1000

@@ -245,3 +245,122 @@ def test_torchrun_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         command(monkeypatch, "--max-new-tokens", "1")
     assert "runs in one process" in capsys.readouterr().err
+
+
+def test_the_command_passes_its_options_on(monkeypatch, tmp_path, capsys):
+    """Would catch an option that nothing hears, numbers that can't be meant, an empty prompt, half a character on the
+    screen, a result that --json does not get, and a remark that forgets the prompt."""
+    heard = {}
+
+    def sample(self, ids, *given):
+        heard["sample"] = given
+        return iter(torch.tensor([[[1]], [[2]]]))
+    real = GPT.from_pretrained.__func__
+    monkeypatch.setattr(GPT, "from_pretrained", classmethod(
+        lambda cls, name, device, sparse: (heard.update(sparse=sparse), real(cls, name, device))[1]))
+    monkeypatch.setattr(GPT, "sample", sample)
+    make_checkpoint(tmp_path / "m", max_position_embeddings=3)
+    words = "--device", "cpu", "--model", str(tmp_path / "m"), "--json", str(tmp_path / "r.json")
+    command(monkeypatch, *words, "--prompt", "the", "--max-new-tokens", "7", "--top-k", "3", "--temperature", "0.5",
+            "--sparse")
+    assert heard == dict(sample=(7, 0.5, 3), sparse=True)
+    assert "with the prompt, more than the 3 that the model is made for" in capsys.readouterr().out
+    assert json.loads((tmp_path / "r.json").read_text())["results"].keys() == {"text", "tokens_per_second"}
+    for option, value in [("--top-k", "0"), ("--max-new-tokens", "0"), ("--temperature", "inf"), ("--prompt", "\udcff"),
+                          ("--temperature", "1e-7"), ("--temperature", "nan"), ("--temperature", "-1")]:
+        with pytest.raises(SystemExit):
+            command(monkeypatch, *words, option, value)
+        assert f"error: {option} " in capsys.readouterr().err
+
+
+def test_characters_of_several_tokens_are_shown_when_they_are_whole(monkeypatch, capsys):
+    """Would catch the halves of a character on the screen."""
+    class Bytes:
+        def decode(self, ids):
+            return bytes(ids).decode(errors="replace")
+    monkeypatch.setattr("gpt.load_tokenizer", lambda folder: Bytes())
+    monkeypatch.setattr("gpt.encode_open", lambda tokenizer, text: list(text.encode()))
+    monkeypatch.setattr(GPT, "sample", lambda *_: iter(torch.tensor([[[id]] for id in "ë!".encode()])))
+    command(monkeypatch, "--device", "cpu", "--prompt", "Zo")
+    assert capsys.readouterr().out.startswith("Zoë!\n")
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "--device", "cpu", "--prompt", "")
+    assert "--prompt '' has no tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family, changes, said", [
+    ("llama", dict(quantization_config={"bits": 4}), "quantization_config"),
+    ("llama", dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
+    ("llama", dict(rope_parameters=dict(rope_type="default", partial_rotary_factor=0.5)), "partial_rotary_factor"),
+    ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by"),
+    ("gpt2", dict(scale_attn_weights=False), "scale_attn_weights"), ("gpt2", dict(add_cross_attention=True), "cross"),
+    ("opt", dict(_remove_final_layer_norm=True), "_remove_final"), ("opt", dict(enable_bias="false"), "neither true"),
+    ("opt", dict(layer_norm_elementwise_affine=False), "elementwise_affine"),
+    ("qwen2", dict(use_sliding_window="false"), "neither true"),
+    ("mistral", dict(sliding_window=0), "sliding_window 0"),
+    ("qwen3", dict(layer_types=["full_attention"]), "names 1 of 3"), ("llama", dict(head_dim=7), "even head_dim"),
+    ("llama", dict(rms_norm_eps=0), "rms_norm_eps 0"), ("llama", dict(slorb_k=-4), "slorb_k -4"),
+    ("llama", dict(slorb_k=True), "slorb_k True"), ("llama", dict(slorb_k="4"), "slorb_k '4'"),
+    ("llama", dict(rope_scaling=LLAMA3 | dict(high_freq_factor=1.0)), "not below"),
+    ("llama", dict(rope_scaling=dict(type="linear", factor=0)), "factor is missing or not positive"),
+    ("llama", dict(rope_scaling=dict(type="default", rope_type="linear")), "factor is missing"),
+])
+def test_what_is_not_computed_here_is_refused(family, changes, said):
+    """Would catch a model that runs, with other logits than those that its config.json asks for."""
+    base = dict(opt=OPT, gpt2=GPT2).get(family, BASE)
+    Config.from_dict(dict(model_type=family) | base)
+    with pytest.raises(InputError, match=said):
+        Config.from_dict(dict(model_type=family) | base | changes)
+
+
+@pytest.mark.parametrize("family, said", [
+    ("llama", dict(sliding_window=3)), ("mistral", {}), ("qwen2", {}), ("qwen2", dict(use_sliding_window=True)),
+    ("qwen3", {}), ("qwen3", dict(use_sliding_window=True)), ("opt", {}), ("gpt2", {})])
+def test_what_a_config_leaves_out_is_the_default_of_the_hub(family, said):
+    """Would catch other sizes, windows, biases or ties for a config.json that is silent about them: an early Mistral's
+    or Qwen's."""
+    left = {"opt": "enable_bias tie_word_embeddings", "gpt2": "tie_word_embeddings"}.get(
+        family, "num_key_value_heads head_dim sliding_window max_window_layers use_sliding_window")
+    large = BASE | dict(hidden_size=2048, num_attention_heads=32, num_hidden_layers=30)
+    base = dict(opt=OPT, gpt2=GPT2).get(family, large)
+    raw = {k: v for k, v in base.items() if k not in left.split()} | dict(model_type=family) | said
+    theirs = transformers.AutoConfig.for_model(**raw)
+    config = Config.from_dict(raw)
+    assert config.tie_word_embeddings == theirs.tie_word_embeddings
+    assert config.num_key_value_heads == getattr(theirs, "num_key_value_heads", theirs.num_attention_heads)
+    assert config.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
+    assert config.mlp_bias == getattr(theirs, "enable_bias", family == "gpt2")
+    kinds = getattr(theirs, "layer_types", None) or len(config.windows) * [
+        "sliding_attention" if family == "mistral" else "full_attention"]
+    assert config.windows == tuple(theirs.sliding_window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def test_lengths_that_a_model_is_made_for():
+    """Would catch windows longer than the papers' where a model reads more, and a remark on a text that just fits."""
+    most = {n: Config.from_dict(BASE | dict(model_type="llama", max_position_embeddings=n)) for n in (64, 4096)}
+    assert [config.window_length() for config in most.values()] == [64, 2048]
+    assert not most[64].remark(64) and "more than the 64" in most[64].remark(65)
+    assert Config.from_dict({k: v for k, v in most[64].raw.items() if "max_pos" not in k}).context_length == 2048
+    Config.from_dict(GPT2 | dict(model_type="gpt2", n_embd=52, n_head=4))  # odd heads, but learned positions
+
+
+def test_more_likely_tokens_than_there_are():
+    """Would catch a traceback for a top_k above the vocabulary, and NaN of a temperature that is next to nothing."""
+    model, ids = ours("llama", {}), ids_for(batch=1, length=4)
+    assert model.generate(ids, 2, top_k=1000).shape == (1, 6)
+    assert torch.equal(model.generate(ids, 5, temperature=1e-40), model.generate(ids, 5, temperature=0))
+
+
+def test_what_a_loaded_and_a_streamed_model_are(monkeypatch, tmp_path):
+    """Would catch a device's own dtype that is not the checkpoint's, a streamed model saved without its blocks, and
+    another folder's tokenizer that gives way to the model's own."""
+    make_checkpoint(tmp_path / "a")
+    GPT.from_pretrained(tmp_path / "a").bfloat16().save_pretrained(tmp_path / "b")
+    assert GPT.from_pretrained(tmp_path / "b", device="meta").lm_head.weight.dtype == torch.bfloat16
+    assert GPT.from_pretrained(tmp_path / "b").lm_head.weight.dtype == torch.float32
+    with pytest.raises(InputError, match="the blocks of a streamed model are not in memory"):
+        GPT.from_pretrained(tmp_path / "a", stream=True).save_pretrained(tmp_path / "c")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "tokenizer.json").write_text("{}")
+    GPT.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "c", tokenizer_from=tmp_path / "other")
+    assert {path.name for path in (tmp_path / "c").glob("tokenizer*")} == {"tokenizer.json"}

@@ -351,6 +351,10 @@ BAD = {
     "pattern": (["--pattern", "5:4"], "5:4"),
     "nothing to allocate": (["--pattern", "2:4", "--allocate", "owl"], "--allocate owl"),
     "no pattern": (["--pattern", "half"], "half"),
+    "no threshold in it": (["--refine", "swap", "--threshold", "0.2"], "--threshold is for DSnoT, which --refine swap"),
+    "too much to allocate": (["--allocate", "owl", "--sparsity", "0.999"], "--sparsity 0.999 can't be reached"),
+    "negative cycles": (["--cycles", "-1"], "cycles -1"),
+    "negative threshold": (["--threshold", "-1"], "threshold -1"),
     "a sparsity and a pattern": (["--sparsity", "0.5", "--pattern", "2:4"],
                                  "--pattern: not allowed with argument --sparsity"),
     "no such refinement": (["--refine", "swaps"], "invalid choice: 'swaps'"),
@@ -658,3 +662,46 @@ def test_sparsegpt_aims_at_all_that_is_missing(monkeypatch, model, tmp_path):
     for method in (["--score", "sparsegpt"], ["--refine", "swap", "--refit"], ["--refine", "swap"]):
         command(monkeypatch, model, tmp_path / "-".join(method), "--propagate", *method)
     assert aims == 28 * ["weights"] + 14 * ["mask"]
+
+
+@pytest.mark.parametrize("world, allocate, propagate, tokens", [
+    (1, "uniform", False, 5 * 32), (1, "uniform", True, 2 * 5 * 32), (2, "uniform", False, 3 * 32),
+    (1, "sensitivity", False, 5 * 32 + 14 * 2048), (2, "sensitivity", True, 3 * 32 + 14 * 2048)])
+def test_hidden_states_are_counted(monkeypatch, model, world, allocate, propagate, tokens):
+    """Would catch a run that is let in without room for the dense model's states, trials or a process's odd sequence;
+    processes that each count all memory as theirs; a dtype that is not the one they are held in."""
+    monkeypatch.setattr(estimate, "processes", lambda: (0, world))
+    monkeypatch.setattr(estimate, "has_goal", lambda **_: propagate)
+    dense = dsnot.GPT.open(model / "m")
+    dense.config.raw["dtype"] = "bfloat16"
+    args = argparse.Namespace(device="cpu", nsamples=5, seqlen=32, allocate=allocate)
+    need = tokens * 32 * 4  # float32 on a CPU whatever the checkpoint holds
+    assert estimate.state_bytes(args, dense) == need
+    monkeypatch.setattr(estimate, "free_memory", lambda device: world * need)
+    estimate.check_memory(args, dense)
+    monkeypatch.setattr(estimate, "free_memory", lambda device: world * need - 1)
+    with pytest.raises(dsnot.InputError, match="of activations"):
+        estimate.check_memory(args, dense)
+    assert estimate.whole_memory(args, dense)["two models"] == 2 * 4 * sum(p.numel() for p in dense.parameters())
+    for free, place in (2 * 5 * 32 * 2 + 1, "cuda"), (2 * 5 * 32 * 2, "cpu"):
+        monkeypatch.setattr(calibration, "free_memory", lambda device: free)
+        assert place_for(dense.config, 5, "cuda", torch.float16) == place
+
+
+def test_what_is_compared_differs_in_refinement_alone(monkeypatch, capsys, model, tmp_path):
+    """Would catch a mask for comparison that is refined or of another score or allocation, calibration by another seed,
+    a text that is calibrated on being measured, and a sparsity that is not that of all weights together."""
+    seeds, real = [], dsnot.calibration_windows
+    monkeypatch.setattr(dsnot, "calibration_windows", lambda *args: (seeds.append(args[-1]), real(*args))[1])
+    command(monkeypatch, model, tmp_path / "out", "--score", "magnitude", "--sparsity", "0.5", "--refine", "swap",
+            "--refit", "--cycles", "3", "--allocate", "sensitivity", "--seed", "2", "--compare", "--json",
+            str(tmp_path / "r.json"))
+    said, entry = capsys.readouterr().out, json.loads((tmp_path / "r.json").read_text())
+    assert seeds == [2] and entry["options"]["split"] == "held-out" and "perplexity on the last tenth of " in said
+    for folder, row in zip(("out.unrefined", "out"), entry["results"]["rows"][1:]):
+        run = json.loads((tmp_path / folder / "pruning.json").read_text())["run"]
+        assert [run[name] for name in ("score", "allocate", "seed")] == ["magnitude", "sensitivity", 2]
+        expected = ["none", False, False, None] if folder == "out.unrefined" else ["swap", True, True, 3]
+        assert [run[name] for name in ("refine", "refit", "propagate", "cycles")] == expected
+        zeros = torch.cat([(W == 0).flatten() for name, W in tensors(tmp_path / folder).items() if "proj" in name])
+        assert row["sparsity"] == pytest.approx(zeros.double().mean().item())

@@ -1,15 +1,20 @@
 """The recipe of the model that ships, from texts to a folder, at a size of seconds."""
 
 import argparse
+import copy
 import sys
 import typing
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from data import load_tokenizer, train_tiny
 from data.command import InputError
+from data.text import windows
 from gpt import GPT
 
 TEXT = Path(argparse.__file__).read_text()
@@ -78,3 +83,74 @@ def test_a_damaged_state_gets_a_sentence(tmp_path, train):
     (tmp_path / "out.training" / "state.pt").write_bytes(b"nonsense")
     with pytest.raises(InputError, match="state.pt is damaged: delete it"):
         train(tmp_path / "out", "--seed", str(2**62))
+
+
+def test_the_schedule():
+    """Would catch a warm-up that begins with nothing, and a rate that does not fall to 0."""
+    found = [train_tiny.learning_rate(step, 1100, 2.0, 100) for step in (0, 99, 100, 350, 600, 1100)]
+    assert found == pytest.approx([0.02, 2, 2, 1 + 0.5 ** 0.5, 1, 0])
+
+
+def test_windows_are_drawn_by_share_and_by_step():
+    """Would catch source code in the place of documentation, a text's end that is never read, and a seed that nothing
+    hears."""
+    streams = [np.arange(start, start + 10, dtype=np.uint16) for start in (0, 100)]
+    ids = train_tiny.draw(streams, 0.3, 5, 7, 1000, 8)
+    assert torch.equal(ids, ids[:, :1] + torch.arange(9)) and set(ids[:, 0].tolist()) == {0, 1, 100, 101}
+    assert (ids[:, 0] < 100).double().mean().item() == pytest.approx(0.3, abs=0.06)
+    for seed, step, same in (5, 7, True), (6, 7, False), (5, 8, False):
+        assert torch.equal(ids, train_tiny.draw(streams, 0.3, seed, step, 1000, 8)) == same
+
+
+def test_the_first_weights():
+    """Would catch projections back to the hidden state that are as large as the others, or larger."""
+    model = train_tiny.new_model(256, 2, 8)
+    for name, W in model.named_parameters():
+        if W.dim() == 2:
+            expected = 0.01 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+            assert W.std().item() == pytest.approx(expected, rel=0.05), name
+
+
+def test_training_is_the_plain_loop(tmp_path, monkeypatch):
+    """Would catch another target than the next token, a gradient that is not clipped or not forgotten, weight decay of
+    norms in place of matrices, and a rate that does not follow the schedule; a state of other options that goes on."""
+    monkeypatch.setattr(train_tiny, "fast_in_bf16", lambda device: False)
+    monkeypatch.setitem(train_tiny.CONFIG, "vocab_size", 400)
+    torch.manual_seed(0)
+    streams = [np.random.RandomState(0).randint(400, size=n).astype(np.uint16) for n in (20, 100)]
+    args = argparse.Namespace(hidden_size=128, layers=1, packages=False, steps=4, batch=48, seqlen=8, lr=0.5, seed=3,
+                              compile=False, device="cpu", save_every=4)
+    model = train_tiny.new_model(128, 1, 8)
+    for W in model.parameters():
+        W.data *= 3
+    twin = copy.deepcopy(model)
+    groups = [dict(params=[W], weight_decay=0.1 if W.dim() == 2 else 0.0) for W in twin.parameters()]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    for step in range(4):
+        ids = train_tiny.draw(streams, 10 * 20 / (4 * 48 * 8), 3, step, 48, 8)
+        optimizer.zero_grad()
+        F.cross_entropy(twin(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
+        assert torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0) > 1
+        for group in optimizer.param_groups:
+            group["lr"] = 0.5 * (step + 1) / 100
+        optimizer.step()
+    train_tiny.train(args, model, streams, torch.arange(18).view(2, 9), tmp_path / "state.pt")
+    for (name, W), other in zip(model.named_parameters(), twin.parameters()):
+        torch.testing.assert_close(W, other, rtol=1e-4, atol=1e-5, msg=name)
+    for name, value in dict(packages=True, steps=5, batch=3, seqlen=9, lr=0.4, seed=4).items():
+        with pytest.raises(InputError, match="belongs to a run with other options"):
+            train_tiny.train(argparse.Namespace(**vars(args) | {name: value}), model, streams, None,
+                             tmp_path / "state.pt")
+
+
+def test_what_is_read_and_what_is_written(tmp_path, train, monkeypatch):
+    """Would catch a validation on training text, documentation taken for source code, and a folder twice as large."""
+    seen = []
+    monkeypatch.setattr(train_tiny, "train", lambda args, model, streams, held_out, file: (
+        seen.append(([stream.tolist() for stream in streams], held_out)), [])[1])
+    train(tmp_path / "out")
+    tokenizer, ((streams, held_out),) = load_tokenizer(tmp_path / "out"), seen
+    docs, source = TEXT[:40_000], Path(typing.__file__).read_text()[:40_000]
+    assert streams[0] == tokenizer.encode(docs) and tokenizer.decode(streams[1][1:200]) in source
+    assert torch.equal(held_out, windows(tokenizer.encode(TEXT[40_000:]), 33))
+    assert {W.dtype for W in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
