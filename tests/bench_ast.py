@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -27,7 +26,6 @@ STEPS, WARM = 30, 2  # of each kind; the first ones compile and don't count
 def main():
     args = options(__doc__)
     start(args)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     teacher = set_up(GPT.from_pretrained(args.model, args.device, getattr(torch, args.dtype)), args)
     students = {"dense": GPT.from_pretrained(args.model, args.device, torch.float32)}
     for method, slorb_k in ("ast", None), ("ast-slorb", args.slorb_k or SLORB_K):
@@ -51,7 +49,6 @@ def main():
         for method, pair in pairs.items():
             steps[method].append(timed(lambda: step(*pair), args.device)[0])
         choices.append(timed(lambda: choose(students["ast"]), args.device)[0])
-    dist.destroy_process_group()
     middle = {method: statistics.median(taken[WARM:]) for method, taken in steps.items()}
     choice = statistics.median(choices[WARM:]) / args.mask_every if args.mask_every else 0.0
     rows = {method: {"seconds": middle[method] + (method != "dense") * choice} for method in middle}
