@@ -605,10 +605,10 @@ def prune_linear(weight, name, stats, adjusts, dtype, **options):
         W = prune_rows(weight, stats, layer_goal(weight, stats, adjusts), **options).to(dtype)
     except torch.linalg.LinAlgError:
         raise DeadEnd(f"the calibration activations that flow into {name} are too few or too much alike to fit its "
-                         f"weights to them: give more --nsamples, or another --calib text") from None
+                      f"weights to them: give more --nsamples, or another --calib text") from None
     if not W.isfinite().all():  # float16 ends at 65504
         raise DeadEnd(f"the weights that suit {name} do not fit into {str(dtype).removeprefix('torch.')}, in which "
-                         f"the checkpoint is stored: leave out --refit or --score sparsegpt, which change them")
+                      f"the checkpoint is stored: leave out --refit or --score sparsegpt, which change them")
     error = {} if stats.gram is None else {"error": relative_error(weight, W, stats.gram)}
     weight.copy_(W)
     return layer_record(name, W) | error

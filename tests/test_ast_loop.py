@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 
 import ast_train
 from data import load_tokenizer, windows
-from data.calibration import InputStats, watch
+from data.calibration import watch
 from data.stream import Mixture, evaluation_tokens
 from dsnot import keep_mask, wanda_score
 from gpt import GPT, all_prunable
 from test_ast_train import command, files, train  # noqa: F401
+from test_dsnot import stats_of
 
 STEPS, LR, END, WARMUP, DECAY, T0, KL, T, SEED, CLIP = 8, 1e-2, 0.3, 2, 0.05, 5, 0.6, 2.0, 7, 0.1
 
@@ -88,12 +89,7 @@ def test_masks_by_wanda(files, micro_batch):  # noqa: F811
     model, ids, inputs = GPT.from_pretrained(files / "model"), torch.randint(384, (5, 32)), {}
     with torch.no_grad(), watch(all_prunable(model), inputs.__setitem__):
         model(ids)
-    expected = {}
-    for name, layer in all_prunable(model).items():
-        stats = InputStats(layer.in_features)
-        for x in inputs[name]:
-            stats.add(x)
-        expected[name] = stats
+    expected = {name: stats_of(x) for name, x in inputs.items()}
     ast_train.make_sparse(model, args, None, ids)
     for name, layer in ast_train.sparse_layers(model).items():
         assert torch.equal(layer.mask, keep_mask(wanda_score(layer.weight, expected[name]), pattern=(2, 4)))
