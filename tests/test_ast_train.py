@@ -172,6 +172,9 @@ def test_a_stopped_run_ends_with_the_same_weights(tmp_path, train, stopped, file
                                  ("--model", files / "other", "another model")]:
         with pytest.raises(InputError, match=message):
             train(tmp_path / "stopped", "--methods", "ast-slorb", "--slorb-k", 8, name, value)
+    os.utime(files / "text.txt")  # as if it had been edited
+    with pytest.raises(InputError, match="holds a run of other texts: give the options it had"):
+        train(tmp_path / "stopped", "--methods", "ast-slorb", "--slorb-k", 8)
     assert [path.name for path in work.rglob("*")] == ["step-0000012", "run.json"]  # what a finished run needs
 
 

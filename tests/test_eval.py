@@ -575,13 +575,17 @@ def test_speed_by_hand(monkeypatch):
                                           (dict(sparsity=0.5), ("sparse", "50%")),
                                           (dict(pattern=(2, 4)), ("sparse", "2:4")),
                                           (dict(pattern=(4, 8)), ("sparse", "50%"))])
-def test_what_a_model_without_notes_is_called(checkpoint, amount, said):
+def test_what_a_model_without_notes_is_called(checkpoint, tmp_path, amount, said):
     """Would catch a pruned model in the place of the dense one, and a mask that is not 2:4 taken for it."""
     model = GPT.from_pretrained(checkpoint)
     for layer in all_prunable(model).values():
         layer.weight.data *= keep_mask(torch.rand_like(layer.weight), **amount)
     found = describe(model, "m")
     assert (found["method"], found["amount"]) == said
+    if said[1] == "2:4":  # also while it is compressed
+        model.save_pretrained(tmp_path / "m")
+        found = describe(GPT.from_pretrained(tmp_path / "m", sparse=True), "m")
+        assert (found["method"], found["amount"]) == said
 
 
 def test_what_tasks_are_given(checkpoint, monkeypatch):

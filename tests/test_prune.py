@@ -22,6 +22,8 @@ from data.calibration import inputs_of, place_for, watch
 from data.checkpoint import CheckpointWriter, alone_in
 from data.command import run
 from data.device import allowed, free_memory
+from data.method import shared_by
+from gpt import layer_inputs
 from test_gpt import ALL, ids_for, theirs
 
 
@@ -287,19 +289,30 @@ def test_dry_run_writes_nothing(monkeypatch, capsys, model, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["only"]
 
 
-@pytest.mark.parametrize("options, trials", [([], 0), (["--allocate", "sensitivity"], 1)])
-def test_dry_run_counts_all_that_takes_time(monkeypatch, model, tmp_path, options, trials):
+@pytest.mark.parametrize("options, goal, trials, rounds", [
+    (["--refine", "none"], 0, 0, 0), (["--refine", "none", "--allocate", "sensitivity"], 0, 1, 0),
+    (["--refine", "swap"], 1, 0, 0), (["--refine", "none", "--global-swaps", "3"], 0, 0, 3)])
+def test_dry_run_counts_all_that_takes_time(monkeypatch, model, tmp_path, options, goal, trials, rounds):
     """Where all that is timed takes a second, be it a sample of 32 tokens or 64 rows of a weight. Would catch layers of
-    fewer rows that are told too short, and trials of which the output head is forgotten."""
+    fewer rows that are told too short, trials of which the output head is forgotten, and a dense model, beside the
+    pruned one, that takes no time, memory or disk."""
     monkeypatch.setattr(estimate, "timed", lambda work, device: (1.0, work()))
-    command(monkeypatch, model, tmp_path / "out", "--dry-run", "--json", str(tmp_path / "r.json"), "--refine", "none",
-            *options)
+    command(monkeypatch, model, tmp_path / "out", "--dry-run", "--json", str(tmp_path / "r.json"), *options)
     layers = dsnot.all_prunable(dsnot.GPT.from_pretrained(model / "m"))
     blocks, samples, tried = 2, 4 * 32 / 32, 2048 / 32  # of calibration text and of a trial, each a second
     expected = sum(max(1, len(layer.weight) / 64) for layer in layers.values())
-    expected += blocks * 2 * samples * (1 + trials)  # through a block and to its statistics; once more to allocate
+    expected += blocks * (2 + goal) * samples * (1 + trials)  # through a block, to its statistics; again to allocate
     expected += trials * len(layers) * tried * (blocks + 1) / 2 + trials * len(layers) * tried  # blocks, and the head
-    assert json.loads((tmp_path / "r.json").read_text())["results"]["seconds"] == pytest.approx(expected)
+    swapped = (rounds + 1) * 8192 / 32 * bool(rounds)
+    expected += blocks * 6 * swapped + 5 * swapped
+    found = json.loads((tmp_path / "r.json").read_text())["results"]
+    assert found["seconds"] == pytest.approx(expected)
+    whole = 4 * sum(W.numel() for W in tensors(model / "m").values())
+    block = 4 * sum(p.numel() for p in dsnot.GPT.open(model / "m").model.layers[0].parameters())
+    assert found["read_gb"] == whole / 1e9 and found["written_gb"] == (1 + bool(rounds)) * whole / 1e9
+    if not rounds:
+        held = next(size for name, size in found["memory_gb"].items() if name.startswith("weights"))
+        assert held == pytest.approx((whole - (1 - goal) * block) / 1e9)  # of two blocks
 
 
 @pytest.mark.parametrize("options", [{}, {"propagate": True}, {"allocate": "sensitivity"}])
@@ -686,6 +699,40 @@ def test_hidden_states_are_counted(monkeypatch, model, world, allocate, propagat
     for free, place in (2 * 5 * 32 * 2 + 1, "cuda"), (2 * 5 * 32 * 2, "cpu"):
         monkeypatch.setattr(calibration, "free_memory", lambda device: free)
         assert place_for(dense.config, 5, "cuda", torch.float16) == place
+
+
+def test_tokens_at_a_time():
+    """Would catch windows longer than 2048 tokens of which none is looked at."""
+    assert [estimate.probe_tokens(seqlen) for seqlen in (1, 2048, 4096)] == [2048, 2048, 4096]
+
+
+def test_what_names_a_run(monkeypatch, model):
+    """Would catch shares that another number of processes has found taken for those of this one, and a text that is
+    another one because its path is written in another way."""
+    def name(**options):
+        args = dict(nsamples=4, seqlen=32, seed=0, calib=f"{model}/text.txt", pattern=None, allocate="uniform")
+        return shared_by(argparse.Namespace(**args | options), dsnot.GPT.open(model / "m").source)
+    assert name() == name(calib=f"{model}/m/../text.txt") != name(calib=f"{model}/m/config.json")
+    found = {world: [] for world in (1, 2, 3)}
+    for world, names in found.items():
+        monkeypatch.setattr("data.method.processes", lambda: (0, world))
+        names += [name(), name(allocate="sensitivity")]
+    assert found[1][0] == found[2][0] == found[3][0]
+    assert len({names[1].get("processes") for names in found.values()}) == 3 and "processes" not in found[1][1]
+
+
+@pytest.mark.parametrize("config, inputs, layer", [
+    (dict(head_dim=10, intermediate_size=64), 40, "self_attn.o_proj"),
+    (dict(intermediate_size=72), 72, "mlp.down_proj"),
+    (dict(hidden_size=40, head_dim=8, intermediate_size=64), 40, "mlp.up_proj")])
+def test_every_layers_rows_have_to_fit(monkeypatch, capsys, model, tmp_path, config, inputs, layer):
+    """Would catch a pattern that is tried on some of the layers alone, and a run that ends at the first other one."""
+    make_checkpoint(tmp_path / "m", **config)
+    first = dsnot.GPT.open(tmp_path / "m").model.layers[0]
+    sizes = layer_inputs(dsnot.Config.read(tmp_path / "m"))
+    assert sizes == {name: W.in_features for name, W in dsnot.prunable(first).items()} and sizes[layer] == inputs
+    expect_refusal(monkeypatch, capsys, model, tmp_path / "out", ["--model", str(tmp_path / "m"), "--pattern", "2:16"],
+                   f"but a layer has {inputs} inputs")
 
 
 def test_what_is_compared_differs_in_refinement_alone(monkeypatch, capsys, model, tmp_path):
