@@ -215,6 +215,7 @@ def test_a_process_of_many(monkeypatch, capsys):
     processes.say("first")
     monkeypatch.setattr(processes, "processes", lambda: (1, 2))
     processes.say("second")
+    assert processes.progress_bar(range(3)).disable
     assert capsys.readouterr().out == "first\n"
     monkeypatch.setattr(processes.dist, "all_reduce", lambda x: x.mul_(4))
     assert processes.mean_over_processes(torch.tensor(3.0)) == 6.0
