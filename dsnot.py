@@ -438,9 +438,8 @@ REACH, OUTLIER = 0.08, 5  # OWL's lambda and M, as published
 
 @torch.no_grad()
 def allocation(model, where, hidden, sparsity, kind):
-    """{layer's name: the share of it to prune}, over all weights `sparsity` (but for what keep_mask rounds down in each
-    layer), from one pass of `hidden`, batches [sequences, tokens, C], through the dense model. where: (rope, positions)
-    for `steps`; kind:
+    """{layer's name: the share of it to prune}, over all weights `sparsity`, from one pass of `hidden`, batches
+    [sequences, tokens, C], through the dense model. where: (rope, positions) for `steps`; kind:
     "owl"          a block's share falls linearly from sparsity + REACH, of the block with the fewest outliers, to
                    sparsity - REACH; then all are moved to the right mean. An outlier is a Wanda score above OUTLIER
                    times the block's mean (Yin et al. 2024, arXiv 2310.05175)
@@ -480,6 +479,18 @@ def allocation(model, where, hidden, sparsity, kind):
     for _ in range(100):  # a share stays between 0 and MOST, so one step may not be enough
         shares = (shares + sparsity - (shares * sizes).sum() / sizes.sum()).clamp(0, MOST)
     return dict(zip(layers, shares.tolist()))
+
+
+def whole_weights(shares, layers, sparsity):
+    """An allocation's shares as whole numbers of a row's weights, of which all layers {name: layer} together lose as
+    many as by a mask of `sparsity` everywhere. What one layer's share is rounded by, the next one makes up for."""
+    found, owed = {}, 0.0
+    for name, layer in layers.items():
+        rows, width = layer.weight.shape
+        exact = int(width * sparsity) + width * (shares[name] - sparsity) + owed / rows
+        count = min(max(0, round(exact)), int(width * MOST))
+        found[name], owed = (count + 0.5) / width, rows * (exact - count)  # 0.5: keep_mask rounds down
+    return found
 
 
 def outliers(scores):
@@ -690,6 +701,8 @@ def prune(model, samples, out, made, *, batch=8, propagate=False, sparsity=None,
             return (model.embed(ids).to(home) for ids in samples.split(batch))
 
         shares = allocation(model, where, embedded(), sparsity, allocate)
+        if allocate != "uniform" and rows_apart(**options):
+            shares = whole_weights(shares, all_prunable(model), sparsity)
         hidden = list(embedded())  # the input of the next block
         dense, records = list(hidden) if aims else [], []
         for i in progress_bar(range(count), desc="pruning", unit="block"):

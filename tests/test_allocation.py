@@ -68,6 +68,26 @@ def test_shares_have_bounds(monkeypatch, checkpoint, kind, sparsity, lowest):
     assert lowest <= min(shares.values()) < sparsity < max(shares.values()) <= min(dsnot.MOST, sparsity + 0.1)
 
 
+@pytest.mark.parametrize("sparsity", [0.03, 0.5, 0.7, 0.97])
+def test_layers_that_differ_lose_as_many_weights_as_equal_ones(sparsity):
+    """Would catch a method that looks better because it prunes less: of every row a mask prunes whole weights, rounded
+    down, and other shares lose other fractions by that."""
+    torch.manual_seed(0)
+    layers = {i: torch.nn.Linear(*shape, bias=False) for i, shape in enumerate([(64, 32), (172, 20), (64, 100)] * 30)}
+    sizes = torch.tensor([layer.weight.numel() for layer in layers.values()], dtype=torch.double)
+    change = (torch.rand(len(sizes)).double() - 0.5) * 0.2
+    asked = (sparsity + change - change @ sizes / sizes.sum()).clamp(0, dsnot.MOST)
+    shares = dsnot.whole_weights(dict(enumerate(asked.tolist())), layers, sparsity)
+    own, equal = ([(~keep_mask(layer.weight, sparsity=amount)).sum(1).unique().item() for layer, amount in
+                   zip(layers.values(), amounts)] for amounts in (shares.values(), [sparsity] * len(layers)))
+    assert all(count <= dsnot.MOST * layer.in_features for count, layer in zip(own, layers.values()))
+    if 0.1 < sparsity < 0.89:  # else some shares are 0 or MOST
+        rows = torch.tensor([layer.out_features for layer in layers.values()])
+        assert abs(rows @ torch.tensor(own) - rows @ torch.tensor(equal)) <= 50  # half a weight of the last layer's rows
+        for layer, count, before, share in zip(layers.values(), own, equal, asked):
+            assert abs(count - before - (share - sparsity) * layer.in_features) < 2.2  # half of 100 rows' on 32
+
+
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (1, 4, 1, 2)])
 def test_shares_are_the_cheapest(sizes):
     """Every other choice of shares that prunes as much, of layers of several sizes, costs at least as much."""
