@@ -55,7 +55,7 @@ from torch.utils.checkpoint import checkpoint
 from data import calibration_windows, load_tokenizer, windows
 from data.calibration import InputStats, add_product, input_stats, move, place_for, readers, steps, watch_gradients
 from data.checkpoint import CheckpointWriter, finished, noted, pruned_here, remove, shard
-from data.command import DeadEnd, InputError, at_least, check_disk, parser, record, run
+from data.command import DeadEnd, InputError, at_least, check_disk, parser, record, run, versions
 from data.estimate import CHUNK, ROUND, check_folders, dry_run, held_states, probe_tokens
 from data.hub import model_folder
 from data.method import (ALLOCATIONS, METHOD, NSAMPLES, REFINES, SCORES, USUAL, blocks_of, fill_in, has_goal, method_of,
@@ -416,6 +416,7 @@ def sparsegpt(W: Tensor, gram: Tensor, *, sparsity: float | None = None, pattern
         elif sparsity is not None:
             score = w.square() / u.diagonal().square()
             drop = score <= score.flatten().sort()[0][min(int(score.numel() * sparsity), score.numel() - 1)]
+            drop &= sparsity > 0  # else one would go here, too
         else:
             drop = torch.zeros_like(w, dtype=torch.bool)
         error = torch.zeros_like(w)
@@ -684,7 +685,7 @@ def prune(model, samples, out, made, *, batch=8, propagate=False, sparsity=None,
         return done["layers"]
     positions = torch.arange(samples.shape[1], device=device)
     where, samples = (rotary(model.config, positions), positions), samples[rank::world]
-    aims = has_goal(propagate, **options)
+    files, aims = versions(source.paths), has_goal(propagate, **options)
     states = held_states(*samples.shape, len(all_prunable(model)), aims, allocate)
     home = place_for(model.config, states, torch.device(device), model.place["dtype"])
     writer = CheckpointWriter(out, model.config.raw, source.folder, made=made)
@@ -721,6 +722,8 @@ def prune(model, samples, out, made, *, batch=8, propagate=False, sparsity=None,
                     tensors = {f"{prefix}.{k}": v for k, v in block.state_dict().items()}
                     writer.write(file, {name: v.to(source.stored(name)) for name, v in tensors.items()})
             del block  # before the next one is read
+        if versions(source.paths) != files:
+            raise DeadEnd(f"{source.folder} was changed while it was being pruned: give the command again")
         if rank == 0:
             writer.write(shard(count, count), source.rest())
         wait()  # everybody has read what the next line moves
@@ -979,7 +982,7 @@ def prune_and_measure(args, folder, amount, passes):
     model.source.check_dense()
     same = shared_by(args, model.source)
     notes = check_folders(args, model, passes[1:], same)
-    if args.data not in SOURCES and Path(args.data).resolve() == Path(args.calib).resolve():
+    if args.data not in SOURCES and os.path.realpath(args.data) == os.path.realpath(args.calib):
         args.split = args.split or "held-out"  # which is recorded, too
     ids = evaluation_ids(args.data, args.split, tokenizer, args.seqlen)
     calibration = calibration_windows(args.calib, tokenizer, args.nsamples, args.seqlen, args.seed)

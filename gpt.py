@@ -634,8 +634,8 @@ def main():
     args = p.parse_args()
     start(args)
     at_least(args, max_new_tokens=1, top_k=1)
-    if args.temperature and not 1e-6 <= args.temperature < math.inf:
-        raise InputError(f"--temperature {args.temperature} must be 0 or a number from 1e-6")
+    if args.temperature and not 1e-6 <= args.temperature <= 1e6:
+        raise InputError(f"--temperature {args.temperature} must be 0 or a number from 1e-6 to 1e6")
     if args.prompt != args.prompt.encode(errors="replace").decode():
         raise InputError(f"--prompt {ascii(args.prompt)} is no UTF-8 text")
     model = GPT.from_pretrained(args.model, device=args.device, sparse=args.sparse)

@@ -46,7 +46,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data.checkpoint import CheckpointWriter, shard
+from data.checkpoint import CheckpointWriter, noted, shard
 from data.command import InputError, parser, record, run, start, versions
 from data.hub import repository
 from data.method import folder_name
@@ -373,22 +373,24 @@ def save_compressed(model: str, folder, bits: int | None = None) -> dict:
     if out.differs:
         raise InputError(f"{folder} holds a compressed model, which differs in {out.differs}: choose another --out, or "
                          f"delete it")
-    with out:
-        for i in range(count):
-            with torch.device("meta"):
-                block = Block(on_disk.config, i)
-            tensors = {name: source.tensor(f"model.layers.{i}.{name}").contiguous() for name in block.state_dict()}
-            block.load_state_dict(tensors, assign=True)  # in the dtypes that they have on disk
-            layers += sparsify(block, bits)
-            if source.layout.conv1d and len({type(getattr(block.self_attn, f"{x}_proj")) for x in "qkv"}) > 1:
-                raise InputError(f"{model}: q, k and v of block {i} share a tensor, but not all of them are 2:4")
-            held = {f"model.layers.{i}.{name}": value for name, value in block.state_dict().items()}
-            out.write(shard(i, count), held)
-        if not layers:
-            raise InputError(f"{model}: no linear layer of the blocks is 2:4; prune it with a 2:4 pattern first")
-        out.write(shard(count, count), source.rest())
-    before, after = (sum(path.stat().st_size for path in c.paths) for c in (source, GPT.open(folder).source))
-    return {"layers": layers, "before": before, "after": after}
+    if noted(out.folder / "run.json") != out.made:  # else it is finished
+        with out:
+            for i in range(count):
+                with torch.device("meta"):
+                    block = Block(on_disk.config, i)
+                tensors = {name: source.tensor(f"model.layers.{i}.{name}").contiguous() for name in block.state_dict()}
+                block.load_state_dict(tensors, assign=True)  # in the dtypes that they have on disk
+                layers += sparsify(block, bits)
+                if source.layout.conv1d and len({type(getattr(block.self_attn, f"{x}_proj")) for x in "qkv"}) > 1:
+                    raise InputError(f"{model}: q, k and v of block {i} share a tensor, but not all of them are 2:4")
+                held = {f"model.layers.{i}.{name}": value for name, value in block.state_dict().items()}
+                out.write(shard(i, count), held)
+            if not layers:
+                raise InputError(f"{model}: no linear layer of the blocks is 2:4; prune it with a 2:4 pattern first")
+            out.write(shard(count, count), source.rest())
+    small = GPT.open(folder).source
+    before, after = (sum(path.stat().st_size for path in c.paths) for c in (source, small))
+    return {"layers": sum(name.endswith(".meta") for name in small.files), "before": before, "after": after}
 
 
 # ---------------------------------------------------------------------------------------------- check and the command

@@ -253,7 +253,8 @@ def finished(out, run):
 
 def pruned_here(folder):
     """Whether the model in a folder was pruned by dsnot.py or trained with masks by ast_train.py."""
-    return (folder / "pruning.json").is_file() or "ast" in (noted(folder / "run.json") or {}).get("method", "")
+    method = (noted(folder / "run.json") or {}).get("method")
+    return (folder / "pruning.json").is_file() or method in ("ast", "ast-slorb")
 
 
 def shard(i, blocks):
@@ -289,10 +290,18 @@ def alone_in(folder):
                 folder.rmdir()
 
 
+def occupied(folder):
+    """Whether a folder holds more than what a killed run of ours has left of a file; hidden files, such as .git, count.
+    """
+    return folder.is_dir() and not all(path.match(".*.partial") for path in folder.iterdir())
+
+
 def what_keeps_from_renaming(folder):
     """Why a folder of this name can't be put aside or in place, in words; None where it can."""
     if folder.is_file():
         return f"{folder} is a file"
+    if folder.suffix == ".partial":
+        return "a folder of that name is an unfinished one"
     if os.path.ismount(folder):
         return "a disk is mounted there (a folder inside it will do)"
     return "it is the current folder, or one above it" if folder in (here := Path.cwd(), *here.parents) else None
@@ -310,7 +319,7 @@ class CheckpointWriter:
     `differs`: what a finished run that the folder holds has otherwise; "" where that is nothing."""
 
     def __init__(self, folder, raw_config, tokenizer_from=None, made=None, goes_on=True):
-        self.folder, self.raw, self.made = Path(folder).resolve(), raw_config, as_noted(made or {})
+        self.folder, self.raw, self.made = Path(os.path.realpath(folder)), raw_config, as_noted(made or {})
         self.goes_on = goes_on and made is not None
         self.layout = layout_of(raw_config)
         self.partial = self.folder.with_name((self.folder.name or "root") + ".partial")
@@ -322,9 +331,10 @@ class CheckpointWriter:
                     self.before.rename(self.folder)
             read = tokenizer_from and self.folder.exists() and self.folder.samefile(tokenizer_from)
             obstacle = what_keeps_from_renaming(self.folder) or what_keeps_from_writing(self.folder)
-            there = self.folder.is_dir() and any(self.folder.glob("[!.]*"))
+            there = occupied(self.folder)
             mark = there and noted(self.folder / "run.json") or {}
             taken = there and not (self.folder / "run.json").is_file()
+            strange = not self.marker.is_file() and occupied(self.partial)
         except OSError as e:  # a name that is too long, a folder that may not be read
             raise InputError(f"can't write {folder}: {e.strerror}") from None
         if read:
@@ -341,7 +351,7 @@ class CheckpointWriter:
         if self.differs and self.goes_on:
             raise InputError(f"{folder} holds a finished run, which differs in {self.differs}: choose another output "
                              f"folder, or delete it")
-        if not self.marker.is_file() and self.partial.is_dir() and any(self.partial.glob("[!.]*")):
+        if strange:
             raise InputError(f"{self.partial} is no unfinished run of this program: move it away or choose another "
                              f"output folder")
         left = noted(self.marker) or {}
@@ -379,12 +389,19 @@ class CheckpointWriter:
         """The bytes that are still to be written of a checkpoint of `size` bytes."""
         return size - sum(path.stat().st_size for path in self.partial.glob("*.safetensors"))
 
+    def check_own(self):
+        """Raise InputError where the unfinished folder is no longer the one that was begun."""
+        if noted(self.marker) != self.made:
+            raise InputError(f"{self.partial} was removed or replaced while it was being written: give the command "
+                             f"again")
+
     def done(self, file):
         return (self.partial / file).is_file()
 
     def note(self, **what):
         """Write pruning.json: what names the run, the seconds so far, a record of each layer, and what else is known.
         """
+        self.check_own()
         text = json.dumps(what, indent=1)
         write_atomically(self.partial / "pruning.json", lambda path: path.write_text(text))
 
@@ -402,6 +419,7 @@ class CheckpointWriter:
 
     def write(self, file, tensors):
         """Write {our name: tensor} as one safetensors file under the family's names, whole or not at all."""
+        self.check_own()
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.layout.theirs(tensors).items()}
 
         def write(path):
@@ -420,11 +438,12 @@ class CheckpointWriter:
                     finished = True
             finally:
                 kept = self.goes_on and not isinstance(error, DeadEnd) and any(self.partial.glob("*.safetensors"))
-                if not finished and not kept:
+                if not finished and not kept and noted(self.marker) == self.made:
                     shutil.rmtree(self.partial, ignore_errors=True)
 
     def finish(self):
         """Write what else belongs into the folder, and put it in its place."""
+        self.check_own()
         shards = sorted(self.partial.glob("*.safetensors"))
         if [file.name for file in shards] != ["model.safetensors"]:
             weights, size = {}, 0

@@ -58,8 +58,8 @@ def start(args, together=False):
     torchrun share the work, which they would else all do."""
     if not together and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("this command runs in one process: leave out torchrun, which is for dsnot.py and ast_train.py")
-    if not -2**63 <= args.seed < 2**63:
-        raise InputError(f"--seed {args.seed} does not fit into 64 bits")
+    if not 0 <= args.seed < 2**63:
+        raise InputError(f"--seed {args.seed} must be at least 0 and below 2^63")
     random.seed(args.seed)
     torch.manual_seed(args.seed)
     if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
@@ -73,17 +73,21 @@ def start(args, together=False):
         raise InputError(f"--device {args.device} can't be used ({str(e).splitlines()[0]}): give {usable}") from None
     if args.json and (obstacle := what_keeps_from_writing(args.json)):
         raise InputError(f"--json {args.json} can't be written: {obstacle}")
-    if args.json and getattr(args, "out", None) and Path(args.json).resolve() == Path(args.out).resolve():
+    if args.json and getattr(args, "out", None) and os.path.realpath(args.json) == os.path.realpath(args.out):
         raise InputError(f"--json {args.json} is where --out goes: give another name")
     if args.json and Path(args.json).exists() and not Path(args.json).is_file():
         raise InputError(f"--json {args.json} is no regular file: give another name")
+    if args.json and Path(args.json).exists() and not is_record(args.json):
+        raise InputError(f"--json {args.json} exists and holds something else than the results of a run: give another "
+                         f"name")
 
 
 def at_least(args, **lowest):
     """Raise InputError for an option that is given and lower than its lowest value: at_least(args, seqlen=2)."""
     for name, low in lowest.items():
-        if (value := getattr(args, name)) is not None and not value >= low:  # NaN, too
-            raise InputError(f"--{name.replace('_', '-')} {value} must be at least {low}")
+        if (value := getattr(args, name)) is not None and not low <= value < 2**62:  # NaN, too
+            bound = f"at least {low}" if not value >= low else "below 2^62"
+            raise InputError(f"--{name.replace('_', '-')} {value} must be {bound}")
 
 
 def existing(path):
@@ -106,7 +110,7 @@ def check_disk(place, need, name):
 def what_keeps_from_writing(path):
     """Why a file or folder can't be made at a path, in words; None where it can."""
     try:
-        Path(path).is_dir()  # complains of a name that is too long
+        beside(Path(path)).is_dir()  # complains of a name that is too long
         above = existing(Path(path).absolute().parent)
     except OSError as e:
         return e.strerror
@@ -121,23 +125,37 @@ def versions(paths):
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in found]
 
 
+def beside(path):
+    """Where this process writes a file that takes the place of `path` when it is whole."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
 def write_atomically(path, write):
-    """Call `write(beside)` on a path beside `path`, then rename: the file is either whole or not there. Makes its
-    folder; a link stays one."""
-    path = Path(path).resolve()
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    """Call `write(new)` on a path beside `path`, then rename: the file is either whole or not there. Makes its folder;
+    a link stays one."""
+    path = Path(os.path.realpath(path))
+    new = beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.touch()
-        mode = beside.stat().st_mode  # what the user's umask makes of it: safetensors lets nobody else read
-        write(beside)
-        beside.chmod(mode)
-        os.replace(beside, path)
+        new.touch()
+        mode = new.stat().st_mode  # what the user's umask makes of it: safetensors lets nobody else read
+        write(new)
+        new.chmod(mode)
+        os.replace(new, path)
     except OSError as e:
         raise InputError(f"can't write {path}: {e.strerror or e}") from None
     finally:
         with suppress(OSError):
-            beside.unlink(missing_ok=True)
+            new.unlink(missing_ok=True)
+
+
+def is_record(path):
+    """Whether a file is empty or what `record` has written."""
+    try:
+        text = Path(path).read_text("utf-8")
+        return not text or {"command", "options", "results"} <= json.loads(text).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def record(args, results):
@@ -172,6 +190,11 @@ def run(main, goes_on=False):
     except torch.OutOfMemoryError as e:
         print(f"error: the GPU's memory is full ({str(e).split('. ')[0]}): give shorter or fewer texts at a "
               f"time, or --device cpu", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as e:
+        if "can't allocate memory" not in str(e):
+            raise
+        print("error: the computer's memory is full: give shorter or fewer texts at a time", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # what reads the output, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.checkpoint import alone_in, noted
+from data.checkpoint import alone_in, noted, occupied
 from data.command import (InputError, parser, record, run, start, versions, what_keeps_from_writing,
                           write_atomically)
 from data.hub import model_folder, repository
@@ -81,7 +81,7 @@ def write_bin(path, shards, tokenizer, label, made):
     work, width = Path(f"{path}.partial"), np.dtype(token_type(tokenizer)).itemsize
     log, file = work / "run.json", work / "tokens"
     with alone_in(work):
-        before = noted(log) if any(work.glob("[!.]*")) else {"made": made, "shards": 0, "tokens": 0}
+        before = noted(log) if occupied(work) else {"made": made, "shards": 0, "tokens": 0}
         if not before or before.get("made") != made:
             raise InputError(f"{work} holds something else, or what a run with other options has finished: give those, "
                              f"choose another --out, or delete it")
@@ -212,8 +212,7 @@ class Mixture:
     def batch(self, seed, step, count, stream=None):
         """ids [count, seqlen + 1], of one stream or of all. Seed and step alone decide them, so a resumed run reads
         what it would have read."""
-        seed, rows = seed % 2**32, []
-        offset, rng = np.random.default_rng(seed).random(), np.random.default_rng([seed, step])
+        rows, offset, rng = [], np.random.default_rng(seed).random(), np.random.default_rng([seed, step])
         chosen = [stream] * count if stream is not None else rng.choice(len(self.streams), count, p=self.weights)
         for n, i in enumerate(chosen, step * count):  # n counts the windows of all streams
             begin = int((offset + n * GOLDEN) % 1 * (len(self.streams[i]) - self.seqlen))

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data.checkpoint import CheckpointWriter
+from data.checkpoint import CheckpointWriter, alone_in
 from data.command import InputError, at_least, parser, record, run, start, write_atomically
 from data.device import fast_in_bf16
 from data.stdlib import package_source, stdlib_source, stdlib_text
@@ -39,6 +39,7 @@ TOKENIZER = dict(  # tokenizer_config.json, without which transformers adds neit
     tokenizer_class="LlamaTokenizer", add_bos_token=True, add_eos_token=False, bos_token="<s>", eos_token="</s>",
     unk_token="<unk>")
 DOCUMENTATION, MOST_READ = 0.3, 10  # its share of the windows, and how often it is read at most
+OURS = "tokenizer.model", "tokenizer_config.json", "source.bin", "packages.bin", "state.pt"  # while it is trained
 MOST_SOURCE = 200_000_000  # characters of packages that are read: a longer training than ours needs no more
 
 
@@ -183,9 +184,12 @@ def train(args, model, streams, held_out, state_file):
                   f"{seconds * (args.steps - done) / 60:5.1f} min left", flush=True)
         if done % args.save_every == 0 or done == args.steps:
             with arithmetic():
-                loss = validation_loss(model, held_out).item()
-            print(f"step {done:5d}  validation loss {loss:.4f}  perplexity {math.exp(loss):.2f}", flush=True)
-            history.append((done, loss))
+                loss = validation_loss(model, held_out)
+            if not loss.isfinite():
+                raise InputError(f"the validation loss is {loss.item()} after {done} steps: give a lower --lr than "
+                                 f"{args.lr}, and another --out")
+            print(f"step {done:5d}  validation loss {loss.item():.4f}  perplexity {loss.exp().item():.2f}", flush=True)
+            history.append((done, loss.item()))
             state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=done, history=history,
                          options=settings)
             write_atomically(state_file, lambda beside: torch.save(state, beside))
@@ -205,15 +209,18 @@ def main():
     work = out.with_name(out.name + ".training")  # the tokenizer and the state of an unfinished run
     if (out / "config.json").is_file() and not (work / "state.pt").is_file():
         raise InputError(f"--out {args.out} holds a finished model: choose another folder, or delete it")
-    tokenizer, streams = read(work, args.packages)
-    held_out = windows(tokenizer.encode(stdlib_text("validation")), args.seqlen + 1).to(args.device)
-    print(f"{len(streams[0]):,} tokens of documentation, {len(streams[1]):,} of source, "
-          f"{held_out.numel():,} for validation")
-    model = new_model(args.hidden_size, args.layers, args.seqlen).to(args.device)
-    history = train(args, model, streams, held_out, work / "state.pt")
-    model.bfloat16().save_pretrained(args.out, tokenizer_from=work)
-    del streams  # a mapped file would keep Windows from removing it
-    shutil.rmtree(work)
+    if work.is_dir() and any(path.name.removesuffix(".partial") not in OURS for path in work.glob("[!.]*")):
+        raise InputError(f"{work} is no unfinished training of this program: move it away or choose another --out")
+    with alone_in(work):
+        tokenizer, streams = read(work, args.packages)
+        held_out = windows(tokenizer.encode(stdlib_text("validation")), args.seqlen + 1).to(args.device)
+        print(f"{len(streams[0]):,} tokens of documentation, {len(streams[1]):,} of source, "
+              f"{held_out.numel():,} for validation")
+        model = new_model(args.hidden_size, args.layers, args.seqlen).to(args.device)
+        history = train(args, model, streams, held_out, work / "state.pt")
+        model.bfloat16().save_pretrained(args.out, tokenizer_from=work)
+        del streams  # a mapped file would keep Windows from removing it
+        shutil.rmtree(work)
     print(f"saved {args.out}")
     record(args, {"validation_loss": history, "parameters": sum(w.numel() for w in model.parameters())})
 

@@ -83,9 +83,9 @@ def test_layers_that_differ_lose_as_many_weights_as_equal_ones(sparsity):
     assert all(count <= dsnot.MOST * layer.in_features for count, layer in zip(own, layers.values()))
     if 0.1 < sparsity < 0.89:  # else some shares are 0 or MOST
         rows = torch.tensor([layer.out_features for layer in layers.values()])
-        assert abs(rows @ torch.tensor(own) - rows @ torch.tensor(equal)) <= 50  # half a weight of the last layer's rows
+        assert abs(rows @ torch.tensor(own) - rows @ torch.tensor(equal)) <= 50  # half a weight of the last 100 rows
         for layer, count, before, share in zip(layers.values(), own, equal, asked):
-            assert abs(count - before - (share - sparsity) * layer.in_features) < 2.2  # half of 100 rows' on 32
+            assert abs(count - before - (share - sparsity) * layer.in_features) < 2.2  # half of 100 rows on 32
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (1, 4, 1, 2)])

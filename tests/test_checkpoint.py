@@ -23,7 +23,7 @@ import sparse_matmul
 from conftest import ROOT, make_checkpoint
 from safetensors.torch import load_file, save_file
 
-from data.checkpoint import CheckpointWriter, alone_in, shard
+from data.checkpoint import CheckpointWriter, alone_in, pruned_here, shard
 from data.command import InputError
 from data.hub import model_folder, repository
 from gpt import GPT
@@ -525,6 +525,48 @@ def test_a_run_that_does_not_go_on_begins_anew(tmp_path):
         with writer(2) as out:
             assert not list(out.partial.glob("*.safetensors"))
             out.write("model.safetensors", {"w": torch.ones(3)})
+
+
+@pytest.mark.parametrize("place", ["m", "m.partial"])
+def test_a_folder_of_hidden_files_is_not_empty(tmp_path, place):
+    """Would catch a repository of the user's, in which nothing is committed yet, removed as an empty folder."""
+    (tmp_path / place / ".git").mkdir(parents=True)
+    with pytest.raises(InputError, match="m exists and is no model|m.partial is no unfinished run"):
+        CheckpointWriter(tmp_path / "m", {"model_type": "llama"}, made={"a": 1})
+    (tmp_path / place / ".git").rmdir()
+    (tmp_path / place / ".model.safetensors.12.partial").touch()  # of a run that was killed
+    with CheckpointWriter(tmp_path / "m", {"model_type": "llama"}, made={"a": 1}) as out:
+        out.write("model.safetensors", {"w": torch.ones(3)})
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_finished_folder_may_not_have_an_unfinished_ones_name(tmp_path):
+    """Would catch a model in x.partial that goes when another one is written to x."""
+    with pytest.raises(InputError, match="x.partial: a folder of that name is an unfinished one: choose another"):
+        CheckpointWriter(tmp_path / "x.partial", {"model_type": "llama"}, made={"a": 1})
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_what_is_removed_while_it_is_written_is_not_finished(tmp_path, others):
+    """Would catch a finished folder that lacks the blocks which were written before, and one of another run that is
+    removed."""
+    with pytest.raises(InputError, match="m.partial was removed or replaced while it was being written"):
+        with CheckpointWriter(tmp_path / "m", {"model_type": "llama"}, made={"a": 1}) as out:
+            out.write("model-00001-of-00002.safetensors", {"w": torch.ones(3)})
+            shutil.rmtree(out.partial)
+            if others:
+                out.partial.mkdir()
+                out.marker.write_text('{"a": 2}')
+            out.write("model-00002-of-00002.safetensors", {"v": torch.ones(3)})
+    assert [path.name for path in tmp_path.rglob("*")] == ["m.partial", "run.json"] * others
+
+
+@pytest.mark.parametrize("method", [5, None, ["ast"]])
+def test_a_run_json_of_another_program_says_nothing(tmp_path, method):
+    (tmp_path / "run.json").write_text(json.dumps({"method": method}))
+    assert not pruned_here(tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps({"method": "ast-slorb"}))
+    assert pruned_here(tmp_path)
 
 
 def test_a_tensor_is_the_readers_own(tmp_path):

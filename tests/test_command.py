@@ -30,11 +30,13 @@ def test_one_seed_is_for_everything_random():
 
 
 @pytest.mark.parametrize("options, said", [
-    (dict(seed=2**63), f"--seed {2**63} does not fit into 64 bits"), (dict(seed=-2**63 - 1), "does not fit"),
+    (dict(seed=2**63), f"--seed {2**63} must be at least 0 and below"), (dict(seed=-1), "--seed -1 must be at least 0"),
     (dict(device="mps"), "--device mps is not supported: give cpu, cuda or cuda:1"),
     (dict(device="cuda:"), "is not supported"), (dict(device="cpu:0"), "is not supported"),
     (dict(json="LICENSE/a.json"), "--json LICENSE/a.json can't be written: .*LICENSE is a file"),
-    (dict(json="x" * 300), "can't be written: File name too long"),
+    (dict(json="x" * 250), "can't be written: File name too long"),  # with what is added until the file is whole
+    (dict(json="LICENSE"), "--json LICENSE exists and holds something else than the results of a run"),
+    (dict(json="data/tiny/config.json"), "holds something else"), (dict(json="dsnot.py"), "holds something else"),
     (dict(json="data"), "--json data is no regular file: give another name"),
     (dict(json="out/../new", out="new"), "--json out/../new is where --out goes: give another name")])
 def test_what_every_command_refuses(monkeypatch, options, said):
@@ -45,9 +47,20 @@ def test_what_every_command_refuses(monkeypatch, options, said):
 
 def test_what_every_command_takes(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    for options in (dict(seed=-2**63), dict(seed=2**63 - 1), dict(json="new/deep/a.json"), dict(json="a", out="b")):
+    (tmp_path / "empty").touch()
+    record(given(json="before"), {})
+    for options in (dict(seed=0), dict(seed=2**63 - 1), dict(json="new/deep/a.json"), dict(json="a", out="b"),
+                    dict(json="empty"), dict(json="before")):
         start(given(**options))
-    assert not any(tmp_path.iterdir())
+    assert {path.name for path in tmp_path.iterdir()} == {"empty", "before"}
+
+
+def test_links_in_a_circle_get_a_sentence(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(InputError, match="loop is where --out goes"):
+        start(given(json=tmp_path / "loop", out=str(tmp_path / "loop")))
+    with pytest.raises(InputError, match="can't write .*loop/a: File exists"):
+        write_atomically(tmp_path / "loop" / "a", lambda new: new.write_text(""))
 
 
 def test_a_missing_gpu_gets_a_sentence(monkeypatch):
@@ -90,6 +103,9 @@ def test_the_lowest_value():
         at_least(args, limit=1)
     with pytest.raises(InputError, match="--share nan must be at least 0"):
         at_least(args, seqlen=1, share=0)
+    for large in 10**400, float("inf"):
+        with pytest.raises(InputError, match=r"--seqlen .* must be below 2\^62"):
+            at_least(Namespace(seqlen=large), seqlen=2)
 
 
 def test_bytes_in_words():
@@ -168,6 +184,8 @@ def test_what_is_recorded(monkeypatch, tmp_path):
     (InputError("a is wrong"), 2, "error: a is wrong\n"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), 2,
      "error: the GPU's memory is full (CUDA out of memory): give shorter or fewer texts at a time, or --device cpu\n"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 2,
+     "error: the computer's memory is full: give shorter or fewer texts at a time\n"),
     (OSError(errno.EACCES, "Permission denied", "a.txt"), 2, "error: a.txt: Permission denied\n"),
     (KeyboardInterrupt(), 130, "interrupted\n")])
 def test_an_end_is_one_sentence(capsys, raised, code, said):
@@ -182,7 +200,7 @@ def test_other_errors_are_shown_whole():
     """Would catch a bug of ours told as one of the user's."""
     def main():
         raise raised
-    for raised in (ValueError("x"), OSError("x"), OSError(errno.EIO, "x")):
+    for raised in (ValueError("x"), RuntimeError("x"), OSError("x"), OSError(errno.EIO, "x")):
         with pytest.raises(type(raised), match="x"):
             run(main)
 

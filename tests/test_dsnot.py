@@ -282,6 +282,7 @@ def test_what_sparsegpt_does_if_nobody_asks():
     """Would catch another damping than the published one, and a threshold over other columns than 128."""
     W, inputs = random_layer(4, rows=10, width=256, tokens=300)
     gram = stats_of(inputs, gram=True).gram
+    assert sparsegpt(W, gram, sparsity=0.0).count_nonzero() == W.numel()
     found = sparsegpt(W, gram, sparsity=0.5)
     assert torch.equal(found, sparsegpt(W, gram, sparsity=0.5, damp=0.01, block=128))
     assert not torch.equal(found, sparsegpt(W, gram, sparsity=0.5, block=256))

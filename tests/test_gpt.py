@@ -267,7 +267,8 @@ def test_the_command_passes_its_options_on(monkeypatch, tmp_path, capsys):
     assert "with the prompt, more than the 3 that the model is made for" in capsys.readouterr().out
     assert json.loads((tmp_path / "r.json").read_text())["results"].keys() == {"text", "tokens_per_second"}
     for option, value in [("--top-k", "0"), ("--max-new-tokens", "0"), ("--temperature", "inf"), ("--prompt", "\udcff"),
-                          ("--temperature", "1e-7"), ("--temperature", "nan"), ("--temperature", "-1")]:
+                          ("--temperature", "1e-7"), ("--temperature", "nan"), ("--temperature", "-1"),
+                          ("--temperature", "1e300")]:
         with pytest.raises(SystemExit):
             command(monkeypatch, *words, option, value)
         assert f"error: {option} " in capsys.readouterr().err

@@ -323,6 +323,18 @@ def test_one_block_is_in_memory_at_a_time(blocks_read, model, tmp_path, options)
     assert blocks_read == ["model.layers.0", "model.layers.1"] * (2 if "allocate" in options else 1)
 
 
+def test_a_model_that_changes_while_it_is_pruned_is_refused(monkeypatch, model, tmp_path):
+    """Would catch a finished folder that is made of two models."""
+    shutil.copytree(model / "m", tmp_path / "m")
+    dense, real = dsnot.GPT.from_pretrained(tmp_path / "m", stream=True), dsnot.prune_block
+    monkeypatch.setattr(dsnot, "prune_block", lambda *args, **how: (os.utime(tmp_path / "m" / "model.safetensors"),
+                                                                    real(*args, **how))[1])
+    with pytest.raises(dsnot.InputError, match="m was changed while it was being pruned: give the command again"):
+        dsnot.prune(dense, torch.randint(0, 300, (4, 32)), tmp_path / "out", {}, score="wanda", refine="none",
+                    sparsity=0.5)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
 def test_a_run_is_known_by_any_dict(monkeypatch, model, tmp_path):
     """A finished run whose name held a tuple was taken for another: in JSON it is a list."""
     dense, how = dsnot.GPT.from_pretrained(model / "m", stream=True), dict(score="wanda", refine="none", pattern=(2, 4))

@@ -228,8 +228,10 @@ def test_what_cannot_be_compressed(tmp_path):
     GPT(Config.from_dict(FAMILIES["llama"])).save_pretrained(tmp_path / "plain")
     checkpoint(tmp_path / "mixed", FAMILIES["gpt2"], dense=["self_attn.v_proj"])
     checkpoint(tmp_path / "good", FAMILIES["llama"])
-    for _ in range(2):
-        save_compressed(tmp_path / "good", tmp_path / "small", 8)
+    first = save_compressed(tmp_path / "good", tmp_path / "small", 8)
+    (tmp_path / "small" / "NOTES.md").write_text("mine")
+    assert save_compressed(tmp_path / "good", tmp_path / "small", 8) == first  # it is finished
+    assert (tmp_path / "small" / "NOTES.md").read_text() == "mine"
     with pytest.raises(InputError, match="holds a compressed model, which differs in bits: choose another --out"):
         save_compressed(tmp_path / "good", tmp_path / "small")
     with pytest.raises(InputError, match="plain holds a model that another command has made"):

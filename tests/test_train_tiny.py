@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from data import load_tokenizer, train_tiny
+from data.checkpoint import alone_in
 from data.command import InputError
 from data.text import windows
 from gpt import GPT
@@ -83,6 +84,27 @@ def test_a_damaged_state_gets_a_sentence(tmp_path, train):
     (tmp_path / "out.training" / "state.pt").write_bytes(b"nonsense")
     with pytest.raises(InputError, match="state.pt is damaged: delete it"):
         train(tmp_path / "out", "--seed", str(2**62))
+
+
+def test_a_folder_of_the_users_is_not_taken_for_a_state(tmp_path, train):
+    """Would catch one that is removed at the end of a training."""
+    (tmp_path / "out.training").mkdir()
+    (tmp_path / "out.training" / "thesis.tex").write_text("mine")
+    with pytest.raises(InputError, match="out.training is no unfinished training of this program: move it away"):
+        train(tmp_path / "out")
+    assert (tmp_path / "out.training" / "thesis.tex").read_text() == "mine"
+
+
+def test_one_training_at_a_time_fills_a_folder(tmp_path, train):
+    with alone_in(tmp_path / "out.training"), pytest.raises(InputError, match="another run is writing to"):
+        train(tmp_path / "out")
+
+
+def test_a_loss_that_is_not_finite_ends_the_training(tmp_path, train, monkeypatch):
+    """Would catch a model of NaN that is saved as a finished one."""
+    with pytest.raises(InputError, match="the validation loss is nan after 2 steps: give a lower --lr"):
+        train(tmp_path / "out", "--lr", "1e30")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_schedule():
