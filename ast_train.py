@@ -1,4 +1,4 @@
-"""AST: retrain a model with 2:4 sparse weights until it stands beside its dense self.
+"""AST: retrain a model under a 2:4 mask that learns with it, taught by its dense self.
 
 Adaptive Sparse Trainer (Huang et al., AAAI 2025, arXiv 2407.20584). The dense weight W stays; the forward pass sees
     W~ = m * W,   m [out, in] = 1 for the two weights of every four with the highest score, chosen anew every few steps.
@@ -12,18 +12,19 @@ A decay pulls pruned weights to zero, weak at first so that masks can still chan
 The loss is a * T^2 KL(teacher || student), both at temperature T, + (1 - a) * cross-entropy; the dense model teaches.
 SLoRB adds a few dense parameters, y = x W~^T + (x X^T) S^T: X [in/k, in] sums k neighbouring inputs, S [out, in/k]
 begins as the mean of k neighbours of (1 - m) W. X is trained where it isn't zero and kept as a vector [in], so x X^T
-stays a grouped sum. Merged into the weights it makes them dense, W~ + (S, each column repeated k times) * X: so it is
-trained, with one product a layer; a finished model keeps the two apart, so that W~ stays sparse.
-Not in the paper: with --average the result is the mean of W over the last steps, which evens out what single windows
-did to it; with --start-from swap W begins as dsnot.py's exact swaps and refit leave it, pruned weights and S at 0.
+stays a grouped sum. In training it is merged into the weight, W~ + (S, each column repeated k times) * X, for one
+product a layer; that sum is dense, so a finished model keeps the two apart and W~ sparse.
+Not in the paper: with --average, on where the recipe says so, the result is the mean of W over the last steps, which
+evens out what single windows did to it; with --start-from swap W begins as dsnot.py's exact swaps and refit leave it,
+pruned weights and S at 0.
 
 Where we differ from the authors' code, and why. Their GPT-2 code negates an integer mask with `~` (1 becomes -2, 0
 becomes -1), so its decay makes weights grow: our mask is a bool. It divides the decay, too, by 1 - b1^t, which is 1
 after a few dozen steps: ours follows the formula. It keeps the mask as an attribute of a Parameter, which checkpoints
 lose: ours is a buffer. It trains all of X, a dense matrix. It makes V from an M that is not divided by 1 - b1^t, which
 lengthens the first steps up to 10 times, and shrinks all matrices by a weight decay of 0.1. As there, weights without a
-mask take plain Adam steps; V is the mean of u^2, not of g^2, so where g is mostly noise the steps of masked weights are
-up to 4.4 times as long.
+mask take plain Adam steps; V is the mean of u^2, not of g^2, so where g is mostly noise, weights that have a mask take
+steps up to 4.4 times as long.
 
 Precision, and bytes for LLaMA2-7B (6.74 G parameters) on one GPU. On top come activations (fewer with
 --checkpoint-activations), with SLoRB 6.5 GB, and with --average 27.0 GB.

@@ -4,14 +4,14 @@ DSnoT ("Dynamic Sparse No Training", Zhang et al., ICLR 2024, arXiv 2310.08915) 
 and lets pruned weights grow back while others are pruned in their place, one pair per row and cycle, so that the
 *expected* difference between dense and sparse output shrinks. In the letters of the code, for a linear layer y = x W^T:
 
-    s_k   average over the N calibration sequences of the sum of x_k over a sequence's tokens
-    q_k   the same for x_k^2;  v_k: average over sequences of the variance of x_k inside the sequence
+    s_k   average over the N calibration sequences of the sum of x_k over a sequence's tokens (`stats.sum`)
+    q_k   the same for x_k^2 (`.square`);  v_k: average over sequences of the variance of x_k inside one (`.variance`)
     D     = W * s                           what each weight contributes to the output, on average
-    e     = sum of D over a row's pruned weights              the row's expected error
-    grow  the pruned weight with the largest D / v^p if e > 0, else with the smallest
+    e     = sum of D over a row's pruned weights              the row's expected error, dense less sparse
+    grow  the pruned weight with the largest D / v^p if e > 0, else with the smallest (`var_power`: p, 1)
     prune the kept weight with the lowest Wanda score |W| sqrt(q) among those whose D pushes e back towards zero
-          (n:m: the lowest initial score in the grown weight's own group of m)
-    e    <- e + D[pruned] - D[grown], until |e| <= threshold or `cycles` swaps are done
+          (n:m: the lowest score in the grown weight's own group of m, whatever its D)
+    e    <- e + D[pruned] - D[grown], until |e| <= threshold, `cycles` swaps are done or e would change its sign
 
 Starting masks: magnitude |W|; Wanda |W| sqrt(q) (Sun et al. 2023); SparseGPT (Frantar & Alistarh 2023), which also
 corrects the weights that remain. Beyond the paper: swaps by the exact error instead of its mean (`swap_refine`), the
@@ -24,8 +24,8 @@ Where this differs from the authors' code: every linear layer is refined unless 
 (theirs make 50 whatever the width); the sign check is an option, on if nobody asks (theirs is on with a pattern, off
 without one, whatever its flag says); a row without candidates stops instead of running off its lists, so layers of any
 size work; fifty swaps need only the fifty best candidates of each kind, so a row is sorted only where candidates tie;
-SparseGPT as the starting mask really uses its Hessian, and corrects the weights for the refined mask; on its n:m masks,
-too, weights are pruned by the lowest Wanda score (theirs: w^2 over the diagonal of the inverse Hessian).
+SparseGPT as the starting mask corrects the weights for the refined mask, by its Hessian; on its n:m masks, too, weights
+are pruned by the lowest Wanda score (theirs: w^2 over the diagonal of the inverse Hessian).
 The threshold is in units of s, so its meaning depends on the sequence length, as in the paper.
 
 One block of the model is in memory at a time, and its dense copy where layers aim at the dense model's outputs; swaps

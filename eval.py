@@ -1,8 +1,8 @@
-"""Measure models: perplexity, zero-shot accuracy, speed; draw tables and plots of it (by results/compare.py).
+"""Measure models: perplexity, zero-shot accuracy, speed; tables and plots of results (results/compare.py).
 
 Perplexity is that of the pruning papers: the text is tokenized once (with BOS where the model's tokenizer adds it), cut
 into windows of `seqlen` tokens that do not overlap, the tail is dropped, and the negative log-likelihood is averaged
-over all predicted tokens, which are the seqlen - 1 last ones of every window. Of C4 the first 256 windows count.
+over all predicted tokens, the last seqlen - 1 of every window. Of C4 the first 256 windows count.
 Numbers of different `seqlen` can't be compared (LLaMA2-7B on WikiText-2: 5.47 at 2048, 5.12 at 4096), so it is printed
 beside every figure. Blocks are read from disk one at a time, so a model may be larger than memory.
 

@@ -5,7 +5,7 @@ The model is the decoder of LLaMA (Touvron et al. 2023): x = embed(ids); for eve
 then logits = head(norm(x)). Norms are RMSNorm, positions are rotary embeddings in the split-half form (so that Hugging
 Face weights load unchanged), several query heads may share one key/value head, the MLP is SwiGLU. Where a relative
 (Mistral, Qwen, OPT, GPT-2) differs, a field of `Config` says how; the table FAMILIES fills these fields from
-config.json, and what an older one leaves out gets the Hub's default.
+config.json; what an older config.json leaves out gets the Hub's default.
 
 Parameter names are those of Hugging Face's LLaMA whatever the family; every projection is an nn.Linear of its own. A
 checkpoint is a Hugging Face folder under the family's own names (data/checkpoint.py): what is saved here loads in

@@ -1,4 +1,4 @@
-"""2:4 weights that are small and fast: a storage format, and a Triton kernel that multiplies with it.
+"""2:4 weights, small and fast a token at a time: a storage format, and a Triton kernel that multiplies with it.
 
 Of every four consecutive weights of a row (a group) two are kept. Their values are stored side by side, their places
 i0 < i1 in four bits:
@@ -18,14 +18,14 @@ as 0.0; everything else comes back bit for bit). For W [N, K], K a multiple of 1
 Quantization is symmetric, to nearest, -127..127 or -7..7. A compressed model is a checkpoint folder that holds
 `X.values`, `X.meta` (and `X.scale`) in place of `X.weight` for each 2:4 layer X; `transformers` can't read it.
 
-A token at a time, a matmul waits for its weights: 16 bits each dense, here 8 + 1, so 1.78 times as fast is what to
-expect (an older version, on an H100: 1.6 to 1.8); int8 and int4 values read 5.125 and 3.125 bits (3.1 and 5.1 times),
-but putting them together takes time, too: 2 to 2.5 times. For one row of x no W is built: W x = sum v0 x[i0] + v1
-x[i1]. For more rows W is put together in registers as the left operand of the tensor cores; K is split, so that a small
-N fills the GPU, too. Where many rows make arithmetic the limit, W is decompressed for the dense matmul. Which tile, or
-the dense way, is timed at the first call for each shape (so call once before capturing a CUDA graph). With more rows of
-x a dense W wins: 4096 x 4096 from 4 rows on at the latest, the largest ones in bf16 from 128, in int8 and int4 from 64
-(results/README.md has the table).
+A token at a time, a matmul waits for its weights: 16 bits each if dense, here 9 (8 of values, 1 of places), so 1.78
+times as fast is what to expect; int8 and int4 values read 5.125 and 3.125 bits (3.1 and 5.1 times), but putting them
+together takes time, too. An older version came to 1.6 to 1.8 and to 2 to 2.5 times on an H100. For one row of x no W is
+built: W x = sum v0 x[i0] + v1 x[i1]. For more rows W is put together in registers as the left operand of the tensor
+cores; K is split, so that a small N fills the GPU, too. Where many rows make arithmetic the limit, W is decompressed
+for the dense matmul. Which tile, or the dense way, is timed at the first call for each shape (so call once before
+capturing a CUDA graph). With more rows of x a dense W won there: 4096 x 4096 from 4 rows on at the latest, the largest
+ones in bf16 from 128, in int8 and int4 from 64 (results/README.md has the table).
 
     python sparse_matmul.py                                            # check the kernel and, on a GPU, measure it
     python sparse_matmul.py --model out/llama2-7b-wanda-dsnot-2of4 --bits 8 --out out/small

@@ -1,5 +1,6 @@
 """What a stopped training goes on from: weights, moments and mean by torch.distributed.checkpoint, which writes
-and reads them with as many processes as there are, and a run.json of everything else.
+and reads them with as many processes as there are, and a run.json of everything else. It reads by pickle, which can
+run code: go on from states of your own alone.
 
 `work` is the folder of the states, of which one is kept: step-0000100, named by the steps that are done.
 """

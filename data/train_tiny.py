@@ -145,14 +145,14 @@ def last_state(file, model, optimizer, settings):
         return 0, []
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (EOFError, RuntimeError, pickle.UnpicklingError):
+        if state["options"] != settings:
+            raise InputError(f"{file} belongs to a run with other options: delete it or choose another --out")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        print(f"going on at step {state['step']}")
+        return state["step"], state["history"]
+    except (EOFError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError):
         raise InputError(f"{file} is damaged: delete it or choose another --out") from None
-    if state["options"] != settings:
-        raise InputError(f"{file} belongs to a run with other options: delete it or choose another --out")
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    print(f"going on at step {state['step']}")
-    return state["step"], state["history"]
 
 
 def train(args, model, streams, held_out, state_file):

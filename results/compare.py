@@ -50,7 +50,7 @@ def read_rows(path):
         way_out = (": give the file that --json wrote when it was measured" if (path / "config.json").is_file() else
                    f"; to compare the files that --json wrote, give {path}/*.json")
         raise InputError(f"--compare {path} is no folder that dsnot.py has pruned{way_out}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
         why = f": {e}" if isinstance(e, (OSError, ValueError)) else ""
         raise InputError(f"--compare {path} is neither a result file with a table (--json of dsnot.py, ast_train.py or "
                          f"eval.py) nor a pruned checkpoint{why}") from None

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The sizes and perplexities of compressed models, and the texts that models write, for README (minutes on two CPU cores):
+# README's first table, the sizes and perplexities of compressed models, and the texts that models write (minutes on two
+# CPU cores):
 #     bash results/models.sh
 # AST's text needs the model of python ast_train.py --out out/ast-seed0. Then `python results/readme.py` puts them into README.md.
 set -euo pipefail
@@ -16,7 +17,7 @@ python eval.py --model out/models/2of4 --data tiny --json results/sparse-tiny-2o
 compress bf16
 compress int8 --bits 8
 compress int4 --bits 4
-python dsnot.py --no-compare --out out/models/70
+python dsnot.py --refine swap --refit --out out/models/70 --json results/quick-start.json | tee results/quick-start.txt
 write dense tiny
 write 70 out/models/70
 write 2of4 out/models/2of4

@@ -93,6 +93,13 @@ def opening():
             if row["method"] in OPENING and row["amount"] in ("0%", "50%", "70%", "2:4")]
 
 
+def quick_start():
+    """What README's first command prints, into the folder that is its own."""
+    options, path = results("quick-start", "options"), ROOT / "results/quick-start.txt"
+    own = f"out/tiny-{options['score']}-{options['refine']}+refit-{100 * options['sparsity']:.0f}"
+    return "\n".join(["```text", path.read_text().strip().replace(options["out"], own), "```"])
+
+
 def choices():
     """Which method when: perplexity by method, the best of each column in bold."""
     rows = studies() + pruned("ast-seed*", "ast-deep")
@@ -191,16 +198,18 @@ def ast_tables():
 
 
 def retrained():
-    """Perplexity (mean and deviation over seeds), share of the gap and tokens of training of all rows of ast_train.py's
-    table."""
+    """Perplexity (mean and deviation over seeds), share of the gap, size and tokens of training of all rows of
+    ast_train.py's table."""
     lines, tables = [], ast_tables()
     for name, row in tables[0].items():
         values = [found[name]["perplexity"] for found in tables if name in found]
         spread = f" ± {statistics.stdev(values):.3f}" if len(set(values)) > 1 else ""
         closed = statistics.mean(gap_closed(found, found[name]["perplexity"]) for found in tables if name in found)
         trained = "" if name == "dense" or name.startswith("one-shot") else f"{row['tokens']:,}"
-        lines.append([name, f"{statistics.mean(values):.3f}{spread}", f"{closed:.1%}", trained])
-    return markdown(["tiny, 2:4", "test perplexity", "gap closed", "training tokens read"], lines)
+        lines.append([name, f"{statistics.mean(values):.3f}{spread}", f"{closed:.1%}", f"{row['parameters'] / 1e6:.2f}",
+                      trained])
+    head = ["tiny, 2:4", "test perplexity", "gap closed", "million parameters that are not 0", "training tokens read"]
+    return markdown(head, lines)
 
 
 def ablation(variants):
@@ -226,7 +235,7 @@ def compressed():
 
 def texts():
     """What each model makes of one prompt, as it came."""
-    names = {"dense": "dense", "70": "70 %, Wanda + DSnoT", "2of4": "2:4, swaps + refit", "ast": "2:4, AST"}
+    names = {"dense": "dense", "70": "70 %, swaps + refit", "2of4": "2:4, swaps + refit", "ast": "2:4, AST"}
     parts = [f"[{said}]\n{results(f'text-{name}')['text'].rstrip(chr(0xfffd)).rstrip()}"
              for name, said in names.items()]
     return "```text\n" + "\n\n".join(parts) + "\n```"
@@ -262,7 +271,7 @@ def giant():
 def tables():
     """{name of its marker in a page: text}."""
     return {
-        "choices": choices(), "tables": table_by_method(studies()),
+        "quick start": quick_start(), "choices": choices(), "tables": table_by_method(studies()),
         "settings": table_by_method(pruned("settings/*")),
         "goal": goal(), "cost": cost(), "cost of swaps": cost_of_swaps(), "cost on a GPU": cost_on_a_gpu(),
         "overfit": table_by_method(pruned("overfit/[0-9]*")), "products": speed_of_products(), "decoding": decoding(),

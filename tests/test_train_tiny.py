@@ -84,6 +84,10 @@ def test_a_damaged_state_gets_a_sentence(tmp_path, train):
     (tmp_path / "out.training" / "state.pt").write_bytes(b"nonsense")
     with pytest.raises(InputError, match="state.pt is damaged: delete it"):
         train(tmp_path / "out", "--seed", str(2**62))
+    for other in [], {"step": 1}:
+        torch.save(other, tmp_path / "out.training" / "state.pt")
+        with pytest.raises(InputError, match="state.pt is damaged: delete it"):
+            train(tmp_path / "out")
 
 
 def test_a_folder_of_the_users_is_not_taken_for_a_state(tmp_path, train):
