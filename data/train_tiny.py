@@ -1,6 +1,6 @@
 """Train a model like the one that ships: a tokenizer and a LLaMA on the standard library of the Python that runs this.
 
-    python -m data.train_tiny --compile         (about an hour on two CPU cores; after a stop, run it again: it goes on)
+    python -m data.train_tiny --compile         (an hour and more on two CPU cores; run it again after a stop: it goes on)
     python -m data.train_tiny --compile --out out/small --hidden-size 640 --layers 12 --packages     (larger, for a GPU)
 
 Windows of text are drawn at random, three in ten from the documentation (fewer in a long training, which would learn it
