@@ -109,9 +109,10 @@ def check_disk(place, need, name):
 
 def what_keeps_from_writing(path):
     """Why a file or folder can't be made at a path, in words; None where it can."""
+    path = Path(path).absolute()
     try:
-        beside(Path(path)).is_dir()  # complains of a name that is too long
-        above = existing(Path(path).absolute().parent)
+        (beside(path) if path.name else path).is_dir()  # complains of a name that is too long
+        above = existing(path.parent)
     except OSError as e:
         return e.strerror
     if not above.is_dir():

@@ -1,6 +1,6 @@
 """Train a model like the one that ships: a tokenizer and a LLaMA on the standard library of the Python that runs this.
 
-    python -m data.train_tiny --compile         (an hour and more on two CPU cores; run it again after a stop: it goes on)
+    python -m data.train_tiny --compile         (an hour and more on two CPU cores; after a stop, run it again)
     python -m data.train_tiny --compile --out out/small --hidden-size 640 --layers 12 --packages     (larger, for a GPU)
 
 Windows of text are drawn at random, three in ten from the documentation (fewer in a long training, which would learn it
@@ -209,7 +209,8 @@ def main():
     work = out.with_name(out.name + ".training")  # the tokenizer and the state of an unfinished run
     if (out / "config.json").is_file() and not (work / "state.pt").is_file():
         raise InputError(f"--out {args.out} holds a finished model: choose another folder, or delete it")
-    if work.is_dir() and any(path.name.removesuffix(".partial") not in OURS for path in work.glob("[!.]*")):
+    if work.is_dir() and any(path.name.removesuffix(".partial") not in OURS and not path.match(".*.partial")
+                             for path in work.iterdir()):
         raise InputError(f"{work} is no unfinished training of this program: move it away or choose another --out")
     with alone_in(work):
         tokenizer, streams = read(work, args.packages)

@@ -37,7 +37,8 @@ def test_one_seed_is_for_everything_random():
     (dict(json="x" * 250), "can't be written: File name too long"),  # with what is added until the file is whole
     (dict(json="LICENSE"), "--json LICENSE exists and holds something else than the results of a run"),
     (dict(json="data/tiny/config.json"), "holds something else"), (dict(json="dsnot.py"), "holds something else"),
-    (dict(json="data"), "--json data is no regular file: give another name"),
+    (dict(json="data"), "--json data is no regular file: give another name"), (dict(json="/"), "no regular file"),
+    (dict(json="."), "--json . is no regular file"),
     (dict(json="out/../new", out="new"), "--json out/../new is where --out goes: give another name")])
 def test_what_every_command_refuses(monkeypatch, options, said):
     monkeypatch.chdir(ROOT)

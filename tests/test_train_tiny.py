@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import shutil
 import sys
 import typing
 from pathlib import Path
@@ -92,11 +93,13 @@ def test_a_damaged_state_gets_a_sentence(tmp_path, train):
 
 def test_a_folder_of_the_users_is_not_taken_for_a_state(tmp_path, train):
     """Would catch one that is removed at the end of a training."""
-    (tmp_path / "out.training").mkdir()
-    (tmp_path / "out.training" / "thesis.tex").write_text("mine")
-    with pytest.raises(InputError, match="out.training is no unfinished training of this program: move it away"):
-        train(tmp_path / "out")
-    assert (tmp_path / "out.training" / "thesis.tex").read_text() == "mine"
+    for name in "thesis.tex", ".git":
+        (tmp_path / "out.training").mkdir()
+        (tmp_path / "out.training" / name).write_text("mine")
+        with pytest.raises(InputError, match="out.training is no unfinished training of this program: move it away"):
+            train(tmp_path / "out")
+        assert (tmp_path / "out.training" / name).read_text() == "mine"
+        shutil.rmtree(tmp_path / "out.training")
 
 
 def test_one_training_at_a_time_fills_a_folder(tmp_path, train):
