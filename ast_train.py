@@ -69,7 +69,7 @@ from data import load_tokenizer, windows
 from data.calibration import InputStats, watch
 from data.checkpoint import CheckpointWriter, alone_in, noted, pruned_here
 from data.command import InputError, Parser, parser, record, run, versions, write_atomically
-from data.device import fast_in_bf16
+from data.device import fast_in_bf16, out_of_memory
 from data.hub import model_folder
 from data.method import SCORES, parse_pattern
 from data.processes import add_up, mean_over_processes, process_group, processes, say, side_by_side
@@ -725,7 +725,7 @@ def memory_is_enough(args):
         yield
     except RuntimeError as e:
         killed = isinstance(e, BrokenProcessPool)  # a process of side_by_side, by the system, which needs its memory
-        if not (killed or isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e)):
+        if not (killed or out_of_memory(e)):
             raise
         kept = f"; the last state is kept in {args.out}" if any(Path(args.out).glob("*.training/step-*")) else ""
         raise InputError(f"out of memory: lower --micro-batch ({args.micro_batch}), add --checkpoint-activations or "

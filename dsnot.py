@@ -438,7 +438,7 @@ REACH, OUTLIER = 0.08, 5  # OWL's lambda and M, as published
 
 
 @torch.no_grad()
-def allocation(model, where, hidden, sparsity, kind):
+def allocation(model, where, hidden, sparsity, kind, whole=False):
     """{layer's name: the share of it to prune}, over all weights `sparsity`, from one pass of `hidden`, batches
     [sequences, tokens, C], through the dense model. where: (rope, positions) for `steps`; kind:
     "owl"          a block's share falls linearly from sparsity + REACH, of the block with the fewest outliers, to
@@ -447,7 +447,8 @@ def allocation(model, where, hidden, sparsity, kind):
     "sensitivity"  each layer alone is pruned by Wanda; its damage is the KL divergence of the model's output on up to
                    2048 tokens of each process's first batch (one window, if that is longer). For other shares it is
                    scaled by the layer's squared error, known from the Wanda scores. Of the shares from 0.1 below
-                   `sparsity` to 0.09 above those with the least total damage are taken."""
+                   `sparsity` to 0.09 above those with the least total damage are taken.
+    whole: every row of a layer loses as many weights, see whole_weights."""
     layers = all_prunable(model)
     if kind == "uniform":
         return dict.fromkeys(layers, sparsity)
@@ -479,7 +480,8 @@ def allocation(model, where, hidden, sparsity, kind):
         shares = cheapest(torch.stack(found) * damage(model, probe, trials)[:, None], grid, sizes, sparsity)
     for _ in range(100):  # a share stays between 0 and MOST, so one step may not be enough
         shares = (shares + sparsity - (shares * sizes).sum() / sizes.sum()).clamp(0, MOST)
-    return dict(zip(layers, shares.tolist()))
+    found = dict(zip(layers, shares.tolist()))
+    return whole_weights(found, layers, sparsity) if whole else found
 
 
 def whole_weights(shares, layers, sparsity):
@@ -701,9 +703,7 @@ def prune(model, samples, out, made, *, batch=8, propagate=False, sparsity=None,
         def embedded():  # made twice, so that what allocation has used is gone before it is needed again
             return (model.embed(ids).to(home) for ids in samples.split(batch))
 
-        shares = allocation(model, where, embedded(), sparsity, allocate)
-        if allocate != "uniform" and rows_apart(**options):
-            shares = whole_weights(shares, all_prunable(model), sparsity)
+        shares = allocation(model, where, embedded(), sparsity, allocate, whole=rows_apart(**options))
         hidden = list(embedded())  # the input of the next block
         dense, records = list(hidden) if aims else [], []
         for i in progress_bar(range(count), desc="pruning", unit="block"):

@@ -364,8 +364,8 @@ def expect_compressed(module: nn.Module, stored, prefix: str = ""):
 def save_compressed(model: str, folder, bits: int | None = None) -> dict:
     """Write a checkpoint (a preset, a Hub id or a folder) again as `folder` with its 2:4 layers compressed, a block at
     a time. Returns {layers: how many, before, after: bytes on disk}. Raises InputError if no layer is 2:4."""
-    on_disk, layers = GPT.open(model), 0
-    source, count = on_disk.source, on_disk.config.num_hidden_layers
+    on_disk = GPT.open(model)
+    source = on_disk.source
     if source.compressed:
         raise InputError(f"{model} is compressed already: give the folder that it was made from")
     made = dict(command="sparse_matmul.py", model=repository(source.folder), bits=bits, files=versions(source.paths))
@@ -375,22 +375,28 @@ def save_compressed(model: str, folder, bits: int | None = None) -> dict:
                          f"delete it")
     if noted(out.folder / "run.json") != out.made:  # else it is finished
         with out:
-            for i in range(count):
-                with torch.device("meta"):
-                    block = Block(on_disk.config, i)
-                tensors = {name: source.tensor(f"model.layers.{i}.{name}").contiguous() for name in block.state_dict()}
-                block.load_state_dict(tensors, assign=True)  # in the dtypes that they have on disk
-                layers += sparsify(block, bits)
-                if source.layout.conv1d and len({type(getattr(block.self_attn, f"{x}_proj")) for x in "qkv"}) > 1:
-                    raise InputError(f"{model}: q, k and v of block {i} share a tensor, but not all of them are 2:4")
-                held = {f"model.layers.{i}.{name}": value for name, value in block.state_dict().items()}
-                out.write(shard(i, count), held)
-            if not layers:
-                raise InputError(f"{model}: no linear layer of the blocks is 2:4; prune it with a 2:4 pattern first")
-            out.write(shard(count, count), source.rest())
+            write_compressed(out, on_disk, bits, model)
     small = GPT.open(folder).source
     before, after = (sum(path.stat().st_size for path in c.paths) for c in (source, small))
     return {"layers": sum(name.endswith(".meta") for name in small.files), "before": before, "after": after}
+
+
+def write_compressed(out, on_disk, bits, model):
+    """Write a model that is on disk with its 2:4 layers compressed by a CheckpointWriter. model: what it is called."""
+    source, count, layers = on_disk.source, on_disk.config.num_hidden_layers, 0
+    for i in range(count):
+        with torch.device("meta"):
+            block = Block(on_disk.config, i)
+        tensors = {name: source.tensor(f"model.layers.{i}.{name}").contiguous() for name in block.state_dict()}
+        block.load_state_dict(tensors, assign=True)  # in the dtypes that they have on disk
+        layers += sparsify(block, bits)
+        if source.layout.conv1d and len({type(getattr(block.self_attn, f"{x}_proj")) for x in "qkv"}) > 1:
+            raise InputError(f"{model}: q, k and v of block {i} share a tensor, but not all of them are 2:4")
+        held = {f"model.layers.{i}.{name}": value for name, value in block.state_dict().items()}
+        out.write(shard(i, count), held)
+    if not layers:
+        raise InputError(f"{model}: no linear layer of the blocks is 2:4; prune it with a 2:4 pattern first")
+    out.write(shard(count, count), source.rest())
 
 
 # ---------------------------------------------------------------------------------------------- check and the command

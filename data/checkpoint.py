@@ -290,10 +290,10 @@ def alone_in(folder):
                 folder.rmdir()
 
 
-def occupied(folder):
-    """Whether a folder holds more than what a killed run of ours has left of a file; hidden files, such as .git, count.
-    """
-    return folder.is_dir() and not all(path.match(".*.partial") for path in folder.iterdir())
+def occupied(folder, *known):
+    """Whether a folder holds more than files of known names and what a killed run of ours has left of one; hidden
+    files, such as .git, count."""
+    return folder.is_dir() and not all(path.name in known or path.match(".*.partial") for path in folder.iterdir())
 
 
 def what_keeps_from_renaming(folder):

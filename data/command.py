@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from data.device import processor
+from data.device import out_of_memory, processor
 
 
 class InputError(ValueError):
@@ -71,19 +71,27 @@ def start(args, together=False):
     except (RuntimeError, AssertionError) as e:
         usable = "cpu or cuda" if torch.cuda.is_available() else "cpu; this PyTorch sees no GPU"
         raise InputError(f"--device {args.device} can't be used ({str(e).splitlines()[0]}): give {usable}") from None
-    if args.json and (obstacle := what_keeps_from_writing(args.json)):
-        raise InputError(f"--json {args.json} can't be written: {obstacle}")
-    if args.json and getattr(args, "out", None) and os.path.realpath(args.json) == os.path.realpath(args.out):
-        raise InputError(f"--json {args.json} is where --out goes: give another name")
-    if args.json and Path(args.json).exists() and not Path(args.json).is_file():
-        raise InputError(f"--json {args.json} is no regular file: give another name")
-    if args.json and Path(args.json).exists() and not is_record(args.json):
-        raise InputError(f"--json {args.json} exists and holds something else than the results of a run: give another "
-                         f"name")
+    if args.json:
+        check_json(args.json, getattr(args, "out", None))
+
+
+def check_json(path, out):
+    """Raise InputError where --json can't be written, or would replace what is no record of a run."""
+    if obstacle := what_keeps_from_writing(path):
+        raise InputError(f"--json {path} can't be written: {obstacle}")
+    if out and os.path.realpath(path) == os.path.realpath(out):
+        raise InputError(f"--json {path} is where --out goes: give another name")
+    if Path(path).exists():
+        if not Path(path).is_file():
+            raise InputError(f"--json {path} is no regular file: give another name")
+        if not is_record(path):
+            raise InputError(f"--json {path} exists and holds something else than the results of a run: give another "
+                             f"name")
 
 
 def at_least(args, **lowest):
-    """Raise InputError for an option that is given and lower than its lowest value: at_least(args, seqlen=2)."""
+    """Raise InputError for an option that is given and lower than its lowest value, or too large for an index:
+    at_least(args, seqlen=2)."""
     for name, low in lowest.items():
         if (value := getattr(args, name)) is not None and not low <= value < 2**62:  # NaN, too
             bound = f"at least {low}" if not value >= low else "below 2^62"
@@ -190,7 +198,7 @@ def run(main, goes_on=False):
               f"time, or --device cpu", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as e:
-        if "can't allocate memory" not in str(e):
+        if not out_of_memory(e):
             raise
         print("error: the computer's memory is full: give shorter or fewer texts at a time", file=sys.stderr)
         sys.exit(2)

@@ -34,6 +34,11 @@ def allowed(root=Path("/sys/fs/cgroup"), own=Path("/proc/self/cgroup")):
             pass
 
 
+def out_of_memory(error):
+    """Whether a RuntimeError of PyTorch's says that memory is full, the GPU's or the computer's."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def fast_in_bf16(device):
     """Whether a device multiplies faster in bf16 than in float32: a GPU since Ampere, a CPU with AMX or
     AVX512_BF16."""

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data.checkpoint import CheckpointWriter, alone_in
+from data.checkpoint import CheckpointWriter, alone_in, occupied
 from data.command import InputError, at_least, parser, record, run, start, write_atomically
 from data.device import fast_in_bf16
 from data.stdlib import package_source, stdlib_source, stdlib_text
@@ -39,7 +39,8 @@ TOKENIZER = dict(  # tokenizer_config.json, without which transformers adds neit
     tokenizer_class="LlamaTokenizer", add_bos_token=True, add_eos_token=False, bos_token="<s>", eos_token="</s>",
     unk_token="<unk>")
 DOCUMENTATION, MOST_READ = 0.3, 10  # its share of the windows, and how often it is read at most
-OURS = "tokenizer.model", "tokenizer_config.json", "source.bin", "packages.bin", "state.pt"  # while it is trained
+OURS = ("tokenizer.model", "tokenizer_config.json", "source.bin", "source.bin.partial", "packages.bin",
+        "packages.bin.partial", "state.pt")  # what there is of a model while it is trained
 MOST_SOURCE = 200_000_000  # characters of packages that are read: a longer training than ours needs no more
 
 
@@ -209,8 +210,7 @@ def main():
     work = out.with_name(out.name + ".training")  # the tokenizer and the state of an unfinished run
     if (out / "config.json").is_file() and not (work / "state.pt").is_file():
         raise InputError(f"--out {args.out} holds a finished model: choose another folder, or delete it")
-    if work.is_dir() and any(path.name.removesuffix(".partial") not in OURS and not path.match(".*.partial")
-                             for path in work.iterdir()):
+    if occupied(work, *OURS):
         raise InputError(f"{work} is no unfinished training of this program: move it away or choose another --out")
     with alone_in(work):
         tokenizer, streams = read(work, args.packages)

@@ -15,6 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from data.command import InputError, run
+from data.method import fill_in
+from gpt import Config
 from results.compare import COLOURS, LOOK, markdown, merge, plot, read_rows, table_by_method
 
 PAGES = ROOT / "README.md", ROOT / "results/README.md"
@@ -96,8 +98,9 @@ def opening():
 def quick_start():
     """What README's first command prints, into the folder that is its own."""
     options, path = results("quick-start", "options"), ROOT / "results/quick-start.txt"
-    own = f"out/tiny-{options['score']}-{options['refine']}+refit-{100 * options['sparsity']:.0f}"
-    return "\n".join(["```text", path.read_text().strip().replace(options["out"], own), "```"])
+    own = argparse.Namespace(**options | {"out": None})
+    fill_in(own, Config.read(ROOT / "data/tiny"), own.data)
+    return "\n".join(["```text", path.read_text().strip().replace(options["out"], own.out), "```"])
 
 
 def choices():
