@@ -135,6 +135,28 @@ def test_validation_test_and_calibration_text(files, tmp_path, monkeypatch):  # 
     assert torch.equal(calibration, Mixture([text], tokenizer, 32, 4).batch(3, 0, 128)[:, :-1])
 
 
+def test_one_shot_masks_of_other_options_and_files_are_others(files, tmp_path, monkeypatch):  # noqa: F811
+    """Would catch a finished mask that is taken for that of another seed, window, amount, text or method."""
+    text = tmp_path / "text.txt"
+    text.write_text("words " * 500)
+    runs = []
+    monkeypatch.setattr(ast_train, "prune", lambda model, ids, folder, made, **_: runs.append(made))
+
+    def made(*options, **method):
+        monkeypatch.setattr(sys, "argv", command(files, tmp_path / "out", "--data", text, *options))
+        ast_train.one_shot(ast_train.options(), tmp_path / "start", None, **method)
+        return runs.pop()
+
+    first = made(score="wanda")
+    assert made("--lr", 1, score="wanda") == first
+    others = [made(*options, score="wanda") for options in (
+        ["--seed", 1], ["--seqlen", 16], ["--pattern", "4:8"], ["--sparsity", 0.5], ["--model", files / "other"])]
+    others.append(made(score="magnitude"))
+    text.write_text("other words " * 500)
+    others.append(made(score="wanda"))
+    assert first not in others
+
+
 def test_the_gap_that_is_closed(tmp_path, monkeypatch):
     """By hand; would catch a share of the perplexity instead of its logarithm, one that counts from another mask than
     the best of the one-shot ones, windows of another length, and tokens that were not read."""

@@ -199,7 +199,7 @@ def test_a_model_that_is_not_the_runs_own_is_not_measured(tmp_path, train, files
 
 
 @pytest.mark.parametrize("method", ["ast", "dense"])
-def test_models_that_cannot_be_trained_are_refused_at_once(tmp_path, train, monkeypatch, method):
+def test_models_that_cannot_be_trained_are_refused_at_once(files, tmp_path, train, monkeypatch, method):
     """Would catch days of training before a refusal."""
     train(tmp_path / "first", "--methods", "ast", "ast-slorb", "--slorb-k", 8, "--steps", 1)
     sparse_matmul.save_compressed(tmp_path / "first" / "ast", tmp_path / "small")
@@ -208,6 +208,11 @@ def test_models_that_cannot_be_trained_are_refused_at_once(tmp_path, train, monk
             tmp_path / "first" / "ast-slorb", "has SLoRB parameters: give the dense model"):
         with pytest.raises(InputError, match=words):
             train(tmp_path / "out", "--model", model, "--methods", method)
+    less = GPT(Config.from_dict(CONFIG | dict(vocab_size=96)))
+    less.save_pretrained(tmp_path / "less", tokenizer_from=files / "model")
+    with pytest.raises(InputError, match="is none of the model's 96: the tokenizer is not its own"):
+        train(tmp_path / "out", "--model", tmp_path / "less", "--methods", method)
+    assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="24 does not divide the 32 inputs of self_attn.q_proj: give --slorb-k 16, or"):
         train(tmp_path / "out", "--methods", method, "ast-slorb", "--slorb-k", 24)
 

@@ -207,7 +207,8 @@ def test_a_streamed_model_is_read_once_and_a_block_at_a_time(checkpoint, blocks_
 
 
 def test_a_model_that_does_not_fit_is_not_loaded_whole(checkpoint, monkeypatch, tmp_path, capsys):
-    """The command streams a model that is larger than memory, and refuses what would need all of it."""
+    """The command streams a model that is larger than memory, and refuses what would need all of it; a compressed one
+    needs half."""
     import gpt
     (tmp_path / "text.txt").write_text("the model reads words and the words are few " * 40)
     for module in evaluation, gpt:
@@ -218,6 +219,8 @@ def test_a_model_that_does_not_fit_is_not_loaded_whole(checkpoint, monkeypatch, 
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--speed"])
     with pytest.raises(InputError, match="random takes 0.15 MB of memory, and 0.10 MB are free"):
         evaluation.main()
+    with pytest.raises(InputError, match="no linear layer of the blocks is 2:4"):  # there was memory to look
+        GPT.from_pretrained(checkpoint, sparse=True)
 
 
 @pytest.mark.parametrize("folder, text, seqlen", [

@@ -8,6 +8,7 @@ import torch
 from conftest import SHARED, make_checkpoint
 from safetensors.torch import load_file
 
+from data import load_tokenizer
 from data.checkpoint import CheckpointWriter, layout_of
 from data.command import InputError, run
 from gpt import GPT, Config, main
@@ -248,18 +249,21 @@ def test_torchrun_is_refused(monkeypatch, capsys):
 
 
 def test_the_command_passes_its_options_on(monkeypatch, tmp_path, capsys):
-    """Would catch an option that nothing hears, numbers that can't be meant, an empty prompt, half a character on the
-    screen, a result that --json does not get, and a remark that forgets the prompt."""
+    """Would catch an option that nothing hears, numbers that can't be meant, an EOS between the prompt and what
+    follows, a result that --json does not get, and a remark that forgets the prompt."""
     heard = {}
 
     def sample(self, ids, *given):
         heard["sample"] = given
+        assert ids[0, -1] != 2
         return iter(torch.tensor([[[1]], [[2]]]))
     real = GPT.from_pretrained.__func__
     monkeypatch.setattr(GPT, "from_pretrained", classmethod(
         lambda cls, name, device, sparse: (heard.update(sparse=sparse), real(cls, name, device))[1]))
     monkeypatch.setattr(GPT, "sample", sample)
     make_checkpoint(tmp_path / "m", max_position_embeddings=3)
+    (tmp_path / "m" / "tokenizer_config.json").write_text('{"add_eos_token": true}')
+    assert load_tokenizer(tmp_path / "m").encode("the")[-1] == 2
     words = "--device", "cpu", "--model", str(tmp_path / "m"), "--json", str(tmp_path / "r.json")
     command(monkeypatch, *words, "--prompt", "the", "--max-new-tokens", "7", "--top-k", "3", "--temperature", "0.5",
             "--sparse")
