@@ -145,9 +145,11 @@ class Config:
     def check(self):
         """Raise InputError where config.json asks for something that this file does not compute."""
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
-                     "head_dim", "context_length"):
+                     "head_dim", *["positions"] * self.layer_norm, "context_length",
+                     *["embed_size"] * (self.embed_size is not None)):
             check_whole(name, getattr(self, name), 8)
-        for name in "tie_word_embeddings", "attention_bias", "mlp_bias", "enable_bias", "use_sliding_window":
+        for name in ("tie_word_embeddings", "attention_bias", "mlp_bias", "enable_bias", "use_sliding_window",
+                     "do_layer_norm_before"):
             if (asked := self.raw.get(name)) not in (None, True, False):
                 raise InputError(f"config.json: {name} {asked!r} is neither true nor false")
         if type(self.slorb_k) is not int or self.slorb_k < 0:

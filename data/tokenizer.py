@@ -55,8 +55,9 @@ def end_tokens(folder):
 
 
 class SentencePiece:
-    """`tokenizer.model`. BOS comes first unless tokenizer_config.json says otherwise; "<s>" in a text is plain text,
-    but tokens that the folder adds to the model's, or calls special (Mistral's [INST]), are recognised."""
+    """`tokenizer.model`. BOS comes first unless tokenizer_config.json says otherwise. Recognised in a text are the
+    tokens that the folder adds to the model's, calls special (Mistral's [INST]) or gives a role ("<unk>", of which Penn
+    Treebank is full); where nothing stands beside the model, "<s>" is plain text."""
 
     def __init__(self, path):
         from sentencepiece import SentencePieceProcessor
@@ -70,9 +71,10 @@ class SentencePiece:
         if config.get("add_prefix_space") is False or roles.get("bos_token", begin) != begin:
             raise InputError(f"{path} begins a text otherwise than tokenizer_config.json asks (add_prefix_space, "
                              f"bos_token): add the model's tokenizer.json")
-        usual = {self.bos, eos, self.model.unk_id(), self.model.pad_id()}
-        self.added = {token["content"]: i for i, token in added_tokens(path.parent, config).items()
-                      if i >= own or token.get("special") and i not in usual}
+        self.added = {token: i for token in roles.values() for i in [self.model.piece_to_id(token)]
+                      if self.model.id_to_piece(i) == token}
+        self.added |= {token["content"]: i for i, token in added_tokens(path.parent, config).items()
+                       if i >= own or token.get("special")}
         self.cut = re.compile("|".join(map(re.escape, sorted(self.added, key=len, reverse=True))) or "(?!)")
         self.vocab_size = max([own, *(i + 1 for i in self.added.values())])
         self.end = [eos] if eos >= 0 else []
@@ -126,14 +128,21 @@ class HubTokenizer:
 def add_tokens(model, folder, config, roles):
     """Let a `tokenizers` model recognise the tokens that a folder's small files add to its own."""
     from tokenizers import AddedToken
+
+    def known():  # {what it looks like: the token with its properties}
+        return {token.content: token for token in model.get_added_tokens_decoder().values()}
+
+    before = known()
     for i, token in sorted(added_tokens(folder, config).items()):
-        token = AddedToken(**token)
+        told = "special" in token  # added_tokens.json tells no properties
+        token = before[token["content"]] if token["content"] in before and not told else AddedToken(**token)
         (model.add_special_tokens if token.special else model.add_tokens)([token])
         if model.token_to_id(token.content) != i:
             raise InputError(f"{folder}: the added token {token.content!r} is to be {i}, but the vocabulary makes it "
                              f"{model.token_to_id(token.content)}")
     special = [*roles.values(), *map(content, config.get("additional_special_tokens") or [])]
-    model.add_special_tokens([token for token in special if model.token_to_id(token) is not None])
+    after = known()
+    model.add_special_tokens([after.get(token, token) for token in special if model.token_to_id(token) is not None])
 
 
 def gpt2_tokenizer(folder, config, roles):

@@ -89,13 +89,13 @@ def read(work, packages):
     if not (work / "tokenizer.model").is_file():
         print("training the tokenizer ...", flush=True)
         train_tokenizer(work / "tokenizer.model", docs + "\n" + stdlib_source(), CONFIG["vocab_size"])
-        text = json.dumps(TOKENIZER, indent=1) + "\n"
-        write_atomically(work / "tokenizer_config.json", lambda beside: beside.write_text(text))
     tokenizer = SentencePiece(work / "tokenizer.model")
     file = work / ("packages.bin" if packages else "source.bin")
     if not file.is_file():
         texts = [stdlib_source(), package_source()[:MOST_SOURCE] if packages else ""]
         write_bin(file, [lambda: texts], tokenizer, "source code", {"packages": packages})
+    text = json.dumps(TOKENIZER, indent=1) + "\n"  # only now: in source code "</s>" ends nothing
+    write_atomically(work / "tokenizer_config.json", lambda beside: beside.write_text(text))
     return tokenizer, [np.array(tokenizer.encode(docs), np.uint16), open_bin(file, tokenizer)]
 
 

@@ -165,10 +165,14 @@ def test_tokens_that_small_files_add(files, tmp_path):
 
 
 def test_added_tokens_that_are_words_or_take_space_along(tmp_path):
-    """Would catch an added token that is found inside a word, or leaves the whitespace that belongs to it."""
+    """Would catch an added token that is found inside a word, or leaves the whitespace that belongs to it, also where
+    small files name it again."""
     theirs, rng = train("gpt2", tmp_path), random.Random(0)
     theirs.add_tokens([AddedToken("foo", single_word=True), AddedToken("bar", single_word=True, lstrip=True),
-                       AddedToken("baz", rstrip=True)])
+                       AddedToken("baz", rstrip=True, special=True)])
+    again = {token: theirs.token_to_id(token) for token in ("foo", "bar")}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(again))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "baz", "additional_special_tokens": ["bar"]}')
     theirs.save(str(tmp_path / "tokenizer.json"))
     parts = ["foo", "bar", "baz", " ", "  ", "x", "_", ".", "é", "\n", "1"]
     texts = ["".join(rng.choices(parts, k=rng.randint(1, 8))) for _ in range(500)]
@@ -259,7 +263,8 @@ def test_what_stands_beside_llama2(llama2, tmp_path):
 
 
 def test_what_a_sentencepiece_model_calls_special(tmp_path):
-    """Would catch Mistral's [INST] spelled out, and "<s>" in a text taken for the beginning of one."""
+    """Would catch Mistral's [INST] spelled out, and Penn Treebank's "<unk>"; beside a folder that names none, "<s>" is
+    text."""
     import sentencepiece
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus()), model_prefix=str(tmp_path / "tokenizer"), vocab_size=700, model_type="bpe",
@@ -270,9 +275,12 @@ def test_what_a_sentencepiece_model_calls_special(tmp_path):
             for i, content in enumerate(["<unk>", "<s>", "</s>", "[INST]", "[/INST]"])}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(added_tokens_decoder=said, unk_token="<unk>")))
     ours = load_tokenizer(tmp_path)
-    assert ours.encode("[INST] Return the value[/INST] <s>") == [1, 3, *plain.encode("Return the value")[1:], 4,
-                                                                 *plain.encode("<s>")[1:]]
+    text = plain.encode("Return the value")[1:]
+    assert ours.encode("[INST] Return the value[/INST]<unk>") == [1, 3, *text, 4, 0]
     assert ours.decode(ours.encode("[INST]value")) == "value" and len(plain.encode("[INST]")) > 2
+    assert 0 not in plain.encode("<s> <unk>") and plain.encode("<s> <unk>").count(1) == 1
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(bos_token="<s>", unk_token=dict(content="<unk>"))))
+    assert load_tokenizer(tmp_path).encode("<s><unk> Return the value") == [1, 1, 0, *text]
 
 
 @needs_llama2
@@ -298,7 +306,8 @@ def test_what_follows_an_added_token(legacy, tmp_path):
         added_tokens_decoder=said, **({} if legacy is None else {"legacy": legacy}))))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     ours, theirs = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
-    for text in "[INST] Hi there [/INST]", "[INST]Hi[/INST] there", "Hi[INST]\nHi", "[INST][/INST]", "[INST] [/INST]Hi":
+    for text in ("[INST] Hi there [/INST]", "[INST]Hi[/INST] there", "Hi[INST]\nHi", "[INST][/INST]", "[INST] [/INST]Hi",
+                 "the <unk> of <unk> N million <unk>", "<s>Hi</s> there", "a <unk>\n <unk> b"):
         assert ours.encode(text) == theirs(text).input_ids, text
 
 

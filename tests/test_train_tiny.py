@@ -50,6 +50,15 @@ def test_documentation_is_not_learned_by_heart():
     assert train_tiny.documentation_share(549_679, 1500 * 128 * 256) == pytest.approx(10 * 549_679 / 49_152_000)
 
 
+@pytest.mark.usefixtures("train")
+def test_source_code_spells_tokens_out(tmp_path, monkeypatch):
+    """Would catch a text that ends where a string of somebody's program says so; in others' texts it does."""
+    monkeypatch.setattr(train_tiny, "stdlib_source", lambda: Path(typing.__file__).read_text()[:40_000] + "</s>" * 9)
+    tokenizer, (_, source) = train_tiny.read(tmp_path, packages=False)
+    assert 2 not in source and tokenizer.decode(source.tolist()).endswith("</s>" * 9)
+    assert load_tokenizer(tmp_path).encode("</s>")[-1] == 2 == len(load_tokenizer(tmp_path).encode("</s>"))
+
+
 def test_a_stopped_training_ends_with_the_same_bytes(tmp_path, train, monkeypatch, capsys):
     """Would catch a recipe that no longer runs, and a run that does not go on."""
     train(tmp_path / "whole")
