@@ -306,8 +306,8 @@ def test_what_follows_an_added_token(legacy, tmp_path):
         added_tokens_decoder=said, **({} if legacy is None else {"legacy": legacy}))))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     ours, theirs = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
-    for text in ("[INST] Hi there [/INST]", "[INST]Hi[/INST] there", "Hi[INST]\nHi", "[INST][/INST]", "[INST] [/INST]Hi",
-                 "the <unk> of <unk> N million <unk>", "<s>Hi</s> there", "a <unk>\n <unk> b"):
+    for text in ("[INST] Hi there [/INST]", "[INST]Hi[/INST] there", "Hi[INST]\nHi", "[INST][/INST]",
+                 "[INST] [/INST]Hi", "the <unk> of <unk> N million <unk>", "<s>Hi</s> there", "a <unk>\n <unk> b"):
         assert ours.encode(text) == theirs(text).input_ids, text
 
 
