@@ -9,6 +9,7 @@ A decay pulls pruned weights to zero, weak at first so that masks can still chan
     u  = M / (1 - b1^t) + lambda(t - 1) (1 - m) W
     V <- b2 V + (1 - b2) u^2                    ... and is inside the second
     W <- W - lr * u / (sqrt(V / (1 - b2^t)) + eps)
+(g of all weights together is first cut to the norm CLIP.)
 The loss is a * T^2 KL(teacher || student), both at temperature T, + (1 - a) * cross-entropy; the dense model teaches.
 SLoRB adds a few dense parameters, y = x W~^T + (x X^T) S^T: X [in/k, in] sums k neighbouring inputs, S [out, in/k]
 begins as the mean of k neighbours of (1 - m) W. X is trained where it isn't zero and kept as a vector [in], so x X^T
@@ -237,8 +238,8 @@ def add_to_mean(mean, model, count):
 
 @contextmanager
 def averaged(model, mean, masks=True):
-    """Inside, `model` has the weights of `mean`, and where `masks` may change those that fit them. An error leaves them
-    there."""
+    """Inside, `model` has the weights of `mean`, and where `masks` may change those that fit them. After an error it
+    keeps them."""
     layers = sparse_layers(model).values() if masks else []
     before = [layer.mask.clone() for layer in layers]
     exchange(model, mean)
@@ -554,7 +555,9 @@ def train(method, args, begin, mixture, held_out, calibration):
         optimizer.step()
         optimizer.zero_grad()
 
-        done, seconds = step + 1, (time.perf_counter() - started) / (step + 1 - first)
+        done, seconds = step + 1, (time.perf_counter() - started) / max(1, step - first)
+        if step == first:  # it has compiled, which the others don't
+            started = time.perf_counter()
         if done > average_from:
             add_to_mean(mean, student, done - average_from)
         if done % LOG_EVERY == 0 or done == args.steps:

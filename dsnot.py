@@ -19,13 +19,14 @@ best weights for a mask (`refit_weights`), target outputs that make up for what 
 a sparsity of its own for every layer (`allocation`), and at last swaps by the output of the whole model
 (`swap_globally`).
 
-Where this differs from the authors' code: every linear layer is refined unless you ask for `--refine-layers attn`
-(their default silently skips the MLP); a row of 4096 inputs makes 50 swaps, one of 11008 inputs 134, one of 256 three
-(theirs make 50 whatever the width); the sign check is an option, on if nobody asks (theirs is on with a pattern, off
-without one, whatever its flag says); a row without candidates stops instead of running off its lists, so layers of any
-size work; fifty swaps need only the fifty best candidates of each kind, so a row is sorted only where candidates tie;
-SparseGPT as the starting mask corrects the weights for the refined mask, by its Hessian; on its n:m masks, too, weights
-are pruned by the lowest Wanda score (theirs: w^2 over the diagonal of the inverse Hessian).
+Where this differs from the authors' code (`dsnot_refine` by itself has their defaults, `prune_layer` and the command
+have ours): every linear layer is refined unless you ask for `--refine-layers attn` (theirs silently skips the MLP); a
+row of 4096 inputs makes 50 swaps, one of 11008 inputs 134, one of 256 three (theirs make 50 whatever the width); the
+sign check is an option, on if nobody asks (theirs is on with a pattern, off without one, whatever its flag says); a row
+without candidates stops instead of running off its lists, so layers of any size work; fifty swaps need only the fifty
+best candidates of each kind, so a row is sorted only where candidates tie; SparseGPT as the starting mask corrects the
+weights for the refined mask, by its Hessian; on its n:m masks, too, weights are pruned by the lowest Wanda score
+(theirs: w^2 over the diagonal of the inverse Hessian).
 The threshold is in units of s, so its meaning depends on the sequence length, as in the paper.
 
 One block of the model is in memory at a time, and its dense copy where layers aim at the dense model's outputs; swaps
@@ -132,7 +133,8 @@ def dsnot_refine(W: Tensor, keep: Tensor, stats: InputStats, score: Tensor, *, c
     W, keep, score [out, in]: weights, starting mask and the scores that it came from (used for n:m).
     cycles: swaps per row at most; threshold: a row stops once |e| is no larger, in units of s; var_power: p.
     sign_check: stop a row also when a swap would turn the sign of e; None is the published choice: only for n:m.
-    These are the published defaults, for rows of 4096. prune_layer gives narrow rows fewer cycles, and checks the sign.
+    These are the published defaults, for rows of 4096, and ruin narrow ones: give 50 cycles to 4096 inputs, three to
+    256, and check the sign, as prune_layer does.
     pattern: (n, m) of the mask, which stays intact; None: unstructured, the number kept in each row stays."""
     assert W.shape == keep.shape == score.shape, (W.shape, keep.shape, score.shape)
     pattern = pattern and check_pattern(pattern, W.shape[1])
@@ -260,12 +262,13 @@ def swap_refine(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = 
 
 def _swap_round(price, mask, slope, G, left, least, candidates, pattern):
     """Choose a few swaps in each row, the best first, at most left[row], each of which lowers the error by more than
-    least[row]. Returns the columns that flip, pruned and grown by turns [rows, 2 swaps], and which of these flips count
-    (bool, the same). price [2, rows, in] of pruning and of growing, mask, slope [rows, in], G: as in swap_refine."""
+    least[row]. Returns the columns that flip [rows, 2 swaps], the i-th swap prunes column 2 i and grows column 2 i + 1,
+    and which of these flips the row makes (bool, the same). price [2, rows, in] of pruning and of growing, mask, slope
+    [rows, in], G: as in swap_refine."""
     drop, grow = _swap_candidates(price, mask, candidates, pattern)
     (rows, groups, a), b = drop.shape, grow.shape[2]
     drop, grow, k = drop.flatten(1), grow.flatten(1), groups * a
-    both = torch.cat([drop, grow], 1)
+    both = torch.cat([drop, grow], 1)  # [rows, k + groups * b], those to grow from k on
     step, cost = slope.gather(1, both), torch.cat([price[0].gather(1, drop), price[1].gather(1, grow)], 1)
     # what one flip adds to the price of another [rows, all, all], and of these what belongs to pairs of a group
     added = entries(G, both[:, :, None], both[:, None, :]).mul_(step[:, :, None]).mul_(step[:, None, :] / 2)
@@ -325,9 +328,9 @@ def entries(G, i, j):
 @torch.no_grad()
 def refit_weights(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = None, damp: float = 1e-4) -> Tensor:
     """The weights that give the least squared error for a mask [out, in]: on each row's kept weights k they solve
-    G_kk u = (G w)_k, or goal_k with `goal` [out, in] as in swap_refine. damp: so many times its own G_ii, each weight
-    is drawn towards that of W, however large the inputs of others; in rows for which that is too little in float32, a
-    hundred times as much. Batched Cholesky over rows."""
+    G_kk u = (G w)_k, or goal_k with `goal` [out, in] as in swap_refine. damp: each kept weight i is drawn towards that
+    of W with the strength damp * G_ii, however large the inputs of others; rows whose Cholesky factor fails by that in
+    float32 are solved with a hundred times as much. Batched over rows."""
     W, gram = W.float(), gram.float()
     aim = W @ gram if goal is None else goal.float()
     own, new, kept = own_scale(gram), torch.zeros_like(W), keep.sum(1)
@@ -446,8 +449,9 @@ def allocation(model, where, hidden, sparsity, kind, whole=False):
                    times the block's mean (Yin et al. 2024, arXiv 2310.05175)
     "sensitivity"  each layer alone is pruned by Wanda; its damage is the KL divergence of the model's output on up to
                    2048 tokens of each process's first batch (one window, if that is longer). For other shares it is
-                   scaled by the layer's squared error, known from the Wanda scores. Of the shares from 0.1 below
-                   `sparsity` to 0.09 above those with the least total damage are taken.
+                   scaled by the layer's squared error as if its inputs were uncorrelated: the sum of the squared Wanda
+                   scores that are pruned. Of the shares from 0.1 below `sparsity` to 0.09 above those with the least
+                   total damage are taken.
     whole: every row of a layer loses as many weights, see whole_weights."""
     layers = all_prunable(model)
     if kind == "uniform":
@@ -535,7 +539,7 @@ def divergence(logits, expected):
 
 def cheapest(cost, grid, sizes, sparsity):
     """For every layer the share of `grid` [shares] that makes the sum of cost [layers, shares] least, where they prune
-    `sparsity` of all weights together: at a price per weight that is found by bisection."""
+    `sparsity` of all weights together: at a price per weight (a Lagrange multiplier) that is found by bisection."""
     low, high = 0.0, cost.max().item() * 1e3
     for _ in range(100):
         price = (low + high) / 2
@@ -559,7 +563,7 @@ def layer_goal(W, stats, adjusts):
     if stats.cross is None:
         return None
     a, b = AIM[adjusts]
-    goal = W.float() @ torch.lerp(stats.gram, stats.cross, a)
+    goal = W.float() @ torch.lerp(stats.gram, stats.cross, a)  # W z is the output in the dense model, of its input z
     return goal if stats.lack is None else goal.add_(stats.lack, alpha=b)
 
 
@@ -610,9 +614,9 @@ def prune_rows(W, stats, goal, **options):
 
 
 def prune_linear(weight, name, stats, adjusts, dtype, **options):
-    """prune_rows of one layer's weight, in place, rounded to the dtype in which it will be read again; its record.
-    adjusts: as in layer_goal. Raises DeadEnd where its inputs are not finite or too few to fit weights to, or where
-    these don't fit into the dtype."""
+    """prune_rows of one layer's weight, in place, rounded to the dtype in which it will be read again. Returns its
+    record. adjusts: as in layer_goal. Raises DeadEnd where its inputs are not finite or too few to fit weights to, or
+    where these don't fit into the dtype."""
     if not all(x.isfinite().all() for x in (stats.square, stats.cross, stats.lack) if x is not None):
         raise DeadEnd(f"the calibration activations that flow into {name} are not finite")
     try:

@@ -224,9 +224,9 @@ def options():
     group = p.add_argument_group("perplexity")
     group.add_argument("--data", help=f"{', '.join(SOURCES)} or a text file (default: tiny or wikitext2; "
                                       f"with --tasks or --speed: none)")
-    group.add_argument("--split", choices=["validation", "test", "held-out"],
-                       help="of a named text (default: test); of a file the halves of its last tenth, or both "
-                            "(default: all of it)")
+    group.add_argument("--split", choices=["validation", "test", "held-out", "first-half", "second-half"],
+                       help="validation or test of a named text (default: test), of a file the halves of its last "
+                            "tenth; held-out: both; first-half, second-half: of the file (default: all of it)")
     group.add_argument("--seqlen", type=int, help="tokens a window (default: 2048, or the model's limit if lower)")
     group = p.add_argument_group("zero-shot accuracy")
     group.add_argument("--tasks", nargs="*", metavar="TASK",

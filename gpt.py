@@ -15,7 +15,7 @@ memory.
     python gpt.py --prompt "Return the value of"
     python gpt.py --model llama2-7b --prompt "The capital of France is"
 
-Shapes: B batch, T tokens, S tokens in the cache, C = hidden_size, H query heads, K key/value heads, D head_dim.
+Shapes: B batch, T tokens, S places in the cache, C = hidden_size, H query heads, K key/value heads, D head_dim.
 """
 
 import argparse

@@ -78,5 +78,7 @@ def model_folder(name, weights=True, config_only=False, holds=("config.json",)):
         absent = isinstance(e, errors.LocalEntryNotFoundError)
         reason = "the Hub is out of reach" if absent else getattr(e, "strerror", None) or type(e).__name__
         what = "a folder with its config.json" if config_only else "its folder"
-        raise InputError(f"{target} is no folder here, not in the Hub's cache, and can't be fetched ({reason}): "
+        near = difflib.get_close_matches(target, map(str, Path(target).parent.glob("*")), 1)
+        slip = f" ({near[0]} is)" if near else ""
+        raise InputError(f"{target} is no folder here{slip}, not in the Hub's cache, and can't be fetched ({reason}): "
                          f"without a network, copy {what} here and give --model FOLDER") from None

@@ -42,7 +42,7 @@ def hub_rows(path, name=None, split="train", file=None, revision=None):
         absent = isinstance(e, (ConnectionError, huggingface_hub.errors.LocalEntryNotFoundError))
         reason = "the Hub is out of reach" if absent else type(e).__name__
         raise InputError(f"the data set {path} is not in the cache and can't be fetched ({reason}): "
-                         f"without a network, give a text file in its place") from None
+                         f"without a network, give text files in place of named texts") from None
 
 
 def json_lines(path):
@@ -139,8 +139,8 @@ def told(source, split):
 
 def evaluation_ids(source, split, tokenizer, seqlen):
     """The ids of the text that perplexity is measured on: of C4 the first 256 windows, as the papers do, else all."""
-    if split == "held-out" and source in SOURCES:
-        raise InputError(f"--split held-out is the last tenth of a file: of {source} there are validation and test")
+    if source in SOURCES and split not in (None, "validation", "test"):
+        raise InputError(f"--split {split} is a part of a file: of {source} there are validation and test")
     ids = tokenizer.encode(load_text(source, split))
     check_length(ids, seqlen, f"the evaluation text, {told(source, split)},")
     return ids[:256 * seqlen] if source == "c4" else ids

@@ -33,6 +33,10 @@ import sparse_matmul
 from conftest import make_checkpoint
 from data.command import parser, record, run, start
 
+FAMILIES = {  # by model_type: the sizes of a small model, in its family's words
+    "llama": {},
+    "opt": dict(ffn_dim=56, word_embed_proj_dim=16, do_layer_norm_before=True, activation_function="relu"),
+    "gpt2": dict(n_embd=32, n_inner=56, n_layer=2, n_head=4, n_positions=64, activation_function="gelu_new")}
 COMMANDS = {"dsnot": dsnot, "ast_train": ast_train, "sparse_matmul": sparse_matmul, "eval": eval, "gpt": gpt}
 OPTIONS = {  # those whose values are tried
     "dsnot": "sparsity pattern nsamples seqlen cycles threshold seed device calib data score refine allocate split "
@@ -53,7 +57,7 @@ def damage_config(folder, rng):
     raw = json.loads(path.read_text())
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         key = rng.choice([*raw, "rope_scaling", "head_dim", "sliding_window", "layer_types", "attention_bias",
-                          "slorb_k"])
+                          "enable_bias", "slorb_k"])
         if rng.random() < 0.3:
             raw.pop(key, None)
         else:
@@ -158,7 +162,7 @@ def stopped(command, function, calls):
 def stopped_and_gone_on(model, text, here, rng):
     """Prune or train, stop at a random call of prune_layer or backward, go on: the same bytes as without a stop?"""
     command, function, calls, choices = rng.choice([
-        (dsnot, "prune_layer", 14, [["--refine", "swap"], ["--score", "sparsegpt"], ["--pattern", "2:4"],
+        (dsnot, "prune_layer", 12, [["--refine", "swap"], ["--score", "sparsegpt"], ["--pattern", "2:4"],
                                     ["--refine", "dsnot+swap", "--refit"]]),
         (ast_train, "backward", 4, [["--methods", "ast"], ["--average", "0.5"], ["--start-from", "swap"],
                                     ["--decay", "0"]])])
@@ -182,10 +186,14 @@ def damage_state(model, text, here, rng):
     return damage_bytes(state, rng)
 
 
-def two_of_four(path):
-    """Prune the linear layers of a file, so that the commands that want a 2:4 model have one."""
-    tensors = {name: sparse_matmul.prune_24(W) if "proj" in name else W for name, W in load_file(path).items()}
-    save_file(tensors, path, metadata={"format": "pt"})
+def make_2_of_4(folder, family):
+    """A random 2:4 model, so that the commands that want one have one."""
+    dense = folder.with_name(f"{family}-dense")
+    make_checkpoint(dense, model_type=family, **FAMILIES[family])
+    model = gpt.GPT.from_pretrained(dense)
+    for layer in gpt.all_prunable(model).values():
+        layer.weight.data = sparse_matmul.prune_24(layer.weight.data)
+    model.save_pretrained(folder)
 
 
 def main():
@@ -198,15 +206,15 @@ def main():
         folder = Path(folder)
         args.json = args.json and str(Path(args.json).absolute())
         os.chdir(folder)  # where odd values of --out and --json may write
-        make_checkpoint(folder / "m")
-        two_of_four(folder / "m" / "model.safetensors")
+        for family in FAMILIES:
+            make_2_of_4(folder / family, family)
         text = folder / "text.txt"
         text.write_text("the model reads words and the words are few so it can learn them by heart in no time\n" * 100)
         for trial in range(args.trials):
             rng, here = random.Random(args.seed * 10**6 + trial), folder / "trial"
             shutil.rmtree(here, ignore_errors=True)
             here.mkdir()
-            shutil.copytree(folder / "m", here / "m")
+            shutil.copytree(folder / rng.choice([*FAMILIES]), here / "m")
             kind = rng.choice(["config", "bytes", "tensors", "options", "stop", "state"])
             if kind == "stop":
                 wrong, told, said, code = stopped_and_gone_on(here / "m", text, here, rng), "", "", "same bytes"

@@ -119,10 +119,13 @@ def test_splits_of_a_file(tmp_path):
     for split, read, words in [
             (None, text, ""), ("held-out", text[n * 9 // 10:], "the last tenth of "),
             ("validation", text[n * 9 // 10:n * 19 // 20], "the first half of the last tenth of "),
-            ("test", text[n * 19 // 20:], "the last twentieth of ")]:
+            ("test", text[n * 19 // 20:], "the last twentieth of "),
+            ("first-half", text[:n // 2], "the first half of "), ("second-half", text[n // 2:], "the second half of ")]:
         assert load_text(str(tmp_path / "a.txt"), split) == read
         said = run_eval("--data", tmp_path / "a.txt", "--seqlen", 32, *(["--split", split] if split else [])).stdout
         assert f"tiny on {words}{tmp_path / 'a.txt'}: perplexity" in said
+    refused = run_eval("--data", "tiny", "--split", "second-half")
+    assert refused.returncode == 2 and "of tiny there are validation and test" in refused.stderr
     assert told("tiny", "validation") == "the validation text of tiny" and told("tiny", None) == "tiny"
     lines = "".join(json.dumps({"text": part}) + "\n" for part in (text[:50], "", text[50:n - 9], text[n - 9:]))
     (tmp_path / "a.jsonl").write_text(lines)  # of which one document is nearly all: it is cut, too

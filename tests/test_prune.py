@@ -395,6 +395,7 @@ BAD = {
     "unknown model": (["--model", "llama9"], "llama9"),
     "no such folder": (["--model", "./nothing/here"], "nothing/here"),
     "a file for a folder": (["--model", str(ROOT / "README.md")], "README.md is a file: a model is a folder"),
+    "a slip": (["--model", "data/tinny"], "data/tinny is no folder here (data/tiny is)"),
     "a folder or a Hub id": (["--model", "tests/nothing"], "tests/nothing is no folder here"),
     "no such text": (["--calib", "nothing.txt"], "nothing.txt"),
     "long window": (["--seqlen", "100000"], "100000"),
