@@ -28,9 +28,10 @@ from sparse_matmul import compress
 def test_the_snippets_of_the_page(capsys):
     for snippet in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
         exec(snippet, {})
-    masked, swapped, refitted, *text, measured = capsys.readouterr().out.splitlines()
+    masked, swapped, refitted, *text, dense, pruned = capsys.readouterr().out.splitlines()
     assert 1 > float(masked) > float(swapped) > float(refitted) > 0
-    assert text[0].startswith("Return the value of") and 10 < float(measured) < 40
+    assert text[0].startswith("Return the value of") and 10 < float(dense) < 40
+    assert float(dense) < float(pruned) < 3 * float(dense)
 
 
 def test_scripts_name_what_there_is():
