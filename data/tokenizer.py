@@ -71,10 +71,14 @@ class SentencePiece:
         if config.get("add_prefix_space") is False or roles.get("bos_token", begin) != begin:
             raise InputError(f"{path} begins a text otherwise than tokenizer_config.json asks (add_prefix_space, "
                              f"bos_token): add the model's tokenizer.json")
+        listed = added_tokens(path.parent, config)
+        for token in listed.values():
+            if odd := [name for name in ("lstrip", "rstrip", "single_word") if token.get(name)]:
+                raise InputError(f"{path} does not tell how {token['content']!r} takes spaces along, as "
+                                 f"tokenizer_config.json asks ({', '.join(odd)}): add the model's tokenizer.json")
         self.added = {token: i for token in roles.values() for i in [self.model.piece_to_id(token)]
                       if self.model.id_to_piece(i) == token}
-        self.added |= {token["content"]: i for i, token in added_tokens(path.parent, config).items()
-                       if i >= own or token.get("special")}
+        self.added |= {token["content"]: i for i, token in listed.items() if i >= own or token.get("special")}
         self.cut = re.compile("|".join(map(re.escape, sorted(self.added, key=len, reverse=True))) or "(?!)")
         self.vocab_size = max([own, *(i + 1 for i in self.added.values())])
         self.end = [eos] if eos >= 0 else []

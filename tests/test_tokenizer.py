@@ -252,6 +252,10 @@ def test_what_stands_beside_llama2(llama2, tmp_path):
     a, b = llama2.encode("a")[1:], [llama2.model.piece_to_id("b")]
     assert found.encode("a<|im_start|><pad>b") == [1, *a, 32001, 32000, *b, 2] and found.vocab_size == 32002
     assert found.decode(found.encode("a<|im_start|>")) == "a"
+    odd = dict(added_tokens_decoder={"32001": token | {"rstrip": True}})
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(odd))
+    with pytest.raises(InputError, match="how '<|im_start|>' takes spaces along, as .* asks .rstrip.: add the model's"):
+        load_tokenizer(tmp_path)
     for wrong in {"add_prefix_space": False}, {"bos_token": "<|im_start|>"}:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | wrong))
         with pytest.raises(InputError, match="begins a text otherwise than tokenizer_config.json asks"):
