@@ -145,9 +145,10 @@ class Config:
     def check(self):
         """Raise InputError where config.json asks for something that this file does not compute."""
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
-                     "head_dim", *["positions"] * self.layer_norm, "context_length",
-                     *["embed_size"] * (self.embed_size is not None)):
+                     "head_dim", "positions" if self.layer_norm else "context_length"):
             check_whole(name, getattr(self, name), 8)
+        if self.embed_size is not None:
+            check_whole("embed_size", self.embed_size, 8)
         for name in ("tie_word_embeddings", "attention_bias", "mlp_bias", "enable_bias", "use_sliding_window",
                      "do_layer_norm_before"):
             if (asked := self.raw.get(name)) not in (None, True, False):

@@ -76,8 +76,8 @@ class SentencePiece:
             if odd := [name for name in ("lstrip", "rstrip", "single_word") if token.get(name)]:
                 raise InputError(f"{path} does not tell how {token['content']!r} takes spaces along, as "
                                  f"tokenizer_config.json asks ({', '.join(odd)}): add the model's tokenizer.json")
-        self.added = {token: i for token in roles.values() for i in [self.model.piece_to_id(token)]
-                      if self.model.id_to_piece(i) == token}
+        self.added = {token: i for token in roles.values()
+                      if self.model.id_to_piece(i := self.model.piece_to_id(token)) == token}
         self.added |= {token["content"]: i for i, token in listed.items() if i >= own or token.get("special")}
         self.cut = re.compile("|".join(map(re.escape, sorted(self.added, key=len, reverse=True))) or "(?!)")
         self.vocab_size = max([own, *(i + 1 for i in self.added.values())])
@@ -132,21 +132,17 @@ class HubTokenizer:
 def add_tokens(model, folder, config, roles):
     """Let a `tokenizers` model recognise the tokens that a folder's small files add to its own."""
     from tokenizers import AddedToken
-
-    def known():  # {what it looks like: the token with its properties}
-        return {token.content: token for token in model.get_added_tokens_decoder().values()}
-
-    before = known()
+    known = {token.content: token for token in model.get_added_tokens_decoder().values()}  # with their properties
     for i, token in sorted(added_tokens(folder, config).items()):
-        told = "special" in token  # added_tokens.json tells no properties
-        token = before[token["content"]] if token["content"] in before and not told else AddedToken(**token)
+        if "special" in token or token["content"] not in known:  # added_tokens.json tells no properties
+            known[token["content"]] = AddedToken(**token)
+        token = known[token["content"]]
         (model.add_special_tokens if token.special else model.add_tokens)([token])
         if model.token_to_id(token.content) != i:
             raise InputError(f"{folder}: the added token {token.content!r} is to be {i}, but the vocabulary makes it "
                              f"{model.token_to_id(token.content)}")
     special = [*roles.values(), *map(content, config.get("additional_special_tokens") or [])]
-    after = known()
-    model.add_special_tokens([after.get(token, token) for token in special if model.token_to_id(token) is not None])
+    model.add_special_tokens([known.get(token, token) for token in special if model.token_to_id(token) is not None])
 
 
 def gpt2_tokenizer(folder, config, roles):
