@@ -21,12 +21,16 @@ from results.compare import COLOURS, LOOK, markdown, merge, plot, read_rows, tab
 
 PAGES = ROOT / "README.md", ROOT / "results/README.md"
 MODELS = "tiny", "stories260K", "deep"
-OPENING = {  # the methods of the first picture, as compare.py names them and as they are called there
+REAL = "smollm2-135m-instruct"
+OPENING = {  # the methods of README.md's first pictures, as compare.py names them and as they are called there
     "dense": "dense", "magnitude": "magnitude", "wanda": "Wanda",
     "wanda + dsnot (refine layers all, sign check)": "Wanda + DSnoT", "sparsegpt": "SparseGPT",
+    "sparsegpt (propagate)": "SparseGPT, propagated",
     "wanda + swap": "Wanda + swaps", "wanda + swap + global": "Wanda + swaps + global swaps",
     "sparsegpt + swap": "SparseGPT + swaps",
-    "wanda + swap + refit": "Wanda + swaps + refit",
+    "wanda + dsnot": "Wanda + DSnoT",
+    "wanda + swap + refit": "Wanda + swaps + refit", "wanda + swap + refit (nsamples 32)": "Wanda + swaps + refit",
+    "wanda + swap + refit (nsamples 64)": "Wanda + swaps + refit, twice the calibration",
     "wanda + swap + refit (allocate sensitivity)": "Wanda + swaps + refit, by sensitivity",
     "wanda + swap + refit + global (allocate sensitivity)": "Wanda + swaps + refit + global swaps, by sensitivity",
     "sparsegpt + swap + refit (allocate sensitivity)": "SparseGPT + swaps + refit, by sensitivity",
@@ -88,10 +92,9 @@ def studies():
     return pruned(*(f"{name}/*" for name in MODELS))
 
 
-def opening():
-    """The rows of the first picture: what each method makes of tiny."""
-    rows = pruned("tiny/*") + [row for row in pruned("ast-seed*") if row["method"].startswith("AST")]
-    return [row | {"method": OPENING[row["method"]], "data": "its test text"} for row in rows
+def opening(rows, data):
+    """Those of the rows that the first pictures show, named as there."""
+    return [row | {"method": OPENING[row["method"]], "data": data, "layers": []} for row in rows
             if row["method"] in OPENING and row["amount"] in ("0%", "50%", "70%", "2:4")]
 
 
@@ -115,6 +118,11 @@ def choices():
              for (said, command, *_), *row in zip(CHOICES, *columns)]
     dense = ["the dense model", "", *(found[model, "dense", "0%"] for model, _ in cells)]
     return markdown(["method", "command", *map(" ".join, cells)], [dense, *lines], texts=2)
+
+
+def real():
+    """The rows of what results/smollm2.sh has pruned."""
+    return pruned(f"{REAL}/[0-9]*")
 
 
 def cost():
@@ -274,7 +282,8 @@ def giant():
 def tables():
     """{name of its marker in a page: text}."""
     return {
-        "quick start": quick_start(), "choices": choices(), "tables": table_by_method(studies()),
+        "quick start": quick_start(), "choices": choices(), "real": table_by_method(real()),
+        "tables": table_by_method(studies()),
         "settings": table_by_method(pruned("settings/*")),
         "goal": goal(), "cost": cost(), "cost of swaps": cost_of_swaps(), "cost on a GPU": cost_on_a_gpu(),
         "overfit": table_by_method(pruned("overfit/[0-9]*")), "products": speed_of_products(), "decoding": decoding(),
@@ -322,7 +331,9 @@ def pages():
 def main():
     argparse.ArgumentParser(description=__doc__).parse_args()
     contents = pages()
-    plot(opening(), ROOT / "assets/overview.png")
+    plot(opening(real(), "WikiText-2"), ROOT / "assets/overview.png")
+    trained = [row for row in pruned("ast-seed*") if row["method"].startswith("AST")]
+    plot(opening(pruned("tiny/*") + trained, "its test text"), ROOT / "assets/choices.png")
     for name in MODELS:
         plot(pruned(f"{name}/*"), ROOT / f"assets/{name}.png")
     shares = "", "-owl", "-sensitivity"

@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# A LLaMA of 135 million parameters that others have trained, pruned and measured on WikiText-2's raw test file.
+# MODEL: the folder that `python tests/from_gguf.py` makes. A run whose file is there is not made again, an interrupted
+# one goes on. Three hours on two cores:
+#     JOBS=2 OMP_NUM_THREADS=1 bash results/smollm2.sh out/smollm2-135m-instruct out/wikitext2-test.txt
+set -euo pipefail
+cd "$(dirname "$0")/.."
+[ $# = 2 ] || { sed -n '5s/^# *//p' results/smollm2.sh >&2; exit 2; }
+model=$1 text=$2 folder=results/smollm2-135m-instruct
+mkdir -p "$folder"
+source results/jobs.sh
+start() {  # FILE COMMAND...: unless its file is there
+    if is_there "$1"; then return; fi
+    wait_for_room
+    "${@:2}" --json "$1" &
+    measured+=("$1")
+}
+prune() {  # NAME OPTION...
+    start "$folder/$1.json" python dsnot.py --model "$model" --calib "$text" --data "$text" --seqlen 1024 --nsamples 32 \
+        "${@:2}" --out "out/study-smollm2-135m-instruct/$1"
+}
+each() {  # NAME OPTION...: at 2:4 and at 50 %
+    prune "2of4-$1" --pattern 2:4 "${@:2}"
+    prune "0.5-$1" --sparsity 0.5 "${@:2}"
+}
+each wanda-swap-refit --refine swap --refit
+start results/ast-smollm2.json python ast_train.py --model "$model" --data "$text" --eval-data "$text" --seqlen 256 \
+    --steps 150 --warmup 10 --decay-steps 50 --save-every 50 --lr 2e-4 --methods ast --start-from swap --no-one-shot \
+    --out out/ast-smollm2
+prune 2of4-wanda-swap-refit-64 --pattern 2:4 --refine swap --refit --nsamples 64
+each wanda --compare
+each sparsegpt --score sparsegpt --refine none
+each magnitude --score magnitude --refine none
+prune 2of4-wanda-swap --pattern 2:4 --refine swap
+prune 2of4-wanda-published --pattern 2:4 --refine-layers attn --cycles 50 --sign-check
+prune 2of4-sparsegpt-propagate --pattern 2:4 --score sparsegpt --refine none --propagate
+wait
+check_measured
+
+ours=out/study-smollm2-135m-instruct ours_24=$ours/2of4-wanda-swap-refit
+for named in dense:"$model" sparsegpt:$ours/2of4-sparsegpt swap-refit:$ours_24 ast:out/ast-smollm2/ast; do
+    start "$folder/text-${named%%:*}.json" python gpt.py --model "${named#*:}" --prompt "The capital of France is" \
+        --max-new-tokens 60 --temperature 0
+done
+for named in sparsegpt:$ours/2of4-sparsegpt start:out/ast-smollm2/start; do  # on what AST is tested on
+    start "$folder/test-${named%%:*}.json" python eval.py --model "${named#*:}" --data "$text" --split test --seqlen 256
+done
+for bits in 8 4; do
+    start "$folder/bytes-int$bits.json" python sparse_matmul.py --model $ours_24 --bits $bits --out $ours/int$bits
+done
+wait
+for bits in 8 4; do
+    start "$folder/int$bits.json" python eval.py --model $ours/int$bits --data "$text" --split held-out --seqlen 1024
+done
+wait
+check_measured
