@@ -32,7 +32,6 @@ each wanda --compare
 each sparsegpt --score sparsegpt --refine none
 each magnitude --score magnitude --refine none
 prune 2of4-wanda-swap --pattern 2:4 --refine swap
-prune 2of4-wanda-published --pattern 2:4 --refine-layers attn --cycles 50 --sign-check
 prune 2of4-sparsegpt-propagate --pattern 2:4 --score sparsegpt --refine none --propagate
 wait
 check_measured
