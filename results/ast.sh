@@ -9,13 +9,7 @@ only=${1:-}
 [ $# -eq 0 ] || [ "$*" = readme ] || { sed -n '2,6s/^# //p' "$0" >&2; exit 2; }
 cd "$(dirname "$0")/.."
 source results/jobs.sh
-run() {
-    local json=results/ast-$1.json
-    if is_there "$json"; then return; fi
-    wait_for_room
-    python ast_train.py --out "out/ast-$1" --json "$json" "${@:2}" &
-    measured+=("$json")
-}
+run() { start "results/ast-$1.json" python ast_train.py --out "out/ast-$1" "${@:2}"; }
 ablate() { run "$1" --methods ast --no-one-shot "${@:2}"; }
 longer="--steps 1000 --warmup 50 --decay-steps 250 --save-every 250 --data tiny tiny-code --no-one-shot"
 run long --methods ast-slorb $longer

@@ -21,7 +21,6 @@ from results.compare import COLOURS, LOOK, markdown, merge, plot, read_rows, tab
 
 PAGES = ROOT / "README.md", ROOT / "results/README.md"
 MODELS = "tiny", "stories260K", "deep"
-REAL = "smollm2-135m-instruct"
 OPENING = {  # the methods of README.md's first pictures, as compare.py names them and as they are called there
     "dense": "dense", "magnitude": "magnitude", "wanda": "Wanda",
     "wanda + dsnot (refine layers all, sign check)": "Wanda + DSnoT", "sparsegpt": "SparseGPT",
@@ -122,7 +121,7 @@ def choices():
 
 def real():
     """The rows of what results/smollm2.sh has pruned."""
-    return pruned(f"{REAL}/[0-9]*")
+    return pruned("smollm2-135m-instruct/[0-9]*")
 
 
 def cost():

@@ -9,12 +9,6 @@ cd "$(dirname "$0")/.."
 model=$1 text=$2 folder=results/smollm2-135m-instruct
 mkdir -p "$folder"
 source results/jobs.sh
-start() {  # FILE COMMAND...: unless its file is there
-    if is_there "$1"; then return; fi
-    wait_for_room
-    "${@:2}" --json "$1" &
-    measured+=("$1")
-}
 prune() {  # NAME OPTION...
     start "$folder/$1.json" python dsnot.py --model "$model" --calib "$text" --data "$text" --seqlen 1024 --nsamples 32 \
         "${@:2}" --out "out/study-smollm2-135m-instruct/$1"
