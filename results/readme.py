@@ -177,18 +177,33 @@ def decoding():
         ["times as fast as dense", *(f"{rate / rates['dense']:.2f}" for rate in rates.values())]])
 
 
+SAID = {(0.0, 0.0): "what dense weights make of its inputs", (0.5, 0.0): "half-way",
+        (1.0, 0.0): "the dense model's output",
+        (0.5, 0.5): "half-way, and half of what the hidden state lacks",
+        (1.0, 1.0): "the dense model's output, and all that the hidden state lacks",
+        (0.5, 1.0): "half-way, and all that the hidden state lacks"}
+
+
 def goal():
     """Perplexity by what the layers of a propagated run aim at, see dsnot.AIM."""
     found = {name: rows for name in MODELS if (rows := made(f"goal-{name}"))}
     cells = [(name, amount) for name, rows in found.items() for amount in dict.fromkeys(row["amount"] for row in rows)]
-    said = {(0.0, 0.0): "what dense weights make of its inputs", (0.5, 0.0): "half-way",
-            (1.0, 0.0): "the dense model's output", (0.5, 0.5): "half-way, and half of what the hidden state lacks",
-            (1.0, 1.0): "the dense model's output, and all that the hidden state lacks"}
+    tried = {tuple(row["aim"]) for rows in found.values() for row in rows}
     lines = [[{"mask": "swaps", "weights": "swaps + refit"}[free], words,
               *(f"{row['perplexity']:.2f}" for name, amount in cells for row in found[name]
                 if (row["amount"], row["free"], tuple(row["aim"])) == (amount, free, aim))]
-             for free in ("mask", "weights") for aim, words in said.items()]
+             for free in ("mask", "weights") for aim, words in SAID.items() if aim in tried]
     return markdown(["after", "a layer aims at", *(" ".join(cell) for cell in cells)], lines, texts=2)
+
+
+def aims():
+    """The same of SmolLM2, by how much refit is damped, too."""
+    found = {(tuple(row["aim"]), f"{row['damp']:g} of {row['damped_by']}"): f"{row['perplexity']:.2f}"
+             for row in results("aim-smollm2")}
+    damps = list(dict.fromkeys(damp for _, damp in found))
+    return markdown(["SmolLM2 2:4, swaps + refit: a layer aims at", *(f"damped by {damp}" for damp in damps)], [
+        [words, *(found.get((aim, damp), "") for damp in damps)]
+        for aim, words in SAID.items() if any(tried == aim for tried, _ in found)])
 
 
 def gap_closed(table, perplexity):
@@ -284,7 +299,8 @@ def tables():
         "quick start": quick_start(), "choices": choices(), "real": table_by_method(real()),
         "tables": table_by_method(studies()),
         "settings": table_by_method(pruned("settings/*")),
-        "goal": goal(), "cost": cost(), "cost of swaps": cost_of_swaps(), "cost on a GPU": cost_on_a_gpu(),
+        "goal": goal(), "aims": aims(),
+        "cost": cost(), "cost of swaps": cost_of_swaps(), "cost on a GPU": cost_on_a_gpu(),
         "overfit": table_by_method(pruned("overfit/[0-9]*")), "products": speed_of_products(), "decoding": decoding(),
         "retrained": retrained(), "giant": giant(),
         "ablation": ablated(), "compressed": compressed(), "streamed": streamed(), "texts": texts()}

@@ -21,7 +21,6 @@ each wanda-swap-refit --refine swap --refit
 start results/ast-smollm2.json python ast_train.py --model "$model" --data "$text" --eval-data "$text" --seqlen 256 \
     --steps 150 --warmup 10 --decay-steps 50 --save-every 50 --lr 2e-4 --methods ast --start-from swap --no-one-shot \
     --out out/ast-smollm2
-prune 2of4-wanda-swap-refit-64 --pattern 2:4 --refine swap --refit --nsamples 64
 each wanda --compare
 each sparsegpt --score sparsegpt --refine none
 each magnitude --score magnitude --refine none

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import dsnot
-from dsnot import (InputStats, dsnot_refine, keep_mask, magnitude_score, prune_linear, refit_weights, relative_error,
+from dsnot import (DAMP, InputStats, dsnot_refine, keep_mask, magnitude_score, prune_linear, refit_weights, relative_error,
                    sparsegpt, swap_and_refit, swap_refine, wanda_score)
 from test_swap import inputs_case, squared_error
 
@@ -28,7 +28,8 @@ def test_a_layer_is_pruned_step_by_step(amount, score):
         assert torch.equal(pruned("dsnot+swap", **options), W * both)
     more = dict(goal=goal, pattern=pattern)
     assert torch.equal(pruned("swap"), W * swap_refine(W, keep, stats.gram, **more))
-    assert torch.equal(pruned("none", refit=True), refit_weights(W, keep, stats.gram, goal=goal))
+    assert torch.equal(pruned("none", refit=True), refit_weights(W, keep, stats.gram, goal=goal, damp=DAMP))
+    more |= dict(damp=DAMP)
     assert torch.equal(pruned("swap", refit=True), swap_and_refit(W, keep, stats.gram, **more))
     assert torch.equal(pruned("swap", refit=True, cycles=2), swap_and_refit(W, keep, stats.gram, max_swaps=2, **more))
 

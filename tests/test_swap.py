@@ -156,6 +156,18 @@ def test_a_giant_input_does_not_weaken_others(with_cross):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
 
+def test_an_input_that_is_all_but_silent_keeps_usual_weights():
+    """Would catch refit reading, by weights in the hundreds, what a norm's weight of 0.001 has hidden from the dense
+    layer: a scale that serves such a weight rounds its neighbours to 0."""
+    W, inputs, _, _, _, keep = swap_case(4, dict(sparsity=0.5), False, rows=10, width=64, tokens=64)
+    x = inputs.flatten(0, 1)
+    lost = torch.where(keep, 0, W)
+    x[:, 7] = 1e-3 * (x @ lost.T).sum(1)  # it holds what pruning takes away
+    keep[:, 7] = True
+    new = dsnot.refit_weights(W, keep, x.T @ x)
+    assert new[:, 7].abs().max() < 20 * W.abs().max()
+
+
 def test_swaps_and_refit_of_few_tokens_draw_the_weights_towards_the_dense_ones():
     """Would catch turns that tell refit a goal where none was given, so that damping draws towards 0."""
     W, _, _, gram, _, keep = swap_case(5, dict(sparsity=0.5), False, rows=16, width=128, tokens=5)
