@@ -15,7 +15,7 @@ and lets pruned weights grow back while others are pruned in their place, one pa
 
 Starting masks: magnitude |W|; Wanda |W| sqrt(q) (Sun et al. 2023); SparseGPT (Frantar & Alistarh 2023), which also
 corrects the weights that remain. Beyond the paper: swaps by the exact error instead of its mean (`swap_refine`), the
-best weights for a mask (`refit_weights`), target outputs that make up for what earlier layers have lost (`layer_goal`),
+best weights for a mask (`refit_weights`), targets that make up for a part of what earlier layers lost (`layer_goal`),
 a sparsity of its own for every layer (`allocation`), and at last swaps by the output of the whole model
 (`swap_globally`).
 
@@ -918,7 +918,7 @@ def options():
     group.add_argument("--refit", action=argparse.BooleanOptionalAction, default=False,
                        help="make the kept weights the best ones for the mask (least squares); with swaps, by turns")
     group.add_argument("--propagate", action=argparse.BooleanOptionalAction, default=None,
-                       help="prune layer after layer on what the pruned ones leave, and make up for it "
+                       help="prune layer after layer on what the pruned ones leave, and make up for some of it "
                             "(default: with swap or --refit)")
     group.add_argument("--global-swaps", type=int, default=0, metavar="ROUNDS",
                        help="at the end so many rounds of swaps by the output of the whole model, which has to fit "

@@ -54,8 +54,7 @@ run() {
     [ "$name" != deep ] || train_deep
     wait_for_room
     tidy
-    python dsnot.py ${model[@]+"${model[@]}"} $option $amount --out "out/study-$name/$row" --json "$json" "${@:2}" &
-    measured+=("$json")
+    start "$json" python dsnot.py ${model[@]+"${model[@]}"} $option $amount --out "out/study-$name/$row" "${@:2}"
 }
 tidy() {  # of the models that have been measured
     local folder row

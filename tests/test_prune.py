@@ -680,7 +680,7 @@ def test_refine_layers(monkeypatch, model, tmp_path):
         assert any(not torch.equal(none[name], every[name]) for name in none if "layers.0." in name and part in name)
 
 
-def test_sparsegpt_aims_at_all_that_is_missing(monkeypatch, model, tmp_path):
+def test_sparsegpt_aims_at_what_is_missing(monkeypatch, model, tmp_path):
     """Its weights can make up for what a mask can't."""
     aims, real = [], dsnot.layer_goal
     monkeypatch.setattr(dsnot, "layer_goal", lambda W, stats, adjusts: aims.append(adjusts) or real(W, stats, adjusts))
