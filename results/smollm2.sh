@@ -24,8 +24,9 @@ start results/ast-smollm2.json python ast_train.py --model "$model" --data "$tex
 each wanda --compare
 each sparsegpt --score sparsegpt --refine none
 each magnitude --score magnitude --refine none
+each sparsegpt-propagate --score sparsegpt --refine none --propagate
+each sparsegpt-swap-refit --score sparsegpt --refine swap --refit
 prune 2of4-wanda-swap --pattern 2:4 --refine swap
-prune 2of4-sparsegpt-propagate --pattern 2:4 --score sparsegpt --refine none --propagate
 wait
 check_measured
 
