@@ -68,14 +68,14 @@ from torch.utils.checkpoint import checkpoint
 
 from data import load_tokenizer, windows
 from data.calibration import InputStats, watch
-from data.checkpoint import CheckpointWriter, alone_in, noted, pruned_here
+from data.checkpoint import CheckpointWriter, alone_in, noted, pruned_here, remove
 from data.command import InputError, Parser, parser, record, run, versions, write_atomically
 from data.device import fast_in_bf16, out_of_memory
 from data.hub import model_folder
 from data.method import SCORES, parse_pattern
 from data.processes import add_up, mean_over_processes, process_group, processes, say, side_by_side
 from data.state import check_room, last_state, load_state, save_state
-from data.stream import Mixture, evaluation_split, evaluation_tokens, sources_of
+from data.stream import Mixture, evaluation_split, evaluation_tokens, fingerprint, sources_of
 from data.text import SOURCES, told, usual_text
 from dsnot import check_pattern, keep_mask, magnitude_score, prune, wanda_score
 from eval import perplexity
@@ -352,11 +352,11 @@ def one_shot(args, folder, calibration, replace=False, **method):
     model = GPT.from_pretrained(args.model, device=args.device, stream=True)
     given = {name: str(getattr(args, name)) for name in ("model", "data", "seqlen", "seed", "pattern", "sparsity")}
     made = {"command": "ast_train.py", **given, **method}
-    made["files"] = versions([*model.source.paths, *sources_of(args.data)])
+    made["files"] = versions([*model.source.parts(), *sources_of(args.data)])
     for left in [folder, folder.with_name(f"{folder.name}.partial")] if replace else []:
         before = noted(left / "run.json") or {}
         if before.get("command") == made["command"] and before != made:
-            shutil.rmtree(left)
+            remove(left)
     prune(model, calibration, folder, made, batch=args.micro_batch, **method, **amount(args))
 
 
@@ -375,9 +375,10 @@ def first_weights(args, calibration):
 
 def new_student(args, method, begin, source, calibration):
     """The model that a method trains, with the first weights from the folder `begin` (dense: its own), and what tells
-    it from others: the configuration of its dense checkpoint `source` and the sum of its weights."""
+    it from others: of its dense checkpoint `source` the configuration and the tokenizer, and the sum of its weights."""
     student = GPT.from_pretrained(args.model if method == "dense" else begin, args.device, torch.float32)
-    identity = f"{source.raw} {sum(p.double().sum().item() for p in student.parameters()):.6g}"
+    tokens = fingerprint(load_tokenizer(source.folder))
+    identity = f"{source.raw} {tokens} {sum(p.double().sum().item() for p in student.parameters()):.6g}"
     if method != "dense":
         make_sparse(student, args, args.slorb_k if method == "ast-slorb" else None, calibration)
     return student, identity
@@ -612,7 +613,7 @@ def measure(args, test_ids, calibration, begin):
         pruned = Path(args.out) / f"one-shot-{score}"
         one_shot(args, pruned, calibration, replace=True, score=score, refine="none")
         add(f"one-shot {score}", pruned, 0 if score == "magnitude" else calibration.numel())
-        shutil.rmtree(pruned)
+        remove(pruned)
     best = min((math.log(found["perplexity"]) for name, found in rows.items() if name != "dense"), default=math.nan)
     if begin != args.model:
         add("swaps + refit (start)", begin, calibration.numel())
@@ -701,7 +702,8 @@ def check(args):
         raise InputError(f"--methods {' '.join(args.methods)} names one twice: name it once")
     if (out / "config.json").is_file():
         raise InputError(f"--out {args.out} is a model: give a folder to hold the models that are trained")
-    ours = ["curve.png", "*.training", *(f"{name}*/run.json" for name in ["start", *args.methods])]
+    ours = ["curve.png", "*.training"]
+    ours += [f"{name}{end}" for name in ["start", *args.methods] for end in ("/run.json", ".partial")]
     if out.is_dir() and any(out.glob("[!.]*")) and not any(found for pattern in ours for found in out.glob(pattern)):
         raise InputError(f"--out {args.out} exists and holds no training of this program: choose another output folder")
     if args.start_from == "swap" and args.methods == ["dense"]:

@@ -191,7 +191,7 @@ class Config:
 
 def check_whole(name, value, power):
     """Raise InputError where a number of config.json is no whole one from 1 to 10^power."""
-    if type(value) is not int or not 0 < value < 10**power:
+    if type(value) is not int or not 0 < value <= 10**power:
         raise InputError(f"config.json: {name} {value!r} is not a whole number from 1 to 10^{power}")
 
 

@@ -368,7 +368,7 @@ def save_compressed(model: str, folder, bits: int | None = None) -> dict:
     source = on_disk.source
     if source.compressed:
         raise InputError(f"{model} is compressed already: give the folder that it was made from")
-    made = dict(command="sparse_matmul.py", model=repository(source.folder), bits=bits, files=versions(source.paths))
+    made = dict(command="sparse_matmul.py", model=repository(source.folder), bits=bits, files=versions(source.parts()))
     out = CheckpointWriter(folder, source.raw, source.folder, made=made, goes_on=False)
     if out.differs:
         raise InputError(f"{folder} holds a compressed model, which differs in {out.differs}: choose another --out, or "

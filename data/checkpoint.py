@@ -158,6 +158,10 @@ class Checkpoint:
     def __deepcopy__(self, memo):
         return self  # read alone: the copy of a model needs none of its file
 
+    def parts(self):
+        """The paths of all that makes a model: weights, configuration, tokenizer. Some may not be there."""
+        return [*self.paths, *(self.folder / name for name in ["config.json", *TOKENIZER_FILES])]
+
     def stored(self, name):
         """The dtype in which a tensor is on disk; None where there is none of our name `name`."""
         found = self._found.get(bare(self.layout.name(name)))
@@ -377,7 +381,8 @@ class CheckpointWriter:
                 held.enter_context(alone_in(self.partial))
                 same = self.goes_on and noted(self.marker) == self.made
                 for path in self.partial.glob(".*.partial" if same else "*"):  # same: the last file of a killed run
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                    if path != self.marker:  # by which another run would know what a kill here leaves; replaced below
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
             except OSError as e:
                 raise InputError(f"can't write {self.partial}: {e.strerror or e}") from None
             if not same:
@@ -439,7 +444,7 @@ class CheckpointWriter:
             finally:
                 kept = self.goes_on and not isinstance(error, DeadEnd) and any(self.partial.glob("*.safetensors"))
                 if not finished and not kept and noted(self.marker) == self.made:
-                    shutil.rmtree(self.partial, ignore_errors=True)
+                    remove(self.partial)
 
     def finish(self):
         """Write what else belongs into the folder, and put it in its place."""

@@ -107,7 +107,7 @@ def shared_by(args, source):
     same = {option: getattr(args, option) for option in ("nsamples", "seqlen", "seed")}
     same |= dict(calib=os.path.normpath(args.calib), model=repository(source.folder),
                  pattern=args.pattern,  # as text, in which tables name it, instead of the method's pair of numbers
-                 files=versions([*source.paths, source.folder / "config.json", args.calib]), command="dsnot.py")
+                 files=versions([*source.parts(), args.calib]), command="dsnot.py")
     if args.allocate == "sensitivity" and processes()[1] > 1:
         same["processes"] = processes()[1]  # each looks at tokens of its own, so others would find other shares
     return same

@@ -84,7 +84,7 @@ def last_state(work, options):
         if (old := before.get(name)) != value:
             option = f"--{name.replace('_', '-')}"
             if name in ("model", "texts"):
-                told = f"of {'another model' if name == 'model' else 'other texts'}"
+                told = f"of {'another model or tokenizer' if name == 'model' else 'other texts'}"
             elif old in (None, "None"):
                 told = f"without {option}"
             else:

@@ -6,7 +6,7 @@ A continuation is a space and the choice. In WinoGrande it is the rest of the se
 Data come from the Hub (files, no scripts), or from a local folder with the same columns, which are those that the
 functions below read:
 
-    TASKS_DIR/boolq.jsonl                        one file a task: .jsonl or .parquet
+    TASKS_DIR/boolq.jsonl                        one file a task: .jsonl, .json (lines, too) or .parquet
     TASKS_DIR/mmlu/dev.jsonl, test.jsonl         or a folder a task, with files that begin with the name of the split
 """
 
@@ -108,7 +108,7 @@ def read_file(path):
             except ArrowException as e:
                 raise ValueError(str(e).split("\n")[0]) from None
         else:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, ValueError) as e:
         kind = "parquet" if path.suffix == ".parquet" else "JSON lines"
         raise InputError(f"{path} can't be read as {kind}: {e}") from None
@@ -140,15 +140,19 @@ def read_split(name, split, folder):
 
 
 def asked(name, row, i, source):
-    """A row's (contexts, choices, index of the right one), checked. Raises InputError where it has another schema."""
+    """A row's (contexts, choices, index of the right one, subject), checked: "" where a task has no subjects. Raises
+    InputError where it has another schema."""
     try:
         contexts, choices, gold = TASKS[name].question(row)
         contexts = contexts if isinstance(contexts, list) else [contexts] * len(choices)
-        if not all(isinstance(text, str) for text in [*contexts, *choices]):
+        subject = row["subject"] if TASKS[name].shots else ""
+        if not all(isinstance(text, str) for text in [*contexts, *choices, subject]):
             raise ValueError("a text is missing")
         if gold not in range(len(choices)):
             raise ValueError(f"the answer {gold!r} is none of {len(choices)} choices")
-        return contexts, choices, gold
+        contexts, choices = ([text.encode(errors="replace").decode() for text in texts]  # half a surrogate is no text
+                             for texts in (contexts, choices))
+        return contexts, choices, gold, subject
     except (KeyError, ValueError, TypeError, AttributeError, IndexError) as e:
         reason = f"the column {e} is missing" if isinstance(e, KeyError) else str(e)
         raise InputError(f"{source}: row {i + 1} does not have the schema of {name} ({reason})") from None
@@ -165,12 +169,11 @@ def load_task(name, folder=None, limit=None):
     if task.shots:
         dev, solved_in = read_split(name, "dev", folder)
         for i, row in enumerate(dev):
-            contexts, choices, gold = asked(name, row, i, solved_in)
-            solved.setdefault(row.get("subject"), []).append(f"{contexts[0]} {choices[gold]}\n\n")
-    examples, seen = [], {}
+            contexts, choices, gold, subject = asked(name, row, i, solved_in)
+            solved.setdefault(subject, []).append(f"{contexts[0]} {choices[gold]}\n\n")
+    examples, seen, before = [], {}, ""
     for i, row in enumerate(rows):
-        contexts, choices, gold = asked(name, row, i, source)
-        subject, before = row.get("subject", "") if task.shots else "", ""
+        contexts, choices, gold, subject = asked(name, row, i, source)
         seen[subject] = seen.get(subject, 0) + 1
         if limit is not None and seen[subject] > limit:
             continue

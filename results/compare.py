@@ -191,9 +191,9 @@ def table(rows):
 def from_the_worst(methods, dense):
     """The names of {method: {amount: row}} by what they lose to the dense perplexity (in its logarithm; None: unknown),
     as a multiple of what all lose at an amount on average, in the mean over the amounts that a method has."""
-    lost, usual = {}, {}
+    lost, usual, dense = {}, {}, dense if dense and math.isfinite(dense) else 1
     for method, found in methods.items():
-        lost[method] = {amount: math.log(row["perplexity"] / (dense or 1)) for amount, row in found.items()}
+        lost[method] = {amount: math.log(row["perplexity"] / dense) for amount, row in found.items()}
         for amount, value in lost[method].items():
             usual.setdefault(amount, []).append(value)
     return sorted(methods, key=lambda method: -statistics.mean(

@@ -237,6 +237,14 @@ def test_what_a_run_stopped_while_measuring_leaves_stops_nobody(tmp_path, train,
         patch.setattr(ast_train, "perplexity", lambda *_, **__: 1.0 if not list(tmp_path.glob("one*")) else killed())
         train(tmp_path, "--one-shot", "--steps", 1)
     shutil.copytree(tmp_path / "one-shot-magnitude", tmp_path / "one-shot-wanda.partial")
+
+    def killed_in_the_middle(folder, **_):
+        if folder.exists():
+            (folder / "run.json").unlink()
+            killed()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed_in_the_middle)
+        train(tmp_path, "--one-shot", "--steps", 1)
     found = train(tmp_path, "--one-shot", "--steps", 1, "--methods", "dense", "--seed", 1)
     assert "one-shot magnitude" in found["table"]
     assert not list(tmp_path.glob("one*"))
@@ -255,7 +263,20 @@ def test_a_run_killed_between_its_first_model_and_its_first_state_begins_anew(tm
         patch.setattr(ast_train, "save_state", killed)
         train(tmp_path, "--steps", 3)
     assert [path.name for path in tmp_path.iterdir()] == ["ast"]
+    shutil.rmtree(tmp_path / "ast")
+    (tmp_path / "ast.partial").mkdir()
+    (tmp_path / "ast.partial" / ".run.json.1.partial").touch()  # by a kill while the folder is begun
     assert train(tmp_path, "--steps", 3)["runs"]["ast"]["step"] == 3
+
+
+def test_another_tokenizer_is_noticed(files, tmp_path, train):
+    """Would catch a training that goes on with other tokens."""
+    shutil.copytree(files / "model", tmp_path / "model")
+    train(tmp_path / "out", "--model", tmp_path / "model", "--steps", 3)
+    text = (files / "text.txt").read_text()[50000:]
+    train_tokenizer(tmp_path / "model" / "tokenizer.model", text, CONFIG["vocab_size"])
+    with pytest.raises(InputError, match="ast.training holds a run of another model or tokenizer"):
+        train(tmp_path / "out", "--model", tmp_path / "model", "--steps", 3)
 
 
 def test_a_full_disk_is_told_and_leaves_the_state_before(tmp_path, train, monkeypatch):

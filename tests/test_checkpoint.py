@@ -510,11 +510,14 @@ def test_what_is_done_is_known_of_many_blocks(tmp_path):
     assert 10_000 - 3 * 600 < out.missing(10_000) < 10_000 - 3 * 400
 
 
-def test_a_run_that_does_not_go_on_begins_anew(tmp_path):
-    """Would catch what it has left refused as another run's, or a block of it in the finished folder."""
+def test_a_run_that_does_not_go_on_begins_anew(tmp_path, monkeypatch):
+    """Would catch what it has left refused as another run's, also when it was killed while that was thrown away, or a
+    block of it in the finished folder."""
     def writer(number):
         return CheckpointWriter(tmp_path / "m", {"model_type": "llama"}, made={"command": "x", "a": number},
                                 goes_on=False)
+    removed, remove = [], Path.unlink
+    monkeypatch.setattr(Path, "unlink", lambda path, **how: removed.append(path.name) or remove(path, **how))
     for number in 1, 2:
         with writer(number) as out:  # killed, as it were
             out.write("model-00001-of-00002.safetensors", {"w": torch.ones(3)})
@@ -522,7 +525,9 @@ def test_a_run_that_does_not_go_on_begins_anew(tmp_path):
             for file in out.partial.iterdir():
                 (tmp_path / "kept" / file.name).write_bytes(file.read_bytes())
         (tmp_path / "kept").rename(tmp_path / "m.partial")
+        removed.clear()
         with writer(2) as out:
+            assert removed[0].startswith("model") and "run.json" not in removed  # which tells whose folder it is
             assert not list(out.partial.glob("*.safetensors"))
             out.write("model.safetensors", {"w": torch.ones(3)})
 

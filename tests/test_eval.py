@@ -304,6 +304,13 @@ def test_a_method_that_prunes_nothing_keeps_its_place(tmp_path):
         "| llama on wikitext2 (2048), dense 5.00 | 50% |", "| :-- | --: |", "| wanda | 10.00 |"]
 
 
+def test_a_ruined_dense_model_has_a_table(tmp_path):
+    """Would catch a traceback where a perplexity is infinite."""
+    file = result_file(tmp_path, "a", [("dense", math.inf, []), ("wanda", 9.0, []), ("magnitude", math.inf, [])])
+    assert [line.split("|")[1].strip() for line in table_by_method(merge(read_rows(file))).split("\n")[2:]] == [
+        "magnitude", "wanda"]
+
+
 def test_amounts_stand_in_order(tmp_path):
     """Would catch columns in the order in which methods happen to have them."""
     files = [result_file(tmp_path, f"{name}{i}", [(method, 9.0, [])], **amount) for name, method, amounts in (

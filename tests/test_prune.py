@@ -176,10 +176,11 @@ def test_a_finished_folder_is_no_answer_when_the_model_has_changed(monkeypatch, 
     for _ in range(2):
         command(monkeypatch, tmp_path / "model", tmp_path / "out")
         assert len(calls) == 14
-    os.utime(tmp_path / "model" / "m" / "model.safetensors", (0, 0))
-    with pytest.raises(SystemExit):
-        command(monkeypatch, tmp_path / "model", tmp_path / "out")
-    assert "differs in files (model.safetensors): choose another" in capsys.readouterr().err
+    for file, before in ("model.safetensors", ""), ("tokenizer.model", "model.safetensors, "):
+        os.utime(tmp_path / "model" / "m" / file, (0, 0))
+        with pytest.raises(SystemExit):
+            command(monkeypatch, tmp_path / "model", tmp_path / "out")
+        assert f"differs in files ({before}{file}): choose another" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("family, changes", ALL)

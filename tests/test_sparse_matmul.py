@@ -234,6 +234,9 @@ def test_what_cannot_be_compressed(tmp_path):
     assert (tmp_path / "small" / "NOTES.md").read_text() == "mine"
     with pytest.raises(InputError, match="holds a compressed model, which differs in bits: choose another --out"):
         save_compressed(tmp_path / "good", tmp_path / "small")
+    os.utime(tmp_path / "good" / "config.json", (0, 0))
+    with pytest.raises(InputError, match=r"holds a compressed model, which differs in files \(config.json\)"):
+        save_compressed(tmp_path / "good", tmp_path / "small", 8)
     with pytest.raises(InputError, match="plain holds a model that another command has made"):
         save_compressed(tmp_path / "good", tmp_path / "plain")
     for folder, message in [("plain", "no linear layer"), ("small", "compressed already"),
