@@ -534,6 +534,8 @@ def train(method, args, begin, mixture, held_out, calibration):
         teacher = set_up(GPT.from_pretrained(args.model, args.device, getattr(torch, args.dtype)), args)
     rank, world = processes()
     started, first = time.perf_counter(), state["step"]
+    if first < args.steps:
+        say(f"{method} trains{', after compiling its first step' * args.compile}: a line every {LOG_EVERY} steps")
     if args.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
 
