@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A LLaMA of 135 million parameters that others have trained, pruned and measured on WikiText-2's raw test file.
 # MODEL: the folder that `python tests/from_gguf.py` makes. A run whose file is there is not made again, an interrupted
-# one goes on. Four hours on two cores:
+# one goes on. Five hours on two cores:
 #     JOBS=2 OMP_NUM_THREADS=1 bash results/smollm2.sh out/smollm2-135m-instruct out/wikitext2-test.txt
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -26,6 +26,7 @@ each sparsegpt --score sparsegpt --refine none
 each magnitude --score magnitude --refine none
 each sparsegpt-propagate --score sparsegpt --refine none --propagate
 each sparsegpt-swap-refit --score sparsegpt --refine swap --refit
+prune 2of4-sparsegpt-swap-refit-global --pattern 2:4 --score sparsegpt --refine swap --refit --global-swaps 8
 prune 2of4-wanda-swap --pattern 2:4 --refine swap
 wait
 check_measured
