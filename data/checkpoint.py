@@ -444,7 +444,8 @@ class CheckpointWriter:
             finally:
                 kept = self.goes_on and not isinstance(error, DeadEnd) and any(self.partial.glob("*.safetensors"))
                 if not finished and not kept and noted(self.marker) == self.made:
-                    remove(self.partial)
+                    with suppress(OSError):  # the error that led here is the one to tell
+                        remove(self.partial)
 
     def finish(self):
         """Write what else belongs into the folder, and put it in its place."""

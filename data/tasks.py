@@ -150,8 +150,8 @@ def asked(name, row, i, source):
             raise ValueError("a text is missing")
         if gold not in range(len(choices)):
             raise ValueError(f"the answer {gold!r} is none of {len(choices)} choices")
-        contexts, choices = ([text.encode(errors="replace").decode() for text in texts]  # half a surrogate is no text
-                             for texts in (contexts, choices))
+        contexts, choices, [subject] = ([text.encode(errors="replace").decode() for text in texts]
+                                        for texts in (contexts, choices, [subject]))  # half a surrogate is no text
         return contexts, choices, gold, subject
     except (KeyError, ValueError, TypeError, AttributeError, IndexError) as e:
         reason = f"the column {e} is missing" if isinstance(e, KeyError) else str(e)

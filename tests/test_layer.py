@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import dsnot
-from dsnot import (DAMP, InputStats, dsnot_refine, keep_mask, magnitude_score, prune_linear, refit_weights, relative_error,
-                   sparsegpt, swap_and_refit, swap_refine, wanda_score)
+from dsnot import (DAMP, InputStats, dsnot_refine, keep_mask, magnitude_score, prune_linear, refit_weights,
+                   relative_error, sparsegpt, swap_and_refit, swap_refine, wanda_score)
 from test_swap import inputs_case, squared_error
 
 
