@@ -27,10 +27,6 @@ if [ -z "$only" ]; then
     for T in 2 4; do ablate temperature$T --temperature $T; done
     ablate code --data tiny:3 tiny-code:7
     run float32 --no-one-shot --dtype float32
-    if [ -d out/deep ]; then  # of `bash results/study.sh deep`
-        run deep --model out/deep
-        run deep-swap --model out/deep --methods ast --no-one-shot --start-from swap
-    fi
 fi
 wait
 check_measured

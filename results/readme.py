@@ -20,7 +20,7 @@ from gpt import Config
 from results.compare import COLOURS, LOOK, markdown, merge, plot, read_rows, table_by_method
 
 PAGES = ROOT / "README.md", ROOT / "results/README.md"
-MODELS = "tiny", "stories260K", "deep"
+MODELS = {"smollm2-135m-instruct": "SmolLM2", "tiny": "tiny", "stories260K": "stories260K"}  # as tables call them
 OPENING = {  # the methods of README.md's first pictures, as compare.py names them and as they are called there
     "dense": "dense", "magnitude": "magnitude", "wanda": "Wanda",
     "wanda + dsnot (refine layers all, sign check)": "Wanda + DSnoT", "sparsegpt": "SparseGPT",
@@ -35,24 +35,24 @@ OPENING = {  # the methods of README.md's first pictures, as compare.py names th
     "AST": "AST", "AST + SLoRB": "AST + SLoRB"}
 CHOICES = [  # what is done, the command that does it, and its names in compare.py's tables
     ("Wanda", "dsnot.py --refine none", "wanda"),
-    ("DSnoT, our settings", "dsnot.py", "wanda + dsnot (refine layers all, sign check)"),
+    ("DSnoT, our settings", "dsnot.py", "wanda + dsnot (refine layers all, sign check)", "wanda + dsnot"),
     ("DSnoT as published", "dsnot.py --cycles 50 --refine-layers attn`, at 70 % `--no-sign-check",
      "wanda + dsnot (cycles 50, refine layers attn, no sign check)",
      "wanda + dsnot (cycles 50, refine layers attn, sign check)"),
     ("SparseGPT", "dsnot.py --score sparsegpt --refine none", "sparsegpt"),
+    ("SparseGPT, propagated", "dsnot.py --score sparsegpt --refine none --propagate", "sparsegpt (propagate)"),
     ("swaps", "dsnot.py --refine swap", "wanda + swap"),
     ("swaps, global swaps", "dsnot.py --refine swap --global-swaps 16", "wanda + swap + global"),
-    ("swaps, global swaps, by sensitivity", "dsnot.py --refine swap --global-swaps 16 --allocate sensitivity",
-     "wanda + swap + global (allocate sensitivity)"),
     ("swaps, refit", "dsnot.py --refine swap --refit", "wanda + swap + refit"),
     ("swaps, refit, by sensitivity", "dsnot.py --refine swap --refit --allocate sensitivity",
      "wanda + swap + refit (allocate sensitivity)"),
-    ("the same from SparseGPT's mask", "dsnot.py --score sparsegpt --refine swap --refit --allocate sensitivity",
+    ("from SparseGPT's mask: swaps, refit", "dsnot.py --score sparsegpt --refine swap --refit",
+     "sparsegpt + swap + refit"),
+    ("the same, by sensitivity", "dsnot.py --score sparsegpt --refine swap --refit --allocate sensitivity",
      "sparsegpt + swap + refit (allocate sensitivity)"),
     ("swaps, refit, global swaps", "dsnot.py --refine swap --refit --global-swaps 16", "wanda + swap + refit + global"),
-    ("swaps, refit, global swaps, by sensitivity",
-     "dsnot.py --refine swap --refit --global-swaps 16 --allocate sensitivity",
-     "wanda + swap + refit + global (allocate sensitivity)"),
+    ("from SparseGPT's mask: swaps, refit, global swaps",
+     "dsnot.py --score sparsegpt --refine swap --refit --global-swaps 8", "sparsegpt + swap + refit + global"),
     ("AST", "ast_train.py --methods ast", "AST"), ("AST + SLoRB", "ast_train.py --methods ast-slorb", "AST + SLoRB")]
 PARTS = {  # of AST: what a run without one, or with another, is called; its file and the row of its table
     "AST": ("seed0", "AST"), "no distillation": ("no-distillation", "AST"), "static decay": ("static-decay", "AST"),
@@ -86,8 +86,8 @@ def pruned(*patterns):
 
 
 def studies():
-    """The rows of every model that results/study.sh has pruned."""
-    return pruned(*(f"{name}/*" for name in MODELS))
+    """The rows of every model of README.md: what results/smollm2.sh and study.sh have pruned."""
+    return pruned(*(f"{name}/[0-9]*" for name in MODELS))
 
 
 def opening(rows, data):
@@ -106,7 +106,7 @@ def quick_start():
 
 def choices():
     """Which method when: perplexity by method, the best of each column in bold."""
-    rows = studies() + pruned("ast-seed*", "ast-deep")
+    rows = studies() + pruned("ast-seed*")
     found = {(row["model"], row["method"], row["amount"]): f"{row['perplexity']:.2f}" for row in rows}
     cells = [(model, amount) for model in MODELS for amount in ("70%", "2:4")]
     columns = [["".join(found.get((model, name, amount), "") for name in names) for _, _, *names in CHOICES]
@@ -115,12 +115,8 @@ def choices():
     lines = [[said, f"`{command}`", *(f"**{x}**" if x == least else x for x, least in zip(row, best))]
              for (said, command, *_), *row in zip(CHOICES, *columns)]
     dense = ["the dense model", "", *(found[model, "dense", "0%"] for model, _ in cells)]
-    return markdown(["method", "command", *map(" ".join, cells)], [dense, *lines], texts=2)
-
-
-def real():
-    """The rows of what results/smollm2.sh has pruned."""
-    return pruned("smollm2-135m-instruct/[0-9]*")
+    head = ["method", "command", *(f"{MODELS[model]} {amount}" for model, amount in cells)]
+    return markdown(head, [dense, *lines], texts=2)
 
 
 def cost():
@@ -295,8 +291,7 @@ def giant():
 def tables():
     """{name of its marker in a page: text}."""
     return {
-        "quick start": quick_start(), "choices": choices(), "real": table_by_method(real()),
-        "tables": table_by_method(studies()),
+        "quick start": quick_start(), "choices": choices(), "tables": table_by_method(studies()),
         "settings": table_by_method(pruned("settings/*")),
         "goal": goal(), "aims": aims(),
         "cost": cost(), "cost of swaps": cost_of_swaps(), "cost on a GPU": cost_on_a_gpu(),
@@ -345,11 +340,11 @@ def pages():
 def main():
     argparse.ArgumentParser(description=__doc__).parse_args()
     contents = pages()
-    plot(opening(real(), "WikiText-2"), ROOT / "assets/overview.png")
+    plot(opening(pruned("smollm2-135m-instruct/[0-9]*"), "WikiText-2"), ROOT / "assets/overview.png")
     trained = [row for row in pruned("ast-seed*") if row["method"].startswith("AST")]
     plot(opening(pruned("tiny/*") + trained, "its test text"), ROOT / "assets/choices.png")
     for name in MODELS:
-        plot(pruned(f"{name}/*"), ROOT / f"assets/{name}.png")
+        plot(pruned(f"{name}/[0-9]*"), ROOT / f"assets/{name}.png")
     shares = "", "-owl", "-sensitivity"
     plot(pruned(*(f"tiny/0.7-wanda-swap-refit{share}" for share in shares)), ROOT / "assets/layers.png")
     draw_ast(ROOT / "assets/ast.png")

@@ -13,9 +13,9 @@ prune() {  # NAME OPTION...
     start "$folder/$1.json" python dsnot.py --model "$model" --calib "$text" --data "$text" --seqlen 1024 --nsamples 32 \
         "${@:2}" --out "out/study-smollm2-135m-instruct/$1"
 }
-each() {  # NAME OPTION...: at 2:4 and at 50 %
+each() {  # NAME OPTION...: at 2:4, 70 and 50 %
     prune "2of4-$1" --pattern 2:4 "${@:2}"
-    prune "0.5-$1" --sparsity 0.5 "${@:2}"
+    for sparsity in 0.7 0.5; do prune "$sparsity-$1" --sparsity $sparsity "${@:2}"; done
 }
 each wanda-swap-refit --refine swap --refit
 start results/ast-smollm2.json python ast_train.py --model "$model" --data "$text" --eval-data "$text" --seqlen 256 \
@@ -26,8 +26,8 @@ each sparsegpt --score sparsegpt --refine none
 each magnitude --score magnitude --refine none
 each sparsegpt-propagate --score sparsegpt --refine none --propagate
 each sparsegpt-swap-refit --score sparsegpt --refine swap --refit
+each wanda-swap --refine swap
 prune 2of4-sparsegpt-swap-refit-global --pattern 2:4 --score sparsegpt --refine swap --refit --global-swaps 8
-prune 2of4-wanda-swap --pattern 2:4 --refine swap
 wait
 check_measured
 

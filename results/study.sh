@@ -2,7 +2,6 @@
 # The tables of pruned models. A run whose file is there is not made again: delete results/NAME to measure all anew.
 #     bash results/study.sh tiny                       (the model that ships; an hour on two cores by JOBS=2)
 #     bash results/study.sh tiny readme                (the rows of README.md alone)
-#     bash results/study.sh deep                       (a model of 32 layers; two hours, and one to train it before)
 #     bash results/study.sh settings                   (DSnoT's own settings, on the validation text of tiny)
 #     bash results/study.sh NAME FOLDER TEXT           (a model and a text file of yours; results go to results/NAME;
 #                                                       windows of 256 tokens, or of SEQLEN=2048)
@@ -11,12 +10,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 name=${1:-} only=
-usage() { sed -n '2,10s/^# //p' results/study.sh >&2; exit 2; }
+usage() { sed -n '2,9s/^# //p' results/study.sh >&2; exit 2; }
 case $name:$# in
     tiny:1|settings:1) model=() ;;
     tiny:2) model=() only=$2; [ "$only" = readme ] || usage ;;
-    deep:1) model=(--model out/deep --calib tiny --data tiny --seqlen 256) ;;
-    tiny:*|settings:*|deep:*|*/*) usage ;;
+    tiny:*|settings:*|*/*) usage ;;
     *:3)
         [ -f "$2/config.json" ] || { echo "error: $2 is no folder of a model: it has no config.json" >&2; exit 2; }
         case $3 in
@@ -38,20 +36,10 @@ esac
 mkdir -p "results/$name"
 
 source results/jobs.sh
-train_deep() {  # unless it is there: the model of all runs in results/deep
-    [ ! -d out/deep ] || return 0
-    [ -z "$(ls results/deep)" ] || {
-        echo "error: there is no out/deep, and results/deep is of another model: delete results/deep to train and measure" \
-            "anew, or train out/deep alone by the command in results/study.sh" >&2
-        exit 2; }
-    python -m data.train_tiny --compile --hidden-size 128 --layers 32 \
-        --steps 1000 --batch 24 --save-every 50 --out out/deep --json results/train_deep.json
-}
 run() {
     local row=${amount/:/of}-$1
     local json=results/$name/$row.json
     if is_there "$json"; then return; fi
-    [ "$name" != deep ] || train_deep
     wait_for_room
     tidy
     start "$json" python dsnot.py ${model[@]+"${model[@]}"} $option $amount --out "out/study-$name/$row" "${@:2}"
@@ -88,6 +76,7 @@ pictured() {  # in README.md's first picture
     for score in magnitude wanda sparsegpt; do run $score --score $score --refine dsnot --compare; done
     for score in wanda sparsegpt; do run $score-swap --score $score --refine swap --no-compare; done
     for score in wanda sparsegpt; do run $score-swap-refit --score $score --refine swap --refit --no-compare; done
+    run sparsegpt-propagate --score sparsegpt --refine none --propagate --no-compare
     run wanda-swap-global --refine swap --global-swaps 16 --no-compare
     [ $option = --sparsity ] || return 0
     for score in wanda sparsegpt; do
@@ -100,7 +89,6 @@ shown() {  # in its tables and its map of layers, too
     run wanda-published --refine dsnot --refine-layers attn --cycles 50 $sign --no-compare
     run wanda-swap-refit-global --refine swap --refit --global-swaps 16 --no-compare
     [ $option = --sparsity ] || return 0
-    run wanda-swap-sensitivity-global --refine swap --allocate sensitivity --global-swaps 16 --no-compare
     run wanda-swap-refit-owl --refine swap --refit --allocate owl --no-compare
 }
 others() {  # in results/README.md
@@ -108,10 +96,10 @@ others() {  # in results/README.md
     run wanda-dsnot-swap --refine dsnot+swap --no-compare
     run wanda-propagate --refine none --propagate --no-compare
     run wanda-swap-no-propagate --refine swap --no-propagate --no-compare
-    run sparsegpt-propagate --score sparsegpt --refine none --propagate --no-compare
     run sparsegpt-refit --score sparsegpt --refine none --refit --no-compare
     [ $option = --sparsity ] || return 0
     run wanda-swap-sensitivity --refine swap --allocate sensitivity --no-compare
+    run wanda-swap-sensitivity-global --refine swap --allocate sensitivity --global-swaps 16 --no-compare
 }
 each() {  # ROWS AMOUNT...: those runs for each amount
     for amount in "${@:2}"; do
@@ -123,7 +111,6 @@ each pictured 2:4 0.7 0.5
 each shown 2:4 0.7
 if [ -z "$only" ]; then
     case $name in
-        deep) more=() ;;
         small) more=(0.8 0.6) ;;  # results/gpu.sh's model
         tiny) more=(0.6 4:8) ;;  # which needs rows that 8 divides
         *) more=(0.6) ;;
