@@ -77,9 +77,10 @@ from data.processes import add_up, mean_over_processes, process_group, processes
 from data.state import check_room, last_state, load_state, save_state
 from data.stream import Mixture, evaluation_split, evaluation_tokens, fingerprint, sources_of
 from data.text import SOURCES, told, usual_text
-from dsnot import check_pattern, keep_mask, magnitude_score, prune, wanda_score
+from dsnot import prune
 from eval import perplexity
 from gpt import GPT, Config, all_prunable, layer_inputs
+from masks import check_pattern, keep_mask, magnitude_score, wanda_score
 
 RECIPES = {  # ours for the model that ships, the paper's for the others
     "tiny": dict(
@@ -151,7 +152,7 @@ class SparseLinear(nn.Linear):
         self.score, self.slorb_k, self.amount = score, slorb_k, amount or dict(pattern=(2, 4))
         W = linear.weight.detach()
         self.register_buffer("mask", keep_mask(score(W), **self.amount))
-        self.first_mask = self.own(self.mask).to("cpu", copy=True)  # to count flips
+        self.first_mask = self.counted(self.mask).to("cpu", copy=True)  # to count flips
         if slorb_k:
             S = (W * ~self.mask).unflatten(1, (-1, slorb_k)).mean(-1)  # kept weights count as 0
             self.slorb_S, self.slorb_X = nn.Parameter(S), nn.Parameter(W.new_ones(W.shape[1]))
@@ -171,14 +172,14 @@ class SparseLinear(nn.Linear):
         """Choose the mask again; returns how many of its entries changed (since the last time, since the first), of the
         rows whose flips this process counts."""
         new = keep_mask(self.score(whole(self.weight)), **self.amount)
-        counted, earlier = self.own(new), (self.own(self.mask), self.first_mask.to(new.device))
-        flips = [(counted != before).count_nonzero().item() for before in earlier]
+        earlier = self.counted(self.mask), self.first_mask.to(new.device)
+        flips = [(self.counted(new) != before).count_nonzero().item() for before in earlier]
         self.mask.copy_(new)
         return tuple(flips)
 
     @staticmethod
-    def own(mask):
-        """This process's share of the rows of a mask."""
+    def counted(mask):
+        """The rows of a mask whose flips this process counts: of the first masks it keeps no more."""
         rank, world = processes()
         return mask.tensor_split(world)[rank]
 
@@ -263,8 +264,8 @@ def exchange(model, tensors):
 
 
 def by_chunks(f, logits, *others):
-    """The sum of f(logits [N, vocab], *others [N, ...]) over chunks of tokens. A chunk's logits in float32 or better,
-    and what f makes of them, are freed before the next one, and computed again in the backward pass."""
+    """The sum of f(logits [N, vocab], *others [N, ...]) over chunks of tokens; f gets logits in float32 or better. What
+    it makes of a chunk is freed before the next one, and computed again in the backward pass."""
     chunks = zip(*(x.split(CHUNK) for x in (logits, *others)), strict=True)
     return sum(checkpoint(lambda chunk, *rest: f(at_least_float32(chunk), *rest), *chunk, use_reentrant=False,
                           preserve_rng_state=False) for chunk in chunks)  # nothing in f is random
@@ -332,9 +333,12 @@ def calibrated(model, args, calibration):
         for sequence in x:
             stats[name].add(sequence)
 
+    rank, world = processes()
     with watch(linears, seen):
-        for ids in calibration.split(args.micro_batch):
+        for ids in calibration[rank::world].split(args.micro_batch):
             model(ids.to(args.device))
+    for one in stats.values():
+        one.all_reduce()
     return stats
 
 
@@ -373,10 +377,10 @@ def first_weights(args, calibration):
     return folder
 
 
-def new_student(args, method, begin, source, calibration):
-    """The model that a method trains, with the first weights from the folder `begin` (dense: its own), and what tells
+def new_student(args, method, start, source, calibration):
+    """The model that a method trains, with the first weights from the folder `start` (dense: its own), and what tells
     it from others: of its dense checkpoint `source` the configuration and the tokenizer, and the sum of its weights."""
-    student = GPT.from_pretrained(args.model if method == "dense" else begin, args.device, torch.float32)
+    student = GPT.from_pretrained(args.model if method == "dense" else start, args.device, torch.float32)
     tokens = fingerprint(load_tokenizer(source.folder))
     identity = f"{source.raw} {tokens} {sum(p.double().sum().item() for p in student.parameters()):.6g}"
     if method != "dense":
@@ -516,13 +520,13 @@ def validate(method, args, student, held_out, source, made, state):
         save_model(Path(args.out) / method, student, source, made)
 
 
-def train(method, args, begin, mixture, held_out, calibration):
-    """Train one model, whose first weights are in the folder `begin`, and return its record; the best one by validation
+def train(method, args, start, mixture, held_out, calibration):
+    """Train one model, whose first weights are in the folder `start`, and return its record; the best one by validation
     is the folder `args.out / method`."""
     source, work = GPT.open(args.model).source, Path(args.out) / f"{method}.training"
     torch.compiler.reset()  # a function is compiled for a few kinds of blocks; those of all methods are too many
     gc.collect()  # compiled blocks of the method before refer to each other, and stay on the GPU until this
-    student, identity = new_student(args, method, begin, source, calibration)
+    student, identity = new_student(args, method, start, source, calibration)
     layers = list(sparse_layers(student).values())
     student = set_up(student, args, args.checkpoint_activations)
     optimizer = AnnealedAdamW(student, args.lr)
@@ -558,9 +562,10 @@ def train(method, args, begin, mixture, held_out, calibration):
         optimizer.step()
         optimizer.zero_grad()
 
-        done, seconds = step + 1, (time.perf_counter() - started) / max(1, step - first)
+        done, now = step + 1, time.perf_counter()
+        seconds = (now - started) / max(1, step - first)
         if step == first:  # it has compiled, which the others don't
-            started = time.perf_counter()
+            started = now
         if done > average_from:
             add_to_mean(mean, student, done - average_from)
         if done % LOG_EVERY == 0 or done == args.steps:
@@ -572,6 +577,7 @@ def train(method, args, begin, mixture, held_out, calibration):
             with averaged(student, mean, masks=args.mask_every > 0) if done > average_from else nullcontext():
                 validate(method, args, student, held_out, source, made, state)
             save_state(work, student, optimizer, mean, state, finished=done == args.steps)
+            started += time.perf_counter() - now  # a step takes no longer for it
     return state
 
 
@@ -597,8 +603,8 @@ def plot(path, runs):
     write_atomically(path, lambda beside: figure.savefig(beside, format="png", dpi=120))
 
 
-def measure(args, test_ids, calibration, begin):
-    """Measure dense, one-shot, first (`begin`) and trained models on the test text; returns a row for each, by name.
+def measure(args, test_ids, calibration, start):
+    """Measure dense, one-shot, first (`start`) and trained models on the test text; returns a row for each, by name.
     gap_closed: how much of the log-perplexity between the best one-shot mask and the dense model has gone."""
     rows = {}
 
@@ -617,8 +623,8 @@ def measure(args, test_ids, calibration, begin):
         add(f"one-shot {score}", pruned, 0 if score == "magnitude" else calibration.numel())
         remove(pruned)
     best = min((math.log(found["perplexity"]) for name, found in rows.items() if name != "dense"), default=math.nan)
-    if begin != args.model:
-        add("swaps + refit (start)", begin, calibration.numel())
+    if start != args.model:
+        add("swaps + refit (start)", start, calibration.numel())
     for method in args.methods:
         name = {"dense": "dense, trained on", "ast": "AST", "ast-slorb": "AST + SLoRB"}[method]
         add(name, Path(args.out) / method, args.steps * args.batch * args.seqlen)
@@ -731,11 +737,12 @@ def memory_is_enough(args):
     try:
         yield
     except RuntimeError as e:
-        killed = isinstance(e, BrokenProcessPool)  # a process of side_by_side, by the system, which needs its memory
+        killed = isinstance(e, BrokenProcessPool)  # a process of side_by_side
         if not (killed or out_of_memory(e)):
             raise
+        what = "a training process has died, most likely of full memory" if killed else "out of memory"
         kept = f"; the last state is kept in {args.out}" if any(Path(args.out).glob("*.training/step-*")) else ""
-        raise InputError(f"out of memory: lower --micro-batch ({args.micro_batch}), add --checkpoint-activations or "
+        raise InputError(f"{what}: lower --micro-batch ({args.micro_batch}), add --checkpoint-activations or "
                          f"take more GPUs{kept}") from None
 
 
@@ -759,10 +766,10 @@ def fitting_k(asked, inputs):
     return asked or fits
 
 
-def train_alone(method, args, begin):
+def train_alone(method, args, start):
     """`train` in a process of its own."""
     with process_group(args), memory_is_enough(args):
-        return train(method, args, begin, *texts(args, load_tokenizer(args.model)))
+        return train(method, args, start, *texts(args, load_tokenizer(args.model)))
 
 
 def settle(args, folder, config):
@@ -775,7 +782,7 @@ def settle(args, folder, config):
             check_pattern(parse_pattern(args.pattern), width)
     if "ast-slorb" in args.methods:
         args.slorb_k = fitting_k(args.slorb_k, inputs)
-    for method in args.methods:  # which complain where another command's model is
+    for method in args.methods:  # this refuses a folder in which another command's model is
         CheckpointWriter(Path(args.out) / method, config.raw, folder, made={"command": "ast_train.py"}, goes_on=False)
     text = usual_text(folder, None)
     args.data, args.eval_data = args.data or [text or "c4"], args.eval_data or text or "wikitext2"
@@ -801,13 +808,13 @@ def prepare(args):
     return mixture, held_out, calibration, test_ids
 
 
-def train_all(args, begin, mixture, held_out, calibration):
+def train_all(args, start, mixture, held_out, calibration):
     """Train the models, side by side or one after the other; returns a record of each method."""
     runs, threads = {}, torch.get_num_threads() // len(args.methods)
     # on a CPU side by side: two processes of one thread get more done than two threads that wait for each other
     beside = args.device == "cpu" and processes()[1] == 1 and len(args.methods) > 1 and threads > 0
-    one_by_one = ((method, train(method, args, begin, mixture, held_out, calibration)) for method in args.methods)
-    for method, state in side_by_side(train_alone, args.methods, threads, args, begin) if beside else one_by_one:
+    one_by_one = ((method, train(method, args, start, mixture, held_out, calibration)) for method in args.methods)
+    for method, state in side_by_side(train_alone, args.methods, threads, args, start) if beside else one_by_one:
         runs[method] = state
         if processes()[0] == 0:
             plot(Path(args.out) / "curve.png", runs)
@@ -821,15 +828,15 @@ def main():
             mixture, held_out, calibration, test_ids = prepare(args)
             if processes()[0] == 0:
                 held.enter_context(alone_in(Path(args.out)))  # until all is measured
-            begin = first_weights(args, calibration)
-            runs = train_all(args, begin, mixture, held_out, calibration)
+            start = first_weights(args, calibration)
+            runs = train_all(args, start, mixture, held_out, calibration)
             if processes()[0] > 0:
                 return
         del mixture, held_out  # which measuring needs no more
         split = evaluation_split(args.eval_data, "test", args.data)
         text = told(args.eval_data, split)
         print(f"measuring the dense{', one-shot' * args.one_shot} and trained models on {text}:", flush=True)
-        table = measure(args, test_ids, calibration, begin)
+        table = measure(args, test_ids, calibration, start)
     print(f"\n{args.model} on {text}, windows of {args.seqlen} tokens")
     print_table(table)
     print("\nsaved " + ", ".join(str(Path(args.out) / name) for name in [*args.methods, "curve.png"]))

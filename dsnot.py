@@ -13,11 +13,10 @@ and lets pruned weights grow back while others are pruned in their place, one pa
           (n:m: the lowest score in the grown weight's own group of m, whatever its D)
     e    <- e + D[pruned] - D[grown], until |e| <= threshold, `cycles` swaps are done or e would change its sign
 
-Starting masks: magnitude |W|; Wanda |W| sqrt(q) (Sun et al. 2023); SparseGPT (Frantar & Alistarh 2023), which also
-corrects the weights that remain. Beyond the paper: swaps by the exact error instead of its mean (`swap_refine`), the
-best weights for a mask (`refit_weights`), targets that make up for a part of what earlier layers lost (`layer_goal`),
-a sparsity of its own for every layer (`allocation`), and at last swaps by the output of the whole model
-(`swap_globally`).
+Starting masks: magnitude, Wanda and SparseGPT (`masks.py`). Beyond the paper: swaps by the exact error instead of its
+mean, and the best weights for a mask (`swaps.py`), targets that make up for a part of what earlier layers lost
+(`layer_goal`), a sparsity of its own for every layer (`allocate.py`), and at last swaps by the output of the whole
+model (`global_swaps.py`).
 
 Where this differs from the authors' code (`dsnot_refine` by itself has their defaults, `prune_layer` and the command
 have ours): every linear layer is refined unless you ask for `--refine-layers attn` (theirs silently skips the MLP); a
@@ -44,82 +43,29 @@ import copy
 import itertools
 import os
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from allocate import MOST, allocation
 from data import calibration_windows, load_tokenizer, windows
-from data.calibration import InputStats, add_product, input_stats, move, place_for, readers, steps, watch_gradients
+from data.calibration import InputStats, input_stats, move, place_for, readers, steps
 from data.checkpoint import CheckpointWriter, finished, noted, pruned_here, remove, shard
 from data.command import DeadEnd, InputError, at_least, check_disk, parser, record, run, versions
-from data.estimate import CHUNK, ROUND, check_folders, dry_run, held_states, probe_tokens
+from data.estimate import BATCH, check_folders, dry_run, held_states
 from data.hub import model_folder
-from data.method import (ALLOCATIONS, METHOD, NSAMPLES, REFINES, SCORES, USUAL, blocks_of, fill_in, has_goal, method_of,
-                         needs_gram, parse_pattern, refine_of, rows_apart, said_of, shared_by)
+from data.method import (ALLOCATIONS, METHOD, NSAMPLES, REFINES, SCORES, USUAL, blocks_of, fill_in, fits_weights,
+                         has_goal, method_of, needs_gram, parse_pattern, refine_of, rows_apart, said_of, shared_by)
 from data.processes import add_up, from_first, process_group, processes, progress_bar, say, wait
 from data.text import SOURCES, evaluation_ids, told, usual_text
 from eval import perplexity
+from global_swaps import swap_globally
 from gpt import GPT, Config, all_prunable, layer_inputs, prunable, rotary
-
-
-# --------------------------------------------------------------------------------------------------- scores and masks
-
-@torch.no_grad()
-def magnitude_score(W: Tensor) -> Tensor:
-    """|W| [out, in] in float32."""
-    return W.float().abs()
-
-
-@torch.no_grad()
-def wanda_score(W: Tensor, stats: InputStats) -> Tensor:
-    """|W| times the norm of the weight's input [out, in] in float32 (Sun et al. 2023, arXiv 2306.11695)."""
-    return W.float().abs().mul_(stats.square.sqrt())
-
-
-def check_pattern(pattern, width):
-    """The pattern (n, m), or InputError where m does not divide a row of `width` weights."""
-    n, m = pattern
-    assert 0 < n < m, f"a pattern (n, m) keeps n of every m, not {pattern}"
-    if width % m:
-        raise InputError(f"--pattern {n}:{m} needs rows that {m} divides, but a layer has {width} inputs: "
-                         f"give another, or a --sparsity")
-    return pattern
-
-
-def keep_mask(score: Tensor, sparsity: float | None = None, pattern: tuple[int, int] | None = None) -> Tensor:
-    """The mask that keeps the highest scores [out, in].
-
-    sparsity: in every row the int(in * sparsity) lowest are pruned. pattern (n, m): in every m consecutive ones n are
-    kept. Equal scores are pruned from the left. Raises InputError where m does not divide the row."""
-    assert (sparsity is None) != (pattern is None), "either a sparsity or a pattern"
-    assert pattern or 0 <= sparsity <= 1, sparsity
-    rows, width = score.shape
-    if pattern is None:
-        k = int(width * sparsity)
-        if k == 0:
-            return torch.ones_like(score, dtype=torch.bool)
-        kth = score.kthvalue(k, dim=1, keepdim=True)[0]
-        keep = score > kth
-        tied = keep.sum(1, dtype=torch.int32) < width - k  # several equal the k-th, and `>` has dropped them all
-        if tied.any():
-            equal, more = score[tied] == kth[tied], width - k - keep[tied].sum(1, keepdim=True)
-            keep[tied] |= equal & (equal.cumsum(1, dtype=torch.int32) > equal.sum(1, keepdim=True) - more)
-        return keep
-    n, m = check_pattern(pattern, width)
-    group = score.reshape(-1, m).T.contiguous()  # [m, groups]
-    # how many of its group come before each entry: pairs are compared more than twice as fast as groups are sorted
-    rank = torch.zeros_like(group, dtype=torch.int16)
-    for i in range(m):
-        for j in range(i + 1, m):
-            first = group[i] <= group[j]
-            rank[j] += first
-            rank[i] += ~first
-    return (rank >= m - n).T.reshape(rows, width)
+from masks import check_pattern, keep_mask, magnitude_score, sparsegpt, wanda_score
+from swaps import dense_weights, refit_weights, swap_and_refit, swap_refine, with_pruned
 
 
 # -------------------------------------------------------------------------------------------------------------- DSnoT
@@ -137,7 +83,8 @@ def dsnot_refine(W: Tensor, keep: Tensor, stats: InputStats, score: Tensor, *, c
     256, and check the sign, as prune_layer does.
     pattern: (n, m) of the mask, which stays intact; None: unstructured, the number kept in each row stays."""
     assert W.shape == keep.shape == score.shape, (W.shape, keep.shape, score.shape)
-    pattern = pattern and check_pattern(pattern, W.shape[1])
+    if pattern:
+        check_pattern(pattern, W.shape[1])
     sign_check = pattern is not None if sign_check is None else sign_check
     cycles, s = min(cycles, W.shape[1]), stats.sum
     rows = 64 if W.device.type == "cpu" else len(W)  # on a CPU, what a few rows need stays in its cache
@@ -170,7 +117,7 @@ def dsnot_refine(W: Tensor, keep: Tensor, stats: InputStats, score: Tensor, *, c
             active &= after.sign() == start_sign
         if not active.any():
             break
-        new[row, g] |= active  # each row has one g and one p; picking the active rows would make a GPU wait
+        new[row, g] |= active  # each row has one g and one p; a row that has stopped writes what was there
         new[row, p] &= ~active
         e = torch.where(active, after, e)
     return new
@@ -203,351 +150,6 @@ def extremes(key, k, largest=False):
         order = key[tied].argsort(dim=1, stable=True)
         index[tied] = (order.flip(1) if largest else order)[:, :index.shape[1]]
     return index[:, :k], value[:, :k].isfinite().sum(1)
-
-
-# -------------------------------------------------------------------------------------------------------- exact swaps
-
-@torch.no_grad()
-def swap_refine(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = None, max_swaps: int | None = None,
-                candidates: int = 16, pattern: tuple[int, int] | None = None) -> Tensor:
-    """Refine a mask by swaps that lower the true squared error of each row the most; returns the new mask.
-
-    With G the Gram matrix and r what a row lacks, its pruned weights, the error is r G r^T. Pruning weight j adds w_j
-    to r_j and growing i takes w_i from r_i, so with g = r G a swap adds exactly
-        (2 w_j g_j + w_j^2 G_jj) + (-2 w_i g_i + w_i^2 G_ii) - 2 w_i w_j G_ij,
-    and the best one is taken until none lowers the error by more than rounding (SparseSwaps, arXiv 2512.10922, has the
-    same idea). It is searched among the `candidates` best weights of each side (n:m: among the groups that promise
-    most); several swaps are made among them, exactly, before g is brought up to date for all weights.
-
-    W, keep [out, in]; gram [in, in]: sum of x x^T over the inputs x that the sparse layer gets; goal [out, in]: sum of
-    y x^T over the outputs y that it should give, None: those of W. Then g is the goal less what the kept weights make.
-    max_swaps: per row, None: until none helps, or as many as the row is wide. pattern: (n, m) of the mask, which stays.
-    """
-    assert W.shape == keep.shape, (W.shape, keep.shape)
-    pattern = pattern and check_pattern(pattern, W.shape[1])
-    new, W, G = keep.clone(), W.float(), gram.float()
-    goal = None if goal is None else goal.float()
-    pool = max(2 * candidates, pattern[1] if pattern else 0)  # weights of a row that are weighed against each other
-    # on a CPU, what 512 rows need stays in its cache
-    at_a_time = min(512 if W.device.type == "cpu" else len(W), max(1, CHUNK // max(W.shape[1], pool ** 2)))
-    for rows in torch.arange(len(W), device=W.device).split(at_a_time):
-        w, mask = W[rows], keep[rows]
-        g = torch.where(mask, 0, w) @ G if goal is None else goal[rows] - torch.where(mask, w, 0) @ G
-        # flipping weight k alone costs square_k + slope_k g_k, its price; a pair costs slope_j slope_i G_ij / 2 more
-        slope, square = torch.where(mask, 2 * w, -2 * w), w.square() * G.diagonal()
-        left = torch.full_like(rows, w.shape[1] if max_swaps is None else max_swaps)
-        most = square.amax(1)
-        # smaller gains are rounding: 1e-6 of the row's largest w^2 G_kk, less where few inputs are gigantic
-        least = (1e-2 * square.median(1)[0]).clamp(1e-9 * most, 1e-6 * most)
-        squares = torch.where(torch.stack([mask, ~mask]), square, torch.inf)  # [2, rows, in], to prune and to grow
-        while len(rows):
-            price = torch.addcmul(squares, slope, g)  # of pruning or growing one weight and no other; inf: can't be
-            column, made = _swap_round(price, mask, slope, G, left, least, candidates, pattern)
-            (row, which), count = made.nonzero(as_tuple=True), made.sum(1)
-            if not len(row):
-                new[rows] = mask
-                break
-            at, used, first = column[row, which], count // 2, count.cumsum(0) - count  # first: a row's flips in `at`
-            # to a row of g, for each of its flips, slope / 2 times that weight's row of G
-            g += F.embedding_bag(at, G, first, mode="sum", per_sample_weights=slope[row, at] / 2)
-            mask[row, at], slope[row, at] = ~mask[row, at], -slope[row, at]
-            squares[:, row, at] = squares[:, row, at].flip(0)  # what could be pruned can be grown, and the reverse
-            go_on, left = (used > 0) & (used < left), left - used
-            if go_on.sum() <= 0.8 * len(rows):  # dropping a few finished rows would copy all the others
-                new[rows] = mask
-                squares = squares[:, go_on]
-                rows, mask, g, slope, left, least = (x[go_on] for x in (rows, mask, g, slope, left, least))
-    return new
-
-
-def _swap_round(price, mask, slope, G, left, least, candidates, pattern):
-    """Choose a few swaps in each row, the best first, at most left[row], each of which lowers the error by more than
-    least[row]. Returns the columns that flip [rows, 2 swaps], the i-th swap prunes column 2 i and grows column 2 i + 1,
-    and which of these flips the row makes (bool, the same). price [2, rows, in] of pruning and of growing, mask, slope
-    [rows, in], G: as in swap_refine."""
-    drop, grow = _swap_candidates(price, mask, candidates, pattern)
-    (rows, groups, a), b = drop.shape, grow.shape[2]
-    drop, grow, k = drop.flatten(1), grow.flatten(1), groups * a
-    both = torch.cat([drop, grow], 1)  # [rows, k + groups * b], those to grow from k on
-    step, cost = slope.gather(1, both), torch.cat([price[0].gather(1, drop), price[1].gather(1, grow)], 1)
-    # what one flip adds to the price of another [rows, all, all], and of these what belongs to pairs of a group
-    added = entries(G, both[:, :, None], both[:, None, :]).mul_(step[:, :, None]).mul_(step[:, None, :] / 2)
-    together = added[:, :k, k:].unflatten(1, (groups, a)).unflatten(3, (groups, b)).diagonal(0, 1, 3).movedim(3, 1)
-    together = together.contiguous()  # [rows, groups, a, b]
-    added.diagonal(0, 1, 2).fill_(torch.inf)  # nothing flips twice
-    group, i, j = torch.unravel_index(torch.arange(k * b, device=G.device), (groups, a, b))
-    flips = torch.stack([group * a + i, k + group * b + j], 1)  # [pairs, 2], of `both`
-    changes, chosen = [], []
-    for _ in range(k):
-        change = cost[:, :k].view(rows, groups, a, 1) + cost[:, k:].view(rows, groups, 1, b)
-        change, best = change.add_(together).flatten(1).min(1)
-        if not (G.is_cuda or (change < -least).any()):  # a GPU would have to wait for the answer
-            break
-        changes.append(change)
-        chosen.append(flips[best])  # [rows, 2]
-        cost += added.gather(1, chosen[-1][:, :, None].expand(-1, -1, both.shape[1])).sum(1)
-    if not changes:
-        return both[:, :1], torch.zeros_like(mask[:, :1])
-    made = (torch.stack(changes, 1) < -least[:, None]).cumprod(1)  # a row that has found none is done
-    made = made.bool() & (torch.arange(len(changes), device=G.device) < left[:, None])
-    return both.gather(1, torch.cat(chosen, 1)), made.repeat_interleave(2, 1)
-
-
-def _swap_candidates(price, keep, candidates, pattern):
-    """The weights of each row that may be pruned and grown for each other [rows, groups, a] and [rows, groups, b]:
-    those with the lowest price, as one group, or the most promising groups of a pattern."""
-    rows, width = keep.shape
-    if pattern is None:  # a side that has fewer is filled up with others, which _swap_round leaves alone
-        return [lowest(side, min(candidates, width))[:, None] for side in price]
-    n, m = pattern
-    promise = price.unflatten(2, (-1, m)).amin(3).sum(0)  # a group's best of each side
-    count = min(max(1, candidates // max(n, m - n)), width // m)
-    group = promise.topk(count, dim=1, largest=False)[1]  # [rows, groups]
-    group = group[:, :, None].expand(-1, -1, m)
-    member = group * m + keep.view(rows, -1, m).gather(1, group).long().argsort(-1)  # the pruned ones first
-    return member[:, :, m - n:], member[:, :, :m - n]
-
-
-def lowest(x, k):
-    """The columns of the k smallest entries of each row of x [rows, width], in order. To sort fewer entries, a row is
-    cut into width / 16 sets of 16 columns: the k smallest lie in the k sets with the smallest minima."""
-    rows, width = x.shape
-    if width % 16 or width < 64 * k:
-        return x.topk(k, dim=1, largest=False)[1]
-    first = x.view(rows, 16, -1).amin(1).topk(k, dim=1, largest=False)[1]
-    among = (first[:, :, None] + torch.arange(0, width, width // 16, device=x.device)).flatten(1)
-    return among.gather(1, x.gather(1, among).topk(k, dim=1, largest=False)[1])
-
-
-def entries(G, i, j):
-    """G[i, j] of indices that are broadcast together, on a CPU several times as fast."""
-    at = i * G.shape[1] + j
-    return G.flatten().index_select(0, at.view(-1)).view(at.shape)
-
-
-@torch.no_grad()
-def refit_weights(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = None, damp: float = 1e-4) -> Tensor:
-    """The weights that give the least squared error for a mask [out, in]: on each row's kept weights k they solve
-    G_kk u = (G w)_k, or goal_k with `goal` [out, in] as in swap_refine. damp: each kept weight i is drawn towards that
-    of W with the strength damp * G_ii, or the median of these if that is more; rows whose Cholesky factor fails by that
-    in float32 are solved with a hundred times as much. Batched over rows."""
-    W, gram = W.float(), gram.float()
-    aim = W @ gram if goal is None else goal.float()
-    own, new, kept = own_scale(gram), torch.zeros_like(W), keep.sum(1)
-    own = own.clamp(min=own.median())  # what a norm has all but silenced would get weights in the thousands
-
-    def system(rows, k, damp, **options):
-        G = entries(gram, k[:, :, None], k[:, None, :])
-        G.diagonal(0, 1, 2).add_(damp * own[k])
-        b = aim[rows[:, None], k] + damp * own[k] * W[rows[:, None], k]
-        return *torch.linalg.cholesky_ex(G, **options), b
-
-    for count in kept[kept > 0].unique().tolist():  # rows that keep equally many are solved together
-        for rows in (kept == count).nonzero()[:, 0].split(max(1, CHUNK // count ** 2)):
-            k = keep[rows].nonzero()[:, 1].view(-1, count)
-            L, failed, b = system(rows, k, damp)
-            if (again := failed > 0).any():
-                L[again], _, b[again] = system(rows[again], k[again], 100 * damp, check_errors=True)
-            new[rows[:, None], k] = torch.cholesky_solve(b[:, :, None], L)[:, :, 0]
-    return new
-
-
-@torch.no_grad()
-def swap_and_refit(W, keep, gram, *, goal=None, max_swaps=None, pattern=None, rounds=1, damp=1e-4):
-    """The weights [out, in] after swaps and refit in turns. Refit gives the kept weights new values, and to each pruned
-    one `with_pruned` the best value with which it could come back: the next swaps are made among these. Only refit's
-    damping, and rounding to a dtype, can make the error rise. Arguments as in swap_refine, keep: to start from; rounds:
-    turns after the first; damp: as in refit_weights."""
-    gram = gram.float()
-    aim = W.float() @ gram if goal is None else goal.float()
-    swap = partial(swap_refine, gram=gram, goal=aim, max_swaps=max_swaps, pattern=pattern)
-    refit = partial(refit_weights, W, gram=gram, goal=aim, damp=damp)
-    keep = swap(W, keep)
-    new = refit(keep)
-    for _ in range(rounds):
-        keep = swap(with_pruned(new, keep, gram, aim), keep)
-        new = refit(keep)
-    return new
-
-
-def with_pruned(new, keep, gram, goal):
-    """Corrected weights [out, in] to swap among: the kept ones of `new`, and of each pruned one the value that would
-    lower the error most if it alone came back, (goal - new G)_i / G_ii. Arguments as in swap_refine."""
-    return torch.where(keep, new, (goal - new @ gram) / gram.diagonal().clamp(min=1e-20))
-
-
-def dense_weights(W, gram, goal, damp=0.01):
-    """The dense weights [out, in] that come closest to the goal, as in swap_refine: W + (goal - W G) G^-1, with G
-    damped as in refit_weights. SparseGPT, which prunes towards the weights it is given, is given these."""
-    change, G = goal - W.float() @ gram, gram + (damp * own_scale(gram)).diag()
-    return W.float() + torch.cholesky_solve(change.T, torch.linalg.cholesky(G)).T
-
-
-def own_scale(gram):
-    """The diagonal of a Gram matrix [in], and where that is 0 its mean: what damping is measured in, so that no input
-    is damped by the size of another."""
-    own = gram.diagonal()
-    return torch.where(own > 0, own, own.mean().clamp(min=1e-20))
-
-
-# ---------------------------------------------------------------------------------------------------------- SparseGPT
-
-@torch.no_grad()
-def sparsegpt(W: Tensor, gram: Tensor, *, sparsity: float | None = None, pattern: tuple[int, int] | None = None,
-              keep: Tensor | None = None, damp: float = 0.01, block: int = 128) -> Tensor:
-    """Prune and correct the weights that remain (Frantar & Alistarh 2023, arXiv 2301.00774); returns them, float32.
-
-    Columns are taken from left to right; what is lost by pruning one is made up for by the columns to its right, by the
-    inverse of the Hessian H, which is the Gram matrix up to a factor that cancels (but where an input is always 0: its
-    H_kk is 1). W [out, in]; gram [in, in]: the sum of x x^T. sparsity: the lowest w^2 / U_kk^2 of each `block` of
-    columns, over all rows together (as published, one more than the share); pattern (n, m): within each group, of which
-    fewer than n are kept where inputs are always 0; keep [out, in]: for a given mask only correct. damp: added to H's
-    diagonal, times its mean."""
-    assert (sparsity is None) + (pattern is None) + (keep is None) == 2, "one of sparsity, pattern, keep"
-    assert sparsity is None or 0 <= sparsity <= 1, sparsity
-    width, dead = W.shape[1], gram.diagonal() == 0
-    if pattern:
-        _, m = check_pattern(pattern, width)
-        block = -(-block // m) * m  # groups stay whole
-    W = W.float().masked_fill(dead, 0)
-    H = gram.float() + dead.diag()
-    H.diagonal().add_(damp * H.diagonal().mean())
-    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)  # H^-1 = U^T U
-    for left in range(0, width, block):
-        right = min(left + block, width)
-        w, u = W[:, left:right], U[left:right, left:right]
-        if keep is not None:
-            drop = ~keep[:, left:right]
-        elif sparsity is not None:
-            score = w.square() / u.diagonal().square()
-            drop = score <= score.flatten().sort()[0][min(int(score.numel() * sparsity), score.numel() - 1)]
-            drop &= sparsity > 0  # else one would go here, too
-        else:
-            drop = torch.zeros_like(w, dtype=torch.bool)
-        error = torch.zeros_like(w)
-        for i in range(right - left):
-            if pattern and i % m == 0:  # decided when the sweep gets there, on weights corrected so far
-                group = slice(i, i + m)
-                drop[:, group] = ~keep_mask(w[:, group].square() / u.diagonal()[group].square(), pattern=pattern)
-            error[:, i] = torch.where(drop[:, i], w[:, i], 0) / u[i, i]
-            w[:, i:] -= error[:, i:i + 1] * u[i, i:]
-            w[:, i].masked_fill_(drop[:, i], 0)
-        W[:, right:] -= error @ U[left:right, right:]
-    return W
-
-
-# ------------------------------------------------------------------------------------- layers that differ in sparsity
-
-MOST = 0.99  # the largest share of a layer that an allocation prunes
-REACH, OUTLIER = 0.08, 5  # OWL's lambda and M, as published
-
-
-@torch.no_grad()
-def allocation(model, where, hidden, sparsity, kind, whole=False):
-    """{layer's name: the share of it to prune}, over all weights `sparsity`, from one pass of `hidden`, batches
-    [sequences, tokens, C], through the dense model. where: (rope, positions) for `steps`; kind:
-    "owl"          a block's share falls linearly from sparsity + REACH, of the block with the fewest outliers, to
-                   sparsity - REACH; then all are moved to the right mean. An outlier is a Wanda score above OUTLIER
-                   times the block's mean (Yin et al. 2024, arXiv 2310.05175)
-    "sensitivity"  each layer alone is pruned by Wanda; its damage is the KL divergence of the model's output on up to
-                   2048 tokens of each process's first batch (one window, if that is longer). For other shares it is
-                   scaled by the layer's squared error as if its inputs were uncorrelated: the sum of the squared Wanda
-                   scores that are pruned. Of the shares from 0.1 below `sparsity` to 0.09 above those with the least
-                   total damage are taken.
-    whole: every row of a layer loses as many weights, see whole_weights."""
-    layers = all_prunable(model)
-    if kind == "uniform":
-        return dict.fromkeys(layers, sparsity)
-    assert kind in ALLOCATIONS and sparsity is not None, (kind, sparsity)
-    sizes = torch.tensor([layer.weight.numel() for layer in layers.values()], dtype=torch.double)
-    hidden, trials, found = list(hidden), [], []
-    grid = sparsity + torch.arange(-10, 10, dtype=torch.double) / 100
-    grid = grid[(grid > -1e-9) & (grid < MOST + 0.005)].clamp(min=0)
-    seqlen = hidden[0].shape[1]
-    probe = hidden[0][:probe_tokens(seqlen) // seqlen]
-    for i in progress_bar(range(model.config.num_hidden_layers), desc="allocating", unit="block"):
-        block = model.block(i)
-        (step,), linears = steps(block, *where), prunable(block)
-        stats = input_stats(step, hidden, linears, readers(step, hidden[0][:1], linears))
-        scores = {name: wanda_score(layer.weight, stats[name]) for name, layer in linears.items()}
-        if kind == "owl":
-            found += [outliers(scores.values())] * len(scores)
-        else:
-            move(step, trials)
-            trials += [pruned_alone(step, probe, layer, scores[name], sparsity) for name, layer in linears.items()]
-            found += [growth(score, sparsity, grid) for score in scores.values()]
-            probe = step(probe)
-        move(step, hidden)
-        del block, linears, step  # before the next one is read
-    if kind == "owl":
-        many = torch.tensor(found, dtype=torch.double)
-        shares = sparsity + REACH - 2 * REACH * (many - many.min()) / (many.max() - many.min()).clamp(min=1e-30)
-    else:
-        shares = cheapest(torch.stack(found) * damage(model, probe, trials)[:, None], grid, sizes, sparsity)
-    for _ in range(100):  # a share stays between 0 and MOST, so one step may not be enough
-        shares = (shares + sparsity - (shares * sizes).sum() / sizes.sum()).clamp(0, MOST)
-    found = dict(zip(layers, shares.tolist()))
-    return whole_weights(found, layers, sparsity) if whole else found
-
-
-def whole_weights(shares, layers, sparsity):
-    """An allocation's shares as whole numbers of a row's weights, of which all layers {name: layer} together lose as
-    many as by a mask of `sparsity` everywhere. What one layer's share is rounded by, the next one makes up for."""
-    found, owed = {}, 0.0
-    for name, layer in layers.items():
-        rows, width = layer.weight.shape
-        exact = int(width * sparsity) + width * (shares[name] - sparsity) + owed / rows
-        count = min(max(0, round(exact)), int(width * MOST))
-        found[name], owed = (count + 0.5) / width, rows * (exact - count)  # 0.5: keep_mask rounds down
-    return found
-
-
-def outliers(scores):
-    """The share of entries, of all scores together, that are above OUTLIER times the mean."""
-    count = sum(score.numel() for score in scores)
-    mean = sum(score.sum().item() for score in scores) / count
-    return sum((score > OUTLIER * mean).sum().item() for score in scores) / count
-
-
-def pruned_alone(step, x, layer, score, sparsity):
-    """step(x) while one linear layer is pruned by its scores."""
-    W = layer.weight.data
-    layer.weight.data = torch.where(keep_mask(score, sparsity=sparsity), W, 0)
-    try:
-        return step(x)
-    finally:
-        layer.weight.data = W
-
-
-def growth(score, sparsity, grid):
-    """By Wanda scores [out, in], a layer's squared error at the shares of `grid` as multiples of that at `sparsity`."""
-    lost = F.pad(score.sort(1)[0].square_().sum(0).double().cumsum(0).cpu(), (1, 0))  # by pruning so many of each row
-    width = len(lost) - 1
-    return lost[(grid * width).long()] / lost[int(sparsity * width)].clamp(min=1e-30)
-
-
-def damage(model, probe, trials):
-    """The KL divergence [trials] from the output that the hidden states `probe` give to that of each trial."""
-    expected = model.head(probe.to(model.device)).float().log_softmax(-1)
-    found = torch.stack([divergence(model.head(x.to(model.device)), expected) for x in trials])
-    add_up(found)
-    return found.double().cpu().clamp(min=1e-12)  # with 0 all that `growth` tells of a layer would be lost
-
-
-def divergence(logits, expected):
-    """KL(expected || what logits [B, T, V] say), summed over tokens; expected: log-probabilities."""
-    return F.kl_div(logits.float().log_softmax(-1), expected, reduction="sum", log_target=True)
-
-
-def cheapest(cost, grid, sizes, sparsity):
-    """For every layer the share of `grid` [shares] that makes the sum of cost [layers, shares] least, where they prune
-    `sparsity` of all weights together: at a price per weight (a Lagrange multiplier) that is found by bisection."""
-    low, high = 0.0, cost.max().item() * 1e3
-    for _ in range(100):
-        price = (low + high) / 2
-        shares = grid[(cost - price * sizes[:, None] / sizes.mean() * grid).argmin(1)]
-        low, high = (low, price) if (shares * sizes).sum() > sparsity * sizes.sum() else (price, high)
-    return shares
 
 
 # -------------------------------------------------------------------------------- walking the blocks, from a layer up
@@ -638,7 +240,7 @@ def prune_linear(weight, name, stats, adjusts, dtype, **options):
 
 def relative_error(W, pruned, gram):
     """||(W - pruned) X||^2 / ||W X||^2 of a layer, from its inputs' Gram matrix; 0 where nothing comes out."""
-    lost, whole = (((W @ gram) * W).sum().item() for W in (W.float() - pruned.float(), W.float()))
+    lost, whole = (((V @ gram) * V).sum().item() for V in (W.float() - pruned.float(), W.float()))
     return max(0.0, lost / whole) if whole > 0 else 0.0
 
 
@@ -653,7 +255,7 @@ def prune_block(block, where, hidden, dense, prefix, stored, *, score, refine, s
     block on inputs that the block's dense weights have made. Of either half of a block the last layer, o_proj or
     down_proj, is the one whose output is added to the hidden state."""
     gram = needs_gram(score, refine, refit)
-    adjusts = "weights" if refit or score == "sparsegpt" else "mask"
+    adjusts = "weights" if fits_weights(score, refit) else "mask"
     linears, records, original = prunable(block), [], copy.deepcopy(block) if dense else None
     for half, step in enumerate(steps(block, *where, halves=propagate)):
         teacher = (steps(original, *where, halves=True)[half], dense, prunable(original)) if dense else None
@@ -727,8 +329,7 @@ def prune(model, samples, out, made, *, batch=8, propagate=False, sparsity=None,
                                        propagate=propagate, **options)
                 if rank == 0:
                     writer.note(run=made, seconds=seconds + time.perf_counter() - begin, layers=records)
-                    tensors = {f"{prefix}.{k}": v for k, v in block.state_dict().items()}
-                    writer.write(file, {name: v.to(source.stored(name)) for name, v in tensors.items()})
+                    writer.save(file, block, prefix, source.stored)
             del block  # before the next one is read
         if versions(source.paths) != files:
             raise DeadEnd(f"{source.folder} was changed while it was being pruned: give the command again")
@@ -737,137 +338,6 @@ def prune(model, samples, out, made, *, batch=8, propagate=False, sparsity=None,
         wait()  # everybody has read what the next line moves
     wait()  # the checkpoint is in its place
     return records
-
-
-# ----------------------------------------------------------------------------- swaps by the output of the whole model
-
-@torch.inference_mode(False)
-def swap_globally(model: GPT, dense: GPT, samples: Tensor, rounds: int, pattern: tuple[int, int] | None = None):
-    """Swap weights of a pruned model, in place, by what the output of the whole model loses. Returns the loss before
-    and after each round, in nats a token.
-
-    The loss L is KL(dense || model) of the next token. By its gradient at all weights, pruned ones too, a weight that
-    changes by d (pruned: -w; grown: w of the dense model) changes it by about
-        d dL/dw + damping / 2 * f q d^2,
-    where f is the mean square of -log P's gradient at the row's output, for tokens that the model itself draws, and q
-    that of the weight's input: the curvature as K-FAC (arXiv 1503.05671) takes it apart, and of that the diagonal, as
-    it is before the first round. In a round each row makes the swap that promises most, if one promises anything. Where
-    all together don't lower the loss on the round's own text, they are taken back, and the damping doubles until they
-    do, ten times at most; where they do at once, it falls by a third (Levenberg-Marquardt). Tokens are drawn by
-    PyTorch's global random numbers.
-
-    samples [n, seqlen]: calibration ids, ROUND tokens a round by turns, which processes share. Both models are whole in
-    memory, on one device. pattern: (n, m) of the masks, which stays; None: each row keeps as many as it has. Raises
-    InputError for a streamed model."""
-    if model.streams:
-        raise InputError("global swaps change a model in memory: load it without stream=True")
-    rank, world = processes()
-    layers, originals = all_prunable(model), all_prunable(dense)
-    seqlen = samples.shape[1]
-    texts = samples[rank::world].split(max(1, ROUND // seqlen // world))
-    texts = [[ids.to(model.device) for ids in text.split(probe_tokens(seqlen) // seqlen)] for text in texts]
-    curvature, damping, losses = curvature_of(model, layers, texts[0]), 16.0, []
-    for i in progress_bar(range(rounds), desc="global swaps", unit="round"):
-        text = texts[i % len(texts)]
-        with torch.no_grad():
-            expected = [dense(ids).float().log_softmax(-1) for ids in text]
-        before, found = output_gradients(model, layers, text, expected, divergence)
-        for attempt in range(10):
-            undone = {name: swap_one(layer.weight, originals[name].weight, found[name][0], *curvature[name], damping,
-                                     pattern) for name, layer in layers.items()}
-            with torch.no_grad():
-                after = mean_loss(sum(divergence(model(ids), x) for ids, x in zip(text, expected)), text)
-            if after < before:
-                damping /= 1.5 if attempt == 0 else 1
-                break
-            for name, (at, values) in undone.items():
-                layers[name].weight.data[at] = values
-            damping *= 2
-        losses.append((before, min(before, after)))
-        del found  # as large as the model, and so is the next one
-    return losses
-
-
-@contextmanager
-def recomputed(model):
-    """Inside, gradients reach what flows through a model but no weights; each block is computed again for them."""
-    asked = [W.requires_grad for W in model.parameters()]
-    for block in model.blocks():
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    try:
-        model.requires_grad_(False)
-        with torch.enable_grad():
-            yield
-    finally:
-        for block in model.blocks():
-            del block.forward
-        for W, before in zip(model.parameters(), asked):
-            W.requires_grad_(before)
-
-
-def curvature_of(model, layers, text):
-    """{layer's name: (f [out], q [in])}, as in swap_globally: for tokens that the model itself draws after a text's."""
-    if rank := processes()[0]:  # else all draw by the same random numbers
-        torch.manual_seed(torch.initial_seed() + rank)
-    with torch.no_grad():
-        drawn = [torch.distributions.Categorical(logits=model(ids).float()).sample() for ids in text]
-    _, found = output_gradients(model, layers, text, drawn, log_loss)
-    return {name: (f, q) for name, (_, f, q) in found.items()}
-
-
-def log_loss(logits, ids):
-    """-log P of ids [B, T] by logits [B, T, V], summed over tokens."""
-    return F.cross_entropy(logits.float().flatten(0, 1), ids.flatten(), reduction="sum")
-
-
-def mean_loss(total, text):
-    """A total over the tokens of a text, by their number, over all processes."""
-    both = torch.tensor([total, sum(ids.numel() for ids in text)], dtype=torch.double, device=total.device)
-    add_up(both)
-    return (both[0] / both[1]).item()
-
-
-def output_gradients(model, layers, text, expected, loss):
-    """The mean of loss(logits, expected) over the tokens of a text, a list of ids [B, T], and {layer's name: its
-    gradient (dL/dW [out, in], f [out], q [in])}, as in swap_globally (f and q are for curvature_of)."""
-    found, total = {}, torch.zeros((), device=text[0].device)
-
-    def seen(name, x, g):
-        x, g = x.flatten(0, 1), g.flatten(0, 1)  # [tokens, in], [tokens, out]
-        gradient, f, q = found.get(name, (None, 0, 0))
-        found[name] = add_product(gradient, g, x), f + g.float().square().sum(0), q + x.float().square().sum(0)
-
-    with recomputed(model), watch_gradients(model.model.embed_tokens, layers, seen):
-        for ids, x in zip(text, expected):
-            part = loss(model(ids), x)
-            part.backward()  # computes each block again, of which only the layers' inputs are kept
-            total += part.detach()
-            del part  # which holds them
-    tokens = torch.tensor(sum(ids.numel() for ids in text), device=total.device)
-    add_up(tokens)
-    for sums in found.values():
-        for one in sums:
-            add_up(one.div_(tokens))
-    return mean_loss(total, text), found
-
-
-@torch.no_grad()
-def swap_one(W, dense, gradient, f, q, damping, pattern):
-    """Make in every row of W [out, in], in place, the swap that promises most, if one does. dense, gradient [out, in]:
-    of the same layer; f, q, damping, pattern as in swap_globally. Returns what undoes it: (places, values)."""
-    keep = W != 0
-    d = torch.where(keep, -W, dense).float()
-    price = d * (gradient + damping / 2 * f[:, None] * q * d)
-    m = pattern[1] if pattern else W.shape[1]
-    (losing, p), (gaining, g) = (price.masked_fill(other, torch.inf).unflatten(1, (-1, m)).min(-1)
-                                for other in (~keep, keep | (d == 0)))  # [out, groups]
-    change, group = (losing + gaining).min(1)
-    row = (change < 0).nonzero()[:, 0]
-    p, g = (x[row, group[row]] + group[row] * m for x in (p, g))
-    at = torch.cat([row, row]), torch.cat([p, g])
-    values = W[at]
-    W[at] = torch.cat([torch.zeros_like(dense[row, p]), dense[row, g]])
-    return at, values
 
 
 def prune_globally(model, samples, out, made, *, global_swaps, pattern=None, **options):
@@ -984,7 +454,7 @@ def prune_and_measure(args, folder, amount, passes):
     def load(folder):
         return GPT.from_pretrained(folder, device=args.device, stream=True)
 
-    tokenizer, batch = load_tokenizer(folder), max(1, 8192 // args.seqlen)
+    tokenizer, batch = load_tokenizer(folder), max(1, BATCH // args.seqlen)
     model = GPT.open(args.model)  # here its weights are fetched
     config = model.config
     model.source.check_dense()
@@ -1001,7 +471,7 @@ def prune_and_measure(args, folder, amount, passes):
         f"{args.calib}, perplexity on {told(args.data, args.split)} ({read})")
     if pruned_here(folder):
         notes.append(f"{args.model} has been pruned before; it is what is called dense here")
-    if (args.refit or args.score == "sparsegpt") and calibration.numel() < config.intermediate_size:
+    if fits_weights(args.score, args.refit) and calibration.numel() < config.intermediate_size:
         notes.append(f"weights are fitted to {calibration.numel()} tokens of calibration text, fewer than the "
                      f"{config.intermediate_size} inputs of a layer: give more --nsamples, or other texts suffer")
     for one in notes:
@@ -1035,7 +505,7 @@ def main():
         plain = method | USUAL | dict(refine="none", refit=False, propagate=False)
         method |= dict(global_swaps=args.global_swaps) if args.global_swaps else {}
         if args.dry_run:
-            return dry_run(args, config, amount, [method] + [plain] * args.compare, prune_layer, divergence)
+            return dry_run(args, config, amount, [method] + [plain] * args.compare, prune_layer)
         out = Path(os.path.normpath(args.out))  # "missing/.." is where it will be written
         title += " (propagate)" * (args.compare and title == args.score)  # else both have one name
         passes = [("dense", folder, None), (title, out, method)]

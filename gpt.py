@@ -108,7 +108,7 @@ class Config:
         reach = said.get("sliding_window") if said.get("use_sliding_window") else None
         first = min(said.get("first_sliding_layer", layers), layers)
         kinds = said.get("layer_types") or ["full_attention"] * first + ["sliding_attention"] * (layers - first)
-        config = cls(
+        config = cls(**{name: value for name, value in ours.items() if name in cls.__dataclass_fields__} | dict(
             vocab_size=said["vocab_size"], hidden_size=said["hidden_size"], intermediate_size=said["intermediate_size"],
             num_hidden_layers=layers, num_attention_heads=heads,
             num_key_value_heads=said.get("num_key_value_heads") or heads,
@@ -118,9 +118,7 @@ class Config:
             tie_word_embeddings=said.get("tie_word_embeddings", False), raw=raw,
             qkv_bias=ours.get("qkv_bias", bias), o_bias=bias, mlp_bias=said.get("mlp_bias", False),
             windows=tuple(reach if kind == "sliding_attention" else None for kind in kinds),
-            activation=said["hidden_act"], slorb_k=raw.get("slorb_k", 0),
-            **{name: ours[name] for name in ours if name in (
-                "qk_norm", "gated", "layer_norm", "post_norm", "positions", "position_offset", "embed_size")})
+            activation=said["hidden_act"], slorb_k=raw.get("slorb_k", 0)))
         for kind in kinds:
             if kind not in ("full_attention", "sliding_attention"):
                 raise InputError(f"config.json: layer_types {kind!r} is not supported "
@@ -434,6 +432,7 @@ class GPT(nn.Module):
         rope = rope and [angles.to(x.dtype) for angles in rope]  # once, not in every block
         for i, block in enumerate(self.blocks()):
             x = block(x, positions, rope, caches[i] if caches else None)
+            del block  # before the next one is read
         return x
 
     def check_length(self, tokens):
@@ -533,7 +532,7 @@ class GPT(nn.Module):
         if not stream:
             for i, block in enumerate(model.model.layers):
                 model.load_block(block, i)
-        if sparse and not stream and not any(hasattr(layer, "meta") for layer in model.modules()):
+        if sparse and not stream and not any(name.endswith(".values") for name in model.state_dict()):
             raise InputError(f"{name_or_dir}: no linear layer of the blocks is 2:4; prune it with a 2:4 pattern first")
         return model.eval()
 

@@ -387,13 +387,14 @@ def write_compressed(out, on_disk, bits, model):
     for i in range(count):
         with torch.device("meta"):
             block = Block(on_disk.config, i)
-        tensors = {name: source.tensor(f"model.layers.{i}.{name}").contiguous() for name in block.state_dict()}
-        block.load_state_dict(tensors, assign=True)  # in the dtypes that they have on disk
+        prefix = f"model.layers.{i}"
+        block.load_state_dict({name: source.tensor(f"{prefix}.{name}").contiguous() for name in block.state_dict()},
+                              assign=True)  # in the dtypes that they have on disk
         layers += sparsify(block, bits)
         if source.layout.conv1d and len({type(getattr(block.self_attn, f"{x}_proj")) for x in "qkv"}) > 1:
             raise InputError(f"{model}: q, k and v of block {i} share a tensor, but not all of them are 2:4")
-        held = {f"model.layers.{i}.{name}": value for name, value in block.state_dict().items()}
-        out.write(shard(i, count), held)
+        out.write(shard(i, count), {f"{prefix}.{name}": value for name, value in block.state_dict().items()})
+        del block  # before the next one is read
     if not layers:
         raise InputError(f"{model}: no linear layer of the blocks is 2:4; prune it with a 2:4 pattern first")
     out.write(shard(count, count), source.rest())

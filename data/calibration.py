@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data.device import free_memory
@@ -90,12 +91,17 @@ def watch_gradients(embedding, linears, seen):
     """While it is open, a backward pass calls `seen(name, x, g)` for the input x [B, T, in] of each layer and the
     gradient g [B, T, out] at its output; no parameter has to require one. embedding: the module where the text enters.
     """
-    def output(name):
+    def hook_for(name):
         def hook(_, inputs, output):
             output.register_hook(lambda g: seen(name, inputs[0], g))
         return hook
-    hooks = [layer.register_forward_hook(output(name)) for name, layer in linears.items()]
+    hooks = [layer.register_forward_hook(hook_for(name)) for name, layer in linears.items()]
     return held([*hooks, embedding.register_forward_hook(lambda _, inputs, x: x.requires_grad_())])
+
+
+def divergence(logits, expected):
+    """KL(expected || what logits [B, T, V] say), summed over tokens; expected: log-probabilities."""
+    return F.kl_div(logits.float().log_softmax(-1), expected, reduction="sum", log_target=True)
 
 
 def steps(block, rope, positions, halves=False):
@@ -137,16 +143,16 @@ def input_stats(step, hidden, linears, groups, gram=False, teacher=None, adds=Fa
     """{name: InputStats} of some groups of linear layers of a step that is called with each [sequences, tokens, C] of
     `hidden`, over all processes. teacher: (step, hidden, linears) of the dense model, to know what they get there;
     adds: their output is added to `hidden` and is to make up for what that lacks."""
-    names, stats = [group[0] for group in groups], {}
+    stats = {group[0]: InputStats(linears[group[0]].in_features, gram) for group in groups}
+    dense_step, dense, dense_linears = teacher or (None, None, None)
     for i, x in enumerate(hidden):
-        inputs = inputs_of(step, x, {name: linears[name] for name in names})
+        nothing, targets = [None] * len(x), {}
+        inputs = inputs_of(step, x, {name: linears[name] for name in stats})
         if teacher:
-            targets = inputs_of(teacher[0], teacher[1][i], {name: teacher[2][name] for name in names})
-        for name in names:
-            one = stats.setdefault(name, InputStats(inputs[name].shape[-1], gram))
-            z = targets[name] if teacher else [None] * len(x)
-            d = (teacher[1][i].float() - x.float()).to(inputs[name].device) if adds else [None] * len(x)
-            for sequence in zip(inputs[name], z, d):
+            targets = inputs_of(dense_step, dense[i], {name: dense_linears[name] for name in stats})
+        for name, one in stats.items():
+            lack = (dense[i].float() - x.float()).to(inputs[name].device) if adds else nothing
+            for sequence in zip(inputs[name], targets.get(name, nothing), lack):
                 one.add(*sequence)
     for one in stats.values():
         one.all_reduce()

@@ -43,14 +43,14 @@ class Layout:
 
     def theirs(self, tensors):
         """Our tensors {name: tensor} under the family's names and in its layout; q, k, v of a layer come together."""
-        found = {}  # {their name: {our name: tensor}}
+        groups, found = {}, {}  # groups: {their name: {our name: tensor}}
         for name, value in tensors.items():
-            transposed = self.conv1d and PROJECTION.search(name)
-            found.setdefault(self.name(name), {})[name] = value.t() if transposed else value  # a bias has one dimension
-        for name, parts in found.items():
+            transposed = self.conv1d and PROJECTION.search(name)  # a bias has one dimension
+            groups.setdefault(self.name(name), {})[name] = value.t() if transposed else value
+        for name, parts in groups.items():
             assert len(parts) == (3 if "c_attn" in name else 1), f"{name} needs q, k and v, not only {list(parts)}"
-            parts = [parts[k] for k in (sorted(parts, key=which) if "c_attn" in name else parts)]
-            found[name] = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+            ordered = [parts[k] for k in (sorted(parts, key=which) if "c_attn" in name else parts)]
+            found[name] = torch.cat(ordered, -1) if len(ordered) > 1 else ordered[0]
         return found
 
     def ours(self, name, value):
@@ -221,7 +221,7 @@ class Checkpoint:
         return {name: self.tensor(name) for name in self.files if not name.startswith("model.layers.")}
 
     def size(self, dtype=None):
-        """Bytes of all tensors on disk, or in memory when those that hold numbers, not places, have a dtype."""
+        """Bytes of all tensors as they are on disk; with a dtype, of floating-point ones in that."""
         stored = {name: self.stored(name) for name in self.shapes}
         return sum(math.prod(shape) * (dtype if dtype and stored[name].is_floating_point else stored[name]).itemsize
                    for name, shape in self.shapes.items())
@@ -421,6 +421,11 @@ class CheckpointWriter:
         """Fill a module with the tensors below `prefix` of a file that is done."""
         held, names = read_tensors(self.partial / file), {k: f"{prefix}.{k}" for k in module.state_dict()}
         module.load_state_dict({k: self.layout.ours(name, held[self.layout.name(name)]) for k, name in names.items()})
+
+    def save(self, file, module, prefix, stored):
+        """Write what `load` reads: the tensors of a module below `prefix`, each in the dtype stored(our name)."""
+        tensors = {f"{prefix}.{k}": v for k, v in module.state_dict().items()}
+        self.write(file, {name: v.to(stored(name)) for name, v in tensors.items()})
 
     def write(self, file, tensors):
         """Write {our name: tensor} as one safetensors file under the family's names, whole or not at all."""

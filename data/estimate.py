@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from data.calibration import input_stats, readers, steps
+from data.calibration import divergence, input_stats, readers, steps
 from data.checkpoint import CheckpointWriter, alone_in, finished
 from data.command import InputError, check_disk, record, told_bytes
 from data.device import free_memory, timed
@@ -17,6 +17,7 @@ from data.processes import processes, say
 from gpt import GPT, Block, all_prunable, prunable, rotary
 
 CHUNK = 2**26  # elements of the rows that swaps take at a time on a GPU, and of the systems that refit solves at a time
+BATCH = 8192  # tokens that go through a block at a time
 ROUND = 8192  # tokens of a round of global swaps
 
 
@@ -125,7 +126,7 @@ def needed_memory(args, model, methods):
         "the calibration text's activations": state_bytes(args, model),
         "weights": (whole - elsewhere * sum(p.numel() for p in block.parameters())) * itemsize,
         "a layer's scores": (56 if "swap" in args.refine else 28) * max(W.numel() for W in weights),
-        "a batch's activations": 4 * max(ROUND, args.seqlen) * config.intermediate_size * itemsize,
+        "a batch's activations": 4 * max(BATCH, args.seqlen) * config.intermediate_size * itemsize,
         "Gram matrices": gram * (24 if args.score == "sparsegpt" else 16) * widest ** 2,
         "refit's equations": args.refit * 20 * min(max(CHUNK, (widest * n / m) ** 2), equations),
         "the logits of trials": sensitivity * 24 * probe_tokens(args.seqlen) * config.vocab_size}
@@ -148,7 +149,7 @@ def fastest(work, device):
 
 
 @torch.inference_mode()
-def needed_seconds(args, config, methods, block, prune_layer, divergence):
+def needed_seconds(args, config, methods, block, prune_layer):
     """How long pruning takes each process, from a random block and a random head on which its steps are timed."""
     layers, world, sample = prunable(block), processes()[1], torch.arange(min(args.seqlen, 256), device=args.device)
     where = rotary(config, sample), sample
@@ -179,7 +180,7 @@ def needed_seconds(args, config, methods, block, prune_layer, divergence):
         block_seconds += swapped * 6 * running / len(sample)
     block_seconds += layer_seconds(args, methods, layers, stats, prune_layer)
     compared = len(methods) * tried * blocks + 5 * swapped  # through the head: a round twice, and with a gradient
-    heads = compared * head_seconds(config, x[0], divergence, args.device) if compared else 0.0
+    heads = compared * head_seconds(config, x[0], args.device) if compared else 0.0
     return block_seconds * blocks + heads
 
 
@@ -199,7 +200,7 @@ def layer_seconds(args, methods, layers, stats, prune_layer):
     return needed
 
 
-def head_seconds(config, x, divergence, device):
+def head_seconds(config, x, device):
     """How long a token's logits take, from x [tokens, C], and their comparison with others."""
     vocabulary = min(config.vocab_size, 8192)  # time is in proportion to it
     head = torch.randn(vocabulary, config.hidden_size, device=device, dtype=x.dtype)
@@ -208,7 +209,7 @@ def head_seconds(config, x, divergence, device):
     return comparing * config.vocab_size / vocabulary / len(x)
 
 
-def dry_run(args, config, amount, methods, prune_layer, divergence):
+def dry_run(args, config, amount, methods, prune_layer):
     """Print what a run with these methods (the options of prune, each) would take: from the configuration, and from a
     random block."""
     with torch.device("meta"):
@@ -227,7 +228,7 @@ def dry_run(args, config, amount, methods, prune_layer, divergence):
     say(f"memory    {told_bytes(sum(memory.values()))} on {args.device}{each}: {told_each(memory)}; evaluation "
         f"also keeps hidden states of its text, in at most half of what is free")
     say(f"disk      {told_bytes(size)} to read, {told_bytes(written)} to write")
-    needed = needed_seconds(args, config, methods, block, prune_layer, divergence)  # the last: it takes a while itself
+    needed = needed_seconds(args, config, methods, block, prune_layer)  # the last: it takes a while itself
     unit, seconds = next((u for u in (("days", 86400), ("hours", 3600), ("minutes", 60)) if needed > 2 * u[1]),
                          ("seconds", 1))
     say(f"time      {needed / seconds:,.1f} {unit} on {args.device}, estimated from a part of one of the {blocks} "

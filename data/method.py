@@ -9,7 +9,7 @@ from data.processes import processes
 
 LAYER = ["score", "refine", "refit", "cycles", "threshold", "sign_check", "sparsity", "pattern"]  # of prune_layer
 METHOD = LAYER + ["propagate", "refine_layers", "allocate"]  # of prune
-SCORES = "magnitude", "wanda", "sparsegpt"  # a new one needs a line in prune_layer, and in rows_apart if rows meet
+SCORES = "magnitude", "wanda", "sparsegpt"  # a new one needs a line in prune_layer and in what it needs below
 REFINES = "none", "dsnot", "swap", "dsnot+swap"
 ALLOCATIONS = "uniform", "owl", "sensitivity"
 NSAMPLES = 128
@@ -39,9 +39,14 @@ def parse_pattern(text):
     return n, m
 
 
+def fits_weights(score, refit=False, **_):
+    """Whether a method, given by these options of `prune`, chooses the values of kept weights, too, not only a mask."""
+    return refit or score == "sparsegpt"
+
+
 def needs_gram(score, refine, refit=False, **_):
     """Whether a method, given by these options of `prune`, needs the Gram matrices of the inputs."""
-    return refit or score == "sparsegpt" or "swap" in refine
+    return fits_weights(score, refit) or "swap" in refine
 
 
 def has_goal(propagate=False, **method):
@@ -81,25 +86,29 @@ def folder_name(model):
 def fill_in(args, config, text):
     """Fill in the options that depend on others; returns the amount that is pruned and the method's name. text: to
     calibrate and measure on if none is given, None: C4 and WikiText-2."""
-    # what the default name of --out tells where it is otherwise
-    named = USUAL | dict(calib=text or "c4", nsamples=NSAMPLES, seqlen=config.window_length())
+    usual = USUAL | dict(calib=text or "c4", nsamples=NSAMPLES, seqlen=config.window_length())
     for name in "threshold", "sign_check", "calib", "seqlen":
         if getattr(args, name) is None:
-            setattr(args, name, named[name])
+            setattr(args, name, usual[name])
     args.data, method = args.data or text or "wikitext2", method_of(vars(args))
     args.propagate = propagates(method) if args.propagate is None else args.propagate
     if args.compare is None:
         args.compare = args.data == text and method != args.score  # it refines
+    args.out = args.out or str(Path("out") / out_name(args, method, usual))
+    return args.pattern or percent(args.sparsity), method
+
+
+def out_name(args, method, usual):
+    """What --out is called if nobody says: the model, the method, and each option that is not the usual one."""
     amount = args.pattern or percent(args.sparsity)
     name = [folder_name(args.model), args.score, args.refine + "+refit" * args.refit,
             f"global-{args.global_swaps}" * (args.global_swaps > 0), amount.replace(":", "of").rstrip("%"),
             args.allocate * (args.allocate != "uniform"), f"seed{args.seed}" * (args.seed != 0),
             said_of("propagate", args.propagate).replace(" ", "-") * (args.propagate != propagates(method))]
-    for option, value in named.items():
+    for option, value in usual.items():
         if (given := getattr(args, option)) != value:
             name.append(said_of(option, Path(given).name[-40:] if option == "calib" else given).replace(" ", "-"))
-    args.out = args.out or str(Path("out") / "-".join(filter(None, name)))
-    return amount, method
+    return "-".join(filter(None, name))
 
 
 def shared_by(args, source):

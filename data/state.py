@@ -76,19 +76,17 @@ def last_state(work, options):
         return None, first
     try:
         state = json.loads((found[-1] / "run.json").read_text())
-        before = dict({name: state[name] for name in first}["options"])
+        if missing := first.keys() - state:
+            raise KeyError(missing)
+        before = dict(state["options"])
     except (OSError, ValueError, KeyError, TypeError):
         raise damaged(found[-1]) from None
-    for name in sorted(options, key=lambda name: name in ("model", "texts")):  # other options explain another model
-        value = options[name]
-        if (old := before.get(name)) != value:
+    files = {"model": "of another model or tokenizer", "texts": "of other texts"}  # other options may be the reason
+    for name in sorted(options, key=files.__contains__):
+        if (old := before.get(name)) != (value := options[name]):
             option = f"--{name.replace('_', '-')}"
-            if name in ("model", "texts"):
-                told = f"of {'another model or tokenizer' if name == 'model' else 'other texts'}"
-            elif old in (None, "None"):
-                told = f"without {option}"
-            else:
-                told = f"with {option} {old}" + f", not {value}" * (value != "None")
+            with_other = f"with {option} {old}" + f", not {value}" * (value != "None")
+            told = files.get(name) or (f"without {option}" if old in (None, "None") else with_other)
             raise InputError(f"{work} holds a run {told}: give the options it had, choose another --out, or delete it")
     return found[-1], state
 

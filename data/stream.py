@@ -34,6 +34,7 @@ from data.tokenizer import load_tokenizer
 HEADER, MARK = struct.Struct("<8sQQQQ"), b"TOKENBIN"
 PROBE = "The 1st of May:\n    naïve(x) -> 'été', 12345 + 67.89;\tLes élèves, 東京 🙂 don't.\n"
 GOLDEN = (5 ** 0.5 - 1) / 2
+MEASURED = 256 * 2048  # tokens of a .bin at most, as of C4
 PIECE = 50_000  # characters that are tokenized at a time: SentencePiece is slower on long texts
 
 
@@ -103,6 +104,7 @@ def write_bin(path, shards, tokenizer, label, made):
                         f.write(ids.tobytes())
                         count += len(ids)
                     f.flush()
+                    os.fsync(f.fileno())  # before run.json says that they are there
                     done += 1
                     note()
                 if not count:
@@ -144,7 +146,9 @@ def tokens(source, tokenizer, split):
     if source.endswith(".bin"):
         ids = open_bin(source, tokenizer)
         begin, end = part_of(len(ids), split)
-        return ids[begin:end] if split == "train" else ids[begin:end].astype(np.int64)
+        if split == "train":
+            return ids[begin:end]
+        return ids[begin:min(end, begin + MEASURED)].astype(np.int64)
     if split == "train":
         texts = documents(source, "train")
         return np.concatenate([np.array([], token_type(tokenizer)), *encode(texts, tokenizer, source)])

@@ -25,10 +25,11 @@ def blocks_read(monkeypatch):
 
     def watched(source, module, prefix, **place):
         if isinstance(module, Block):
-            assert not any(block() for block in alive), f"another block is in memory while {prefix} is read"
-            alive.append(weakref.ref(module))
+            assert not any(one() for one in alive), f"another block is in memory while {prefix} is read"
             read.append(prefix)
         load(source, module, prefix, **place)
+        if isinstance(module, Block):
+            alive[:] = [weakref.ref(p.untyped_storage()) for p in module.parameters()]
 
     monkeypatch.setattr(Checkpoint, "load", watched)
     return read

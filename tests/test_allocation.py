@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import allocate
 import dsnot
 from data.calibration import watch
 from dsnot import keep_mask, wanda_score
@@ -15,13 +16,13 @@ def test_allocation(monkeypatch, checkpoint, kind):
     pruned more, and a cost that is not the damage of one layer pruned alone, which a loop over whole models computes
     here, times the growth of its error, by a mask of each share."""
     dense, windows, found = dsnot.GPT.from_pretrained(checkpoint), torch.randint(0, 300, (6, 32)), []
-    damage, cheapest = dsnot.damage, dsnot.cheapest
-    monkeypatch.setattr(dsnot, "damage", lambda *args: found.append(damage(*args)) or found[0])
-    monkeypatch.setattr(dsnot, "cheapest", lambda *args: found.append(args) or cheapest(*args))
-    monkeypatch.setattr(dsnot, "OUTLIER", 2)  # a random model has none above 5 times the mean
+    damage, cheapest = allocate.damage, allocate.cheapest
+    monkeypatch.setattr(allocate, "damage", lambda *args: found.append(damage(*args)) or found[0])
+    monkeypatch.setattr(allocate, "cheapest", lambda *args: found.append(args) or cheapest(*args))
+    monkeypatch.setattr(allocate, "OUTLIER", 2)  # a random model has none above 5 times the mean
     positions = torch.arange(32)
     with torch.inference_mode():
-        shares = dsnot.allocation(dsnot.GPT.from_pretrained(checkpoint, stream=True),
+        shares = allocate.allocation(dsnot.GPT.from_pretrained(checkpoint, stream=True),
                                   (dsnot.rotary(dense.config, positions), positions),
                                   [dense.embed(ids) for ids in windows.split(4)], 0.6, kind)
         inputs, layers = {}, dsnot.all_prunable(dense)
@@ -58,14 +59,14 @@ def test_allocation(monkeypatch, checkpoint, kind):
     ("owl", 0.95, 0.9), ("sensitivity", 0.03, 0), ("sensitivity", 0.6, 0.49), ("sensitivity", 0.97, 0.86)])
 def test_shares_have_bounds(monkeypatch, checkpoint, kind, sparsity, lowest):
     """Would catch shares below 0, above MOST, or whose mean the bounds have moved."""
-    monkeypatch.setattr(dsnot, "OUTLIER", 2)
+    monkeypatch.setattr(allocate, "OUTLIER", 2)
     model, ids, positions = dsnot.GPT.from_pretrained(checkpoint), torch.randint(0, 300, (6, 32)), torch.arange(32)
     with torch.inference_mode():
-        shares = dsnot.allocation(model, (dsnot.rotary(model.config, positions), positions), [model.embed(ids)],
+        shares = allocate.allocation(model, (dsnot.rotary(model.config, positions), positions), [model.embed(ids)],
                                   sparsity, kind)
     sizes = {name: layer.weight.numel() for name, layer in dsnot.all_prunable(model).items()}
     assert sum(shares[name] * sizes[name] for name in sizes) / sum(sizes.values()) == pytest.approx(sparsity, abs=1e-6)
-    assert lowest <= min(shares.values()) < sparsity < max(shares.values()) <= min(dsnot.MOST, sparsity + 0.1)
+    assert lowest <= min(shares.values()) < sparsity < max(shares.values()) <= min(allocate.MOST, sparsity + 0.1)
 
 
 @pytest.mark.parametrize("sparsity", [0.03, 0.5, 0.7, 0.97])
@@ -76,11 +77,11 @@ def test_layers_that_differ_lose_as_many_weights_as_equal_ones(sparsity):
     layers = {i: torch.nn.Linear(*shape, bias=False) for i, shape in enumerate([(64, 32), (172, 20), (64, 100)] * 30)}
     sizes = torch.tensor([layer.weight.numel() for layer in layers.values()], dtype=torch.double)
     change = (torch.rand(len(sizes)).double() - 0.5) * 0.2
-    asked = (sparsity + change - change @ sizes / sizes.sum()).clamp(0, dsnot.MOST)
-    shares = dsnot.whole_weights(dict(enumerate(asked.tolist())), layers, sparsity)
+    asked = (sparsity + change - change @ sizes / sizes.sum()).clamp(0, allocate.MOST)
+    shares = allocate.whole_weights(dict(enumerate(asked.tolist())), layers, sparsity)
     own, equal = ([(~keep_mask(layer.weight, sparsity=amount)).sum(1).unique().item() for layer, amount in
                    zip(layers.values(), amounts)] for amounts in (shares.values(), [sparsity] * len(layers)))
-    assert all(count <= dsnot.MOST * layer.in_features for count, layer in zip(own, layers.values()))
+    assert all(count <= allocate.MOST * layer.in_features for count, layer in zip(own, layers.values()))
     if 0.1 < sparsity < 0.89:  # else some shares are 0 or MOST
         rows = torch.tensor([layer.out_features for layer in layers.values()])
         assert abs(rows @ torch.tensor(own) - rows @ torch.tensor(equal)) <= 50  # half a weight of the last 100 rows
@@ -93,7 +94,7 @@ def test_shares_are_the_cheapest(sizes):
     """Every other choice of shares that prunes as much, of layers of several sizes, costs at least as much."""
     grid, sizes = torch.arange(5).double() / 10, torch.tensor(sizes).double()
     cost = torch.rand(4, 5, generator=torch.Generator().manual_seed(0)).double().cumsum(1).cumsum(1)  # convex
-    shares = dsnot.cheapest(cost, grid, sizes, 0.2)
+    shares = allocate.cheapest(cost, grid, sizes, 0.2)
     choices = torch.cartesian_prod(*[torch.arange(5)] * 4)
     pruned, total = grid[choices] @ sizes, shares @ sizes
     # short by no more than a step of the largest layer

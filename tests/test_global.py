@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 
 import dsnot
+import global_swaps
 from conftest import make_checkpoint
 from data import estimate
+from data.calibration import divergence
 from data.checkpoint import alone_in
 from data.command import InputError
 from gpt import GPT, all_prunable
@@ -40,7 +42,7 @@ def test_gradients(pair):
     pruned, dense, ids = pair
     layers, seen, outputs = all_prunable(pruned), {}, {}
     expected = dense(ids).log_softmax(-1).detach()
-    loss, found = dsnot.output_gradients(pruned, layers, ids.split(5), expected.split(5), dsnot.divergence)
+    loss, found = global_swaps.output_gradients(pruned, layers, ids.split(5), expected.split(5), divergence)
     for name, layer in layers.items():
         def keep(_, inputs, y, name=name):
             seen[name], outputs[name] = inputs[0], y
@@ -76,7 +78,7 @@ def test_one_swap(pattern):
         assert (best[1] is None) == (r == 5)
         if best[1] is not None:
             want[r, best[1]], want[r, best[2]] = 0, dense[r, best[2]]
-    at, values = dsnot.swap_one(W, dense, gradient, f, q, 3.0, pattern)
+    at, values = global_swaps.swap_one(W, dense, gradient, f, q, 3.0, pattern)
     assert torch.equal(W, want) and not torch.equal(W, before)
     W[at] = values
     assert torch.equal(W, before)
@@ -99,12 +101,12 @@ def test_swaps_that_harm_are_taken_back(pair, monkeypatch):
     """Bit for bit, however often they are tried."""
     pruned, dense, ids = pair
     before = {name: layer.weight.clone() for name, layer in all_prunable(pruned).items()}
-    swap, tried = dsnot.swap_one, []
+    swap, tried = global_swaps.swap_one, []
 
     def wrong(W, dense, gradient, f, q, damping, pattern):
         tried.append(damping)
         return swap(W, dense, -gradient, 0 * f, q, damping, pattern)
-    monkeypatch.setattr(dsnot, "swap_one", wrong)
+    monkeypatch.setattr(global_swaps, "swap_one", wrong)
     losses = dsnot.swap_globally(pruned, dense, ids, 1, (2, 4))
     assert losses[0][0] == losses[0][1] and len(set(tried)) == 10
     assert all(torch.equal(layer.weight, before[name]) for name, layer in all_prunable(pruned).items())
@@ -232,17 +234,17 @@ def test_gradients_and_losses_are_means_over_all_processes(pair, monkeypatch):
     """Would catch processes that swap by what each has read: as if another one had read the same text."""
     pruned, dense, ids = pair
     expected = dense(ids).log_softmax(-1).detach()
-    args = pruned, all_prunable(pruned), ids.split(5), expected.split(5), dsnot.divergence
-    alone, found = dsnot.output_gradients(*args)
+    args = pruned, all_prunable(pruned), ids.split(5), expected.split(5), divergence
+    alone, found = global_swaps.output_gradients(*args)
     with monkeypatch.context() as patch:
-        patch.setattr(dsnot, "add_up", lambda x: x.mul_(2))
-        beside, twice = dsnot.output_gradients(*args)
+        patch.setattr(global_swaps, "add_up", lambda x: x.mul_(2))
+        beside, twice = global_swaps.output_gradients(*args)
     assert beside == pytest.approx(alone)
     for name, sums in found.items():
         for one, other in zip(sums, twice[name]):
             torch.testing.assert_close(one, other)
-    monkeypatch.setattr(dsnot, "add_up", lambda x: x.add_(torch.tensor([10.0, 5.0])))
-    assert dsnot.mean_loss(torch.tensor(2.0), [ids[0, :3]]) == pytest.approx(12 / 8)
+    monkeypatch.setattr(global_swaps, "add_up", lambda x: x.add_(torch.tensor([10.0, 5.0])))
+    assert global_swaps.mean_loss(torch.tensor(2.0), [ids[0, :3]]) == pytest.approx(12 / 8)
 
 
 def test_other_processes_draw_other_tokens(pair, monkeypatch):
@@ -250,18 +252,18 @@ def test_other_processes_draw_other_tokens(pair, monkeypatch):
     found = []
     for rank in 0, 1:
         torch.manual_seed(3)
-        monkeypatch.setattr(dsnot, "processes", lambda: (rank, 2))
-        found.append(dsnot.curvature_of(pruned, all_prunable(pruned), [ids])["model.layers.0.mlp.up_proj"])
+        monkeypatch.setattr(global_swaps, "processes", lambda: (rank, 2))
+        found.append(global_swaps.curvature_of(pruned, all_prunable(pruned), [ids])["model.layers.0.mlp.up_proj"])
     assert torch.equal(found[0][1], found[1][1]) and not torch.equal(found[0][0], found[1][0])
 
 
 def test_rounds_read_texts_by_turns_and_curvature_the_models_own_tokens(pair, monkeypatch):
     """Would catch swaps that suit a single text, and the curvature of the text or of the likeliest tokens."""
     pruned, dense, ids = pair
-    read, real = [], dsnot.output_gradients
-    monkeypatch.setattr(dsnot, "output_gradients", lambda model, layers, text, expected, loss: (
+    read, real = [], global_swaps.output_gradients
+    monkeypatch.setattr(global_swaps, "output_gradients", lambda model, layers, text, expected, loss: (
         read.append((text, expected)), real(model, layers, text, expected, loss))[1])
-    monkeypatch.setattr(dsnot, "ROUND", 64)
+    monkeypatch.setattr(global_swaps, "ROUND", 64)
     torch.manual_seed(5)
     with torch.no_grad():
         logits = pruned(ids[:4])
@@ -279,7 +281,7 @@ def test_a_weight_that_was_zero_does_not_come_back():
     keep = dsnot.keep_mask(torch.rand(6, 16), pattern=(2, 4))
     dense[~keep & (torch.rand(6, 16) < 0.7)] = 0
     W = torch.where(keep, dense, 0)
-    dsnot.swap_one(W, dense, gradient, f, q, 0.1, None)
+    global_swaps.swap_one(W, dense, gradient, f, q, 0.1, None)
     assert ((W != 0).sum(1) == 8).all() and not torch.equal(W != 0, keep)
 
 

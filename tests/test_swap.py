@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import dsnot
+import swaps
 from data.command import DeadEnd
 from dsnot import InputStats, keep_mask, sparsegpt, wanda_score
 from test_dsnot import random_layer, stats_of
@@ -39,7 +40,7 @@ def test_lowest_is_topk(width):
     """Would catch columns that the search in two steps overlooks, and rows that have fewer than k to offer."""
     x = torch.randn(40, width, generator=torch.Generator().manual_seed(width))
     x[:20, torch.randperm(width)[:width - 5]] = torch.inf
-    found = dsnot.lowest(x, 16)
+    found = swaps.lowest(x, 16)
     assert torch.equal(x.gather(1, found), x.topk(16, dim=1, largest=False)[0])
     assert all(len(set(row)) == 16 for row in found.tolist())
 
