@@ -8,8 +8,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import ast_train
-from ast_train import AnnealedAdamW, SparseLinear, decay_at, distillation_loss, learning_rate, training_loss
+import ast_method
+from ast_method import AnnealedAdamW, SparseLinear, decay_at, distillation_loss, learning_rate, training_loss
 from dsnot import keep_mask
 
 
@@ -43,7 +43,7 @@ def test_the_mask_is_a_bool_buffer_that_follows_the_weight():
 
 
 def transcription(W, mask, grads, lr, decay, T0, b1=0.9, b2=0.95, eps=1e-8):
-    """The formula at the head of ast_train.py, one line each."""
+    """The formula at the head of ast_method.py, one line each."""
     M, V = torch.zeros_like(W), torch.zeros_like(W)
     for step, g in enumerate(grads):
         t = step + 1
@@ -88,18 +88,18 @@ def test_the_mean_of_the_weights_takes_their_place_and_gives_it_back():
         with torch.no_grad():
             for W in model.parameters():
                 W.add_(torch.randn_like(W))
-        ast_train.add_to_mean(mean, model, count)
+        ast_method.add_to_mean(mean, model, count)
         seen.append({name: W.detach().clone() for name, W in model.named_parameters()})
     model[0].update_mask()
     mask = model[0].mask.clone()
-    with ast_train.averaged(model, mean):
+    with ast_method.averaged(model, mean):
         for name, W in model.named_parameters():
             torch.testing.assert_close(W.detach(), sum(one[name] for one in seen) / 3)
         assert torch.equal(model[0].mask, keep_mask(model[0].weight.detach().abs(), pattern=(2, 4)))
         assert not torch.equal(model[0].mask, mask)
     assert all(torch.equal(W, seen[-1][name]) for name, W in model.named_parameters())
     assert torch.equal(model[0].mask, mask)
-    with ast_train.averaged(model, mean, masks=False):
+    with ast_method.averaged(model, mean, masks=False):
         assert torch.equal(model[0].mask, mask)
 
 
@@ -143,7 +143,7 @@ def test_the_loss_is_the_written_out_divergence():
 
 
 def test_the_loss_never_holds_all_logits_in_float32(monkeypatch):
-    monkeypatch.setattr(ast_train, "CHUNK", 8)
+    monkeypatch.setattr(ast_method, "CHUNK", 8)
     student, teacher = torch.randn(1, 64, 50).bfloat16().requires_grad_(), torch.randn(1, 64, 50).bfloat16()
     kept = []  # for the way back
     with Largest() as largest, torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x), x)[1], lambda x: x):
