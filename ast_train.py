@@ -46,7 +46,6 @@ from ast_method import (CLIP, AnnealedAdamW, SparseLinear, add_to_mean, averaged
 from ast_method import distillation_loss  # noqa: F401 (others look for it here)
 from data import load_tokenizer, windows
 from data.calibration import InputStats, watch
-from data.checkpoint import CheckpointWriter, alone_in, noted, pruned_here, remove
 from data.command import InputError, Parser, parser, record, run, versions, write_atomically
 from data.device import fast_in_bf16, out_of_memory
 from data.hub import model_folder
@@ -55,6 +54,7 @@ from data.processes import add_up, mean_over_processes, process_group, processes
 from data.state import check_room, last_state, load_state, save_state
 from data.stream import Mixture, evaluation_split, evaluation_tokens, fingerprint, sources_of
 from data.text import SOURCES, told, usual_text
+from data.writer import CheckpointWriter, alone_in, noted, pruned_here, remove
 from dsnot import prune
 from eval import perplexity
 from gpt import GPT, Config, all_prunable, layer_inputs

@@ -53,7 +53,6 @@ from torch import Tensor
 from allocate import MOST, allocation
 from data import calibration_windows, load_tokenizer, windows
 from data.calibration import InputStats, input_stats, move, place_for, readers, steps
-from data.checkpoint import CheckpointWriter, finished, noted, pruned_here, remove, shard
 from data.command import DeadEnd, InputError, at_least, check_disk, parser, record, run, versions
 from data.estimate import BATCH, check_folders, dry_run, held_states
 from data.hub import model_folder
@@ -61,6 +60,7 @@ from data.method import (ALLOCATIONS, METHOD, NSAMPLES, REFINES, SCORES, USUAL, 
                          has_goal, method_of, needs_gram, parse_pattern, refine_of, rows_apart, said_of, shared_by)
 from data.processes import add_up, from_first, process_group, processes, progress_bar, say, wait
 from data.text import SOURCES, evaluation_ids, told, usual_text
+from data.writer import CheckpointWriter, finished, noted, pruned_here, remove, shard
 from eval import perplexity
 from global_swaps import swap_globally
 from gpt import GPT, Config, all_prunable, layer_inputs, prunable, rotary

@@ -33,11 +33,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import load_tokenizer
-from data.checkpoint import Checkpoint, CheckpointWriter
+from data.checkpoint import Checkpoint
 from data.command import InputError, at_least, parser, record, run, start, told_bytes
 from data.device import free_memory
 from data.hub import model_folder
 from data.tokenizer import encode_open, end_tokens
+from data.writer import CheckpointWriter
 
 TANH = partial(F.gelu, approximate="tanh")
 ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_python": F.gelu, "gelu_new": TANH,

@@ -46,11 +46,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data.checkpoint import CheckpointWriter, noted, shard
 from data.command import InputError, parser, record, run, start, versions
 from data.hub import repository
 from data.method import folder_name
 from data.processes import progress_bar
+from data.writer import CheckpointWriter, noted, shard
 from gpt import GPT, Block, prunable, slorb
 
 if __name__ == "__main__" and not torch.cuda.is_available():

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from data.calibration import divergence, input_stats, readers, steps
-from data.checkpoint import CheckpointWriter, alone_in, finished
 from data.command import InputError, check_disk, record, told_bytes
 from data.device import free_memory, timed
 from data.method import LAYER, blocks_of, has_goal, needs_gram, refine_of, rows_apart
 from data.processes import processes, say
+from data.writer import CheckpointWriter, alone_in, finished
 from gpt import GPT, Block, all_prunable, prunable, rotary
 
 CHUNK = 2**26  # elements of the rows that swaps take at a time on a GPU, and of the systems that refit solves at a time

@@ -23,13 +23,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.checkpoint import alone_in, noted, occupied
 from data.command import (InputError, parser, record, run, start, versions, what_keeps_from_writing,
                           write_atomically)
 from data.hub import model_folder, repository
 from data.processes import progress_bar
 from data.text import SOURCES, documents, evaluation_ids, load_text, part_of
 from data.tokenizer import load_tokenizer
+from data.writer import alone_in, noted, occupied
 
 HEADER, MARK = struct.Struct("<8sQQQQ"), b"TOKENBIN"
 PROBE = "The 1st of May:\n    naïve(x) -> 'été', 12345 + 67.89;\tLes élèves, 東京 🙂 don't.\n"

@@ -22,13 +22,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data.checkpoint import CheckpointWriter, alone_in, occupied
 from data.command import InputError, at_least, parser, record, run, start, write_atomically
 from data.device import fast_in_bf16
 from data.stdlib import package_source, stdlib_source, stdlib_text
 from data.stream import open_bin, write_bin
 from data.text import windows
 from data.tokenizer import SentencePiece
+from data.writer import CheckpointWriter, alone_in, occupied
 from gpt import GPT, Config
 
 CONFIG = dict(  # what does not depend on the size

@@ -27,12 +27,12 @@ import sparse_matmul
 from ast_train import learning_rate
 from conftest import ROOT, make_checkpoint
 from data import load_text, load_tokenizer
-from data.checkpoint import alone_in
 from data.command import InputError
 from data.device import fast_in_bf16
 from data.state import check_room
 from data.stream import evaluation_tokens, open_bin, tokens, write_bin
 from data.train_tiny import train_tokenizer
+from data.writer import alone_in
 from gpt import GPT, Config, all_prunable
 
 CONFIG = dict(

@@ -23,9 +23,9 @@ import sparse_matmul
 from conftest import ROOT, make_checkpoint
 from safetensors.torch import load_file, save_file
 
-from data.checkpoint import CheckpointWriter, alone_in, pruned_here, shard
 from data.command import InputError
 from data.hub import model_folder, repository
+from data.writer import CheckpointWriter, alone_in, pruned_here, shard
 from gpt import GPT
 from test_gpt import BASE, CASES, LLAMA3, command, gap, ids_for, theirs, transformers
 
@@ -231,11 +231,11 @@ def test_a_killed_run_leaves_nothing_in_the_finished_folder(tmp_path):
     """Would catch the half of a file that was being written, and a model that lies aside for a moment and is lost."""
     killed = """if True:
         import os, sys, torch
-        from data import checkpoint
-        from data.checkpoint import CheckpointWriter
+        from data import writer
+        from data.writer import CheckpointWriter
         with CheckpointWriter(sys.argv[1], {"model_type": "llama"}, made={}) as out:
             out.write("model-00001-of-00002.safetensors", {"a": torch.ones(3)})
-            checkpoint.save_file = lambda *_, **__: os._exit(9)
+            writer.save_file = lambda *_, **__: os._exit(9)
             out.write("model-00002-of-00002.safetensors", {"b": torch.ones(3)})
     """
     folder, aside = tmp_path / "m", tmp_path / ".m.before"
@@ -369,7 +369,7 @@ def test_nothing_half_written(folder, monkeypatch):
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr("data.checkpoint.save_file", full)
+    monkeypatch.setattr("data.writer.save_file", full)
     with pytest.raises(InputError, match="No space left"):
         model.save_pretrained(folder.with_name("b"))
     assert [p.name for p in folder.parent.iterdir()] == ["model"]

@@ -17,8 +17,8 @@ import global_swaps
 from conftest import make_checkpoint
 from data import estimate
 from data.calibration import divergence
-from data.checkpoint import alone_in
 from data.command import InputError
+from data.writer import alone_in
 from gpt import GPT, all_prunable
 from test_gpt import ALL, ids_for, theirs
 from test_prune import command, tensors

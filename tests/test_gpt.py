@@ -9,8 +9,9 @@ from conftest import SHARED, make_checkpoint
 from safetensors.torch import load_file
 
 from data import load_tokenizer
-from data.checkpoint import CheckpointWriter, layout_of
+from data.checkpoint import layout_of
 from data.command import InputError, run
+from data.writer import CheckpointWriter
 from gpt import GPT, Config, main
 
 transformers = pytest.importorskip("transformers")

@@ -19,10 +19,10 @@ import dsnot
 from conftest import ROOT, make_checkpoint
 from data import calibration, estimate
 from data.calibration import inputs_of, place_for, watch
-from data.checkpoint import CheckpointWriter, alone_in
 from data.command import run
 from data.device import allowed, free_memory
 from data.method import shared_by
+from data.writer import CheckpointWriter, alone_in
 from gpt import layer_inputs
 from test_gpt import ALL, ids_for, theirs
 

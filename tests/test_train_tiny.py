@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from data import load_tokenizer, train_tiny
-from data.checkpoint import alone_in
 from data.command import InputError
 from data.text import windows
+from data.writer import alone_in
 from gpt import GPT
 
 TEXT = Path(argparse.__file__).read_text()
