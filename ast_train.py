@@ -3,12 +3,12 @@
 Adaptive Sparse Trainer (Huang et al., AAAI 2025, arXiv 2407.20584). What trains is in `ast_method.py`, with its
 formulas; here are the recipes, the loop and the command. Beside the paper: with --average, on where the recipe says so,
 the result is the mean of W over the last steps, which evens out what single windows did to it; with --start-from swap W
-begins as dsnot.py's exact swaps and refit leave it, pruned weights and S at 0.
+begins as dsnot.py's exact swaps and refit leave it, pruned weights and SLoRB's S at 0.
 
 Precision, and bytes for LLaMA2-7B (6.74 G parameters) on one GPU. On top come activations (fewer with
 --checkpoint-activations), with SLoRB 6.5 GB, and with --average 27.0 GB.
     student W            float32    27.0 GB     small steps would be lost in bf16
-    its gradient         float32    27.0 GB     also holds u; an update takes one layer's memory more
+    its gradient         float32    27.0 GB     also holds u (ast_method.py); an update takes one layer's memory more
     M and V              float32    53.9 GB
     mask                 bool        6.5 GB     whole on every GPU
     teacher              bf16       13.5 GB     arithmetic is bf16, on several GPUs hidden states, too; norms, logits

@@ -65,7 +65,7 @@ from eval import perplexity
 from global_swaps import swap_globally
 from gpt import GPT, Config, all_prunable, layer_inputs, prunable, rotary
 from masks import check_pattern, keep_mask, magnitude_score, sparsegpt, wanda_score
-from swaps import dense_weights, refit_weights, swap_and_refit, swap_refine, with_pruned
+from swaps import dense_weights, refit_weights, relative_error, swap_and_refit, swap_refine, with_pruned
 
 
 # -------------------------------------------------------------------------------------------------------------- DSnoT
@@ -157,8 +157,8 @@ def extremes(key, k, largest=False):
 # What a layer's output should be with --propagate, (a, b). a mixes two targets: at 0 what the dense weights make of the
 # inputs that the layer now gets, at 1 its output in the dense model. b, for o_proj and down_proj alone, whose outputs
 # are added to the hidden state: the share of the hidden state's error so far (dense less pruned) that they also try to
-# repair. Weights can make up for some of it, a mask alone can't; who tries all of it learns the calibration text by
-# heart (tests/compare_goal.py).
+# repair. Weights can make up for some of it, a mask alone for less (tests/compare_goal.py); trying all of it fits them
+# too closely to the calibration text (results/aim-smollm2.json).
 AIM = {"mask": (0.5, 0.0), "weights": (0.5, 0.5)}
 DAMP = 0.01  # of refit, for the same reason; float32 would do with a hundredth of it
 
@@ -236,12 +236,6 @@ def prune_linear(weight, name, stats, adjusts, dtype, **options):
     error = {} if stats.gram is None else {"error": relative_error(weight, W, stats.gram)}
     weight.copy_(W)
     return layer_record(name, W) | error
-
-
-def relative_error(W, pruned, gram):
-    """||(W - pruned) X||^2 / ||W X||^2 of a layer, from its inputs' Gram matrix; 0 where nothing comes out."""
-    lost, whole = (((V @ gram) * V).sum().item() for V in (W.float() - pruned.float(), W.float()))
-    return max(0.0, lost / whole) if whole > 0 else 0.0
 
 
 @torch.no_grad()

@@ -75,7 +75,7 @@ class Config:
     positions: int = 0  # so many learned position embeddings instead of rotary ones
     position_offset: int = 0  # the row of the first position in their table
     embed_size: int | None = None  # narrower embedding and head, projected to and from hidden_size
-    slorb_k: int = 0  # SLoRB beside every linear layer of a block (ast_train.py), each sum over so many inputs; 0: none
+    slorb_k: int = 0  # SLoRB beside every linear layer of a block (ast_method.py), a sum over so many inputs; 0: none
 
     @classmethod
     def read(cls, folder):

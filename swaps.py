@@ -21,6 +21,12 @@ from data.estimate import CHUNK
 from masks import check_pattern
 
 
+def relative_error(W, pruned, gram):
+    """||(W - pruned) X||^2 / ||W X||^2 of a layer, from its inputs' Gram matrix; 0 where nothing comes out."""
+    lost, whole = (((V @ gram) * V).sum().item() for V in (W.float() - pruned.float(), W.float()))
+    return max(0.0, lost / whole) if whole > 0 else 0.0
+
+
 @torch.no_grad()
 def swap_refine(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = None, max_swaps: int | None = None,
                 candidates: int = 16, pattern: tuple[int, int] | None = None) -> Tensor:

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# README's first table, the sizes and perplexities of compressed models, and the texts that models write (minutes on two
-# CPU cores):
+# What README's first command prints, the sizes and perplexities of compressed models, and the texts that models write
+# (minutes on two CPU cores):
 #     bash results/models.sh
-# AST's text needs the model of python ast_train.py --out out/ast-seed0. Then `python results/readme.py` puts them into README.md.
+# AST's text needs the model of python ast_train.py --out out/ast-seed0. Then `python results/readme.py` puts them into
+# README.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 rm -rf out/models

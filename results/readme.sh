@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # README.md's tables and pictures of tiny, two runs at a time. What study.sh and ast.sh have measured is not measured
 # again. From scratch, which takes about an hour on two cores (what results/README.md alone shows of tiny is lost):
-#     rm -rf results/tiny results/ast-[!df]*.json results/ast-fixed*.json out/ast-[!d]* out/models
+#     rm -rf results/tiny results/ast-[!f]*.json results/ast-fixed*.json out/ast-* out/models
 #     bash results/readme.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -18,9 +18,9 @@ each() {  # NAME OPTION...: at 2:4, 70 and 50 %
     for sparsity in 0.7 0.5; do prune "$sparsity-$1" --sparsity $sparsity "${@:2}"; done
 }
 each wanda-swap-refit --refine swap --refit
-start results/ast-smollm2.json python ast_train.py --model "$model" --data "$text" --eval-data "$text" --seqlen 256 \
+start "$folder/ast.json" python ast_train.py --model "$model" --data "$text" --eval-data "$text" --seqlen 256 \
     --steps 150 --warmup 10 --decay-steps 50 --save-every 50 --lr 2e-4 --methods ast --start-from swap --no-one-shot \
-    --out out/ast-smollm2
+    --out "out/study-smollm2-135m-instruct/ast"
 each wanda --compare
 each sparsegpt --score sparsegpt --refine none
 each magnitude --score magnitude --refine none
@@ -32,11 +32,11 @@ wait
 check_measured
 
 ours=out/study-smollm2-135m-instruct ours_24=$ours/2of4-wanda-swap-refit
-for named in dense:"$model" sparsegpt:$ours/2of4-sparsegpt swap-refit:$ours_24 ast:out/ast-smollm2/ast; do
+for named in dense:"$model" sparsegpt:$ours/2of4-sparsegpt swap-refit:$ours_24 ast:$ours/ast/ast; do
     start "$folder/text-${named%%:*}.json" python gpt.py --model "${named#*:}" --prompt "The capital of France is" \
         --max-new-tokens 60 --temperature 0
 done
-for named in sparsegpt:$ours/2of4-sparsegpt start:out/ast-smollm2/start; do  # on what AST is tested on
+for named in sparsegpt:$ours/2of4-sparsegpt start:$ours/ast/start; do  # on what AST is tested on
     start "$folder/test-${named%%:*}.json" python eval.py --model "${named#*:}" --data "$text" --split test --seqlen 256
 done
 for bits in 8 4; do

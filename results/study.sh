@@ -72,7 +72,7 @@ if [ "$name" = settings ]; then
     finish
     exit
 fi
-pictured() {  # in README.md's first picture
+pictured() {  # in README.md's picture of tiny
     for score in magnitude wanda sparsegpt; do run $score --score $score --refine dsnot --compare; done
     for score in wanda sparsegpt; do run $score-swap --score $score --refine swap --no-compare; done
     for score in wanda sparsegpt; do run $score-swap-refit --score $score --refine swap --refit --no-compare; done

@@ -24,7 +24,7 @@ STEPS, LR, END, WARMUP, DECAY, T0, KL, T, SEED, CLIP = 8, 1e-2, 0.3, 2, 0.05, 5,
 
 
 def plain_training(files, every):  # noqa: F811
-    """The loop of `train` as the head of ast_train.py tells it: the weights {name: W} and the loss of each step, the
+    """The loop of `train` as the head of ast_method.py tells it: the weights {name: W} and the loss of each step, the
     last masks {name: mask}."""
     student, teacher = (GPT.from_pretrained(files / "model") for _ in range(2))
     mixture = Mixture([str(files / "text.txt")], load_tokenizer(files / "model"), 32, 4)
