@@ -489,6 +489,22 @@ def test_every_window_of_the_validation_counts_once(files, monkeypatch):
         assert len({steps[:-1].count(rank) for rank in range(world)}) == 1
 
 
+def test_processes_share_the_calibration_text(files, monkeypatch):
+    """Would catch processes that each run all of it for Wanda's score, and statistics that differ between them."""
+    args, ids, added = argparse.Namespace(device="cpu", micro_batch=2), torch.randint(384, (7, 32)), []
+    model = GPT.from_pretrained(files / "model")
+    whole, parts = ast_train.calibrated(model, args, ids), []
+    monkeypatch.setattr(ast_train.InputStats, "all_reduce", lambda stats: added.append(stats))
+    for rank in 0, 1:
+        monkeypatch.setattr(ast_train, "processes", lambda: (rank, 2))
+        parts.append(ast_train.calibrated(model, args, ids))
+    for name, stats in whole.items():
+        first, second = (part[name] for part in parts)
+        assert (first.sequences, second.sequences) == (4, 3)
+        torch.testing.assert_close(4 * first.square + 3 * second.square, 7 * stats.square)
+    assert len(added) == 2 * len(whole)
+
+
 @pytest.mark.parametrize("name", ["amx_tile", "avx512_bf16"])
 def test_bf16_is_taken_where_the_processor_multiplies_it_fast(monkeypatch, name):
     """Would catch a PyTorch that tells it by another name: training would take twice as long, and nobody would know."""
