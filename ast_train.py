@@ -21,7 +21,6 @@ Precision, and bytes for LLaMA2-7B (6.74 G parameters) on one GPU. On top come a
 A run that was stopped goes on when the same command is given again, on as many processes as you like, and ends with the
 same weights (with another number of processes, or on a GPU, but for rounding): nothing is random but the windows that
 are read, and those depend on --seed and the step alone.
-Shapes: B windows, N = B * tokens of a window.
 """
 
 import functools

@@ -146,9 +146,7 @@ def tokens(source, tokenizer, split):
     if source.endswith(".bin"):
         ids = open_bin(source, tokenizer)
         begin, end = part_of(len(ids), split)
-        if split == "train":
-            return ids[begin:end]
-        return ids[begin:min(end, begin + MEASURED)].astype(np.int64)
+        return ids[begin:end] if split == "train" else ids[begin:end][:MEASURED].astype(np.int64)
     if split == "train":
         texts = documents(source, "train")
         return np.concatenate([np.array([], token_type(tokenizer)), *encode(texts, tokenizer, source)])

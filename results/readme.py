@@ -85,9 +85,9 @@ def pruned(*patterns):
     return merge([row for fit in files.values() for path in fit for row in read_rows(path)])
 
 
-def studies():
-    """The rows of every model of README.md: what results/smollm2.sh and study.sh have pruned."""
-    return pruned(*(f"{name}/[0-9]*" for name in MODELS))
+def studied(*models):
+    """The rows of what results/smollm2.sh and study.sh have made of some of MODELS."""
+    return pruned(*(f"{name}/[0-9]*" for name in models))
 
 
 def opening(rows, data):
@@ -106,7 +106,7 @@ def quick_start():
 
 def choices():
     """Which method when: perplexity by method, the best of each column in bold."""
-    rows = studies() + pruned("ast-seed*")
+    rows = studied(*MODELS) + pruned("ast-seed*")
     found = {(row["model"], row["method"], row["amount"]): f"{row['perplexity']:.2f}" for row in rows}
     cells = [(model, amount) for model in MODELS for amount in ("70%", "2:4")]
     columns = [["".join(found.get((model, name, amount), "") for name in names) for _, _, *names in CHOICES]
@@ -291,7 +291,7 @@ def giant():
 def tables():
     """{name of its marker in a page: text}."""
     return {
-        "quick start": quick_start(), "choices": choices(), "tables": table_by_method(studies()),
+        "quick start": quick_start(), "choices": choices(), "tables": table_by_method(studied(*MODELS)),
         "settings": table_by_method(pruned("settings/*")),
         "goal": goal(), "aims": aims(),
         "cost": cost(), "cost of swaps": cost_of_swaps(), "cost on a GPU": cost_on_a_gpu(),
@@ -340,11 +340,11 @@ def pages():
 def main():
     argparse.ArgumentParser(description=__doc__).parse_args()
     contents = pages()
-    plot(opening(pruned("smollm2-135m-instruct/[0-9]*"), "WikiText-2"), ROOT / "assets/overview.png")
+    plot(opening(studied("smollm2-135m-instruct"), "WikiText-2"), ROOT / "assets/overview.png")
     trained = [row for row in pruned("ast-seed*") if row["method"].startswith("AST")]
-    plot(opening(pruned("tiny/*") + trained, "its test text"), ROOT / "assets/choices.png")
+    plot(opening(studied("tiny") + trained, "its test text"), ROOT / "assets/choices.png")
     for name in MODELS:
-        plot(pruned(f"{name}/[0-9]*"), ROOT / f"assets/{name}.png")
+        plot(studied(name), ROOT / f"assets/{name}.png")
     shares = "", "-owl", "-sensitivity"
     plot(pruned(*(f"tiny/0.7-wanda-swap-refit{share}" for share in shares)), ROOT / "assets/layers.png")
     draw_ast(ROOT / "assets/ast.png")

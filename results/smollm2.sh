@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # A LLaMA of 135 million parameters that others have trained, pruned and measured on WikiText-2's raw test file.
 # MODEL: the folder that `python tests/from_gguf.py` makes. A run whose file is there is not made again, an interrupted
-# one goes on. Five hours on two cores:
+# one goes on. Seven hours on two cores:
 #     JOBS=2 OMP_NUM_THREADS=1 bash results/smollm2.sh out/smollm2-135m-instruct out/wikitext2-test.txt
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ $# = 2 ] || { sed -n '5s/^# */usage: /p' results/smollm2.sh >&2; exit 2; }
-model=$1 text=$2 folder=results/smollm2-135m-instruct
+model=$1 text=$2 folder=results/smollm2-135m-instruct ours=out/study-smollm2-135m-instruct
 mkdir -p "$folder"
 source results/jobs.sh
 prune() {  # NAME OPTION...
     start "$folder/$1.json" python dsnot.py --model "$model" --calib "$text" --data "$text" --seqlen 1024 --nsamples 32 \
-        "${@:2}" --out "out/study-smollm2-135m-instruct/$1"
+        "${@:2}" --out "$ours/$1"
 }
 each() {  # NAME OPTION...: at 2:4, 70 and 50 %
     prune "2of4-$1" --pattern 2:4 "${@:2}"
@@ -20,7 +20,7 @@ each() {  # NAME OPTION...: at 2:4, 70 and 50 %
 each wanda-swap-refit --refine swap --refit
 start "$folder/ast.json" python ast_train.py --model "$model" --data "$text" --eval-data "$text" --seqlen 256 \
     --steps 150 --warmup 10 --decay-steps 50 --save-every 50 --lr 2e-4 --methods ast --start-from swap --no-one-shot \
-    --out "out/study-smollm2-135m-instruct/ast"
+    --out $ours/ast
 each wanda --compare
 each sparsegpt --score sparsegpt --refine none
 each magnitude --score magnitude --refine none
@@ -31,7 +31,7 @@ prune 2of4-sparsegpt-swap-refit-global --pattern 2:4 --score sparsegpt --refine 
 wait
 check_measured
 
-ours=out/study-smollm2-135m-instruct ours_24=$ours/2of4-wanda-swap-refit
+ours_24=$ours/2of4-wanda-swap-refit
 for named in dense:"$model" sparsegpt:$ours/2of4-sparsegpt swap-refit:$ours_24 ast:$ours/ast/ast; do
     start "$folder/text-${named%%:*}.json" python gpt.py --model "${named#*:}" --prompt "The capital of France is" \
         --max-new-tokens 60 --temperature 0

@@ -115,8 +115,8 @@ if [ -z "$only" ]; then
         tiny) more=(0.6 4:8) ;;  # which needs rows that 8 divides
         *) more=(0.6) ;;
     esac
-    each pictured ${more[@]+"${more[@]}"}
-    each shown 0.5 ${more[@]+"${more[@]}"}
-    each others 2:4 0.7 0.5 ${more[@]+"${more[@]}"}
+    each pictured "${more[@]}"
+    each shown 0.5 "${more[@]}"
+    each others 2:4 0.7 0.5 "${more[@]}"
 fi
 finish

@@ -28,6 +28,10 @@ def test_a_bin_file_returns_the_tokens(checkpoint, tmp_path, monkeypatch, capsys
     assert text.startswith(begin[:4000]) and 0.89 * len(text) < len(begin) < 0.91 * len(text)  # the rest is measured
     parts = [stream.tokens(str(tmp_path / "text.bin"), tokenizer, split) for split in ("train", "validation", "test")]
     assert np.array_equal(np.concatenate(parts), ids)  # the splits share nothing and lose nothing
+    monkeypatch.setattr(stream, "MEASURED", 7)
+    for split, part in zip(("train", "validation", "test"), parts):  # C4's would be measured for hours, were it whole
+        assert np.array_equal(stream.tokens(str(tmp_path / "text.bin"), tokenizer, split),
+                              part if split == "train" else part[:7])
 
     for changed in dict(vocab_size=301), dict(first=[]):  # another size; the same, and no BOS
         with pytest.raises(InputError, match="made by another tokenizer, of 300 tokens, than the model's, of 30"):
