@@ -580,7 +580,7 @@ class GPT(nn.Module):
         if not raw:
             raise InputError(f"a model without a config.json can't be saved as {dir}: make its Config by from_dict")
         if any(name.endswith(".mask") for name in tensors):
-            raise InputError(f"layers in training can't be saved as {dir}: `merge` them, or take ast_train.save_model")
+            raise InputError(f"layers in training can't be saved as {dir}: `merge` them, or take ast_loop.save_model")
         key = "dtype" if "dtype" in raw else "torch_dtype"  # the name that transformers 5 or 4 gives it
         with CheckpointWriter(dir, raw | {key: str(self.lm_head.weight.dtype).removeprefix("torch.")},
                               tokenizer_from or (self.source and self.source.folder)) as out:

@@ -27,6 +27,12 @@ each magnitude --score magnitude --refine none
 each sparsegpt-propagate --score sparsegpt --refine none --propagate
 each sparsegpt-swap-refit --score sparsegpt --refine swap --refit
 each wanda-swap --refine swap
+published=(--refine-layers attn --cycles 50)
+prune 2of4-wanda-published --pattern 2:4 "${published[@]}"
+for sparsity in 0.7 0.5; do
+    prune $sparsity-wanda-published --sparsity $sparsity "${published[@]}" --no-sign-check
+    prune $sparsity-wanda-swap-refit-sensitivity --sparsity $sparsity --refine swap --refit --allocate sensitivity
+done
 prune 2of4-sparsegpt-swap-refit-global --pattern 2:4 --score sparsegpt --refine swap --refit --global-swaps 8
 wait
 check_measured

@@ -15,7 +15,9 @@ import torch
 import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from ast_train import CLIP, SLORB_K, AnnealedAdamW, backward, make_sparse, options, set_up, sparse_layers
+from ast_loop import backward, make_sparse, set_up
+from ast_method import CLIP, AnnealedAdamW, sparse_layers
+from ast_train import SLORB_K, options
 from data.command import record, run, start
 from data.device import timed
 from gpt import GPT

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import ast_loop
 import ast_train
 import dsnot
 import eval
@@ -164,7 +165,7 @@ def stopped_and_gone_on(model, text, here, rng):
     command, function, calls, choices = rng.choice([
         (dsnot, "prune_layer", 12, [["--refine", "swap"], ["--score", "sparsegpt"], ["--pattern", "2:4"],
                                     ["--refine", "dsnot+swap", "--refit"]]),
-        (ast_train, "backward", 4, [["--methods", "ast"], ["--average", "0.5"], ["--start-from", "swap"],
+        (ast_loop, "backward", 4, [["--methods", "ast"], ["--average", "0.5"], ["--start-from", "swap"],
                                     ["--decay", "0"]])])
     words = ["--model", model, "--device", "cpu", *usual_options(command.__name__, text, here), *rng.choice(choices)]
     assert outcome(command.main, [*words, "--out", here / "whole"])[0] == 0, words
@@ -180,7 +181,7 @@ def stopped_and_gone_on(model, text, here, rng):
 def damage_state(model, text, here, rng):
     """Stop a training run at its last step and damage its state: what the same command, given again, is to meet."""
     words = ["--model", model, "--device", "cpu", *usual_options("ast_train", text, here)]
-    with stopped(ast_train, "backward", 3):
+    with stopped(ast_loop, "backward", 3):
         assert outcome(ast_train.main, words)[0] == 130
     state, = (here / "out" / "ast-slorb.training").glob("step-*")
     return damage_bytes(state, rng)

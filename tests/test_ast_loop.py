@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+import ast_loop
 import ast_train
 from data import load_tokenizer, windows
 from data.calibration import watch
@@ -66,7 +67,7 @@ def plain_training(files, every):  # noqa: F811
 def test_training_is_the_plain_loop(files, tmp_path, train, monkeypatch, average, every):  # noqa: F811
     """Would catch an option that the loop does not hear, a mask that is chosen too early, late or never, a gradient
     that is not clipped or not forgotten, a mean of other steps, and masks that don't fit it."""
-    monkeypatch.setattr(ast_train, "CLIP", CLIP)
+    monkeypatch.setattr(ast_loop, "CLIP", CLIP)
     found = train(tmp_path, "--steps", STEPS, "--save-every", STEPS, "--lr", LR, "--lr-end", END, "--warmup", WARMUP,
                   "--decay", DECAY, "--decay-steps", T0, "--mask-every", every, "--kl-weight", KL, "--temperature", T,
                   "--seed", SEED, "--average", average)["runs"]["ast"]
@@ -90,8 +91,8 @@ def test_masks_by_wanda(files, micro_batch):  # noqa: F811
     with torch.no_grad(), watch(all_prunable(model), inputs.__setitem__):
         model(ids)
     expected = {name: stats_of(x) for name, x in inputs.items()}
-    ast_train.make_sparse(model, args, None, ids)
-    for name, layer in ast_train.sparse_layers(model).items():
+    ast_loop.make_sparse(model, args, None, ids)
+    for name, layer in ast_loop.sparse_layers(model).items():
         assert torch.equal(layer.mask, keep_mask(wanda_score(layer.weight, expected[name]), pattern=(2, 4)))
         assert not torch.equal(layer.mask, keep_mask(layer.weight.abs(), pattern=(2, 4)))
         layer.weight.data = torch.randn_like(layer.weight)
@@ -101,9 +102,9 @@ def test_masks_by_wanda(files, micro_batch):  # noqa: F811
 
 def test_the_best_model_by_validation_is_kept(tmp_path, train, monkeypatch):  # noqa: F811
     """Would catch the last model, or the worst, in place of the best."""
-    found, saved, save = iter([5.0, 3.0, 4.0, 2.5]), [], ast_train.save_model
-    monkeypatch.setattr(ast_train, "validation_perplexity", lambda *_: next(found))
-    monkeypatch.setattr(ast_train, "save_model", lambda *args: (saved.append(args[0]), save(*args)))
+    found, saved, save = iter([5.0, 3.0, 4.0, 2.5]), [], ast_loop.save_model
+    monkeypatch.setattr(ast_loop, "validation_perplexity", lambda *_: next(found))
+    monkeypatch.setattr(ast_loop, "save_model", lambda *args: (saved.append(args[0]), save(*args)))
     train(tmp_path)
     assert saved == 3 * [tmp_path / "ast"]
 
@@ -120,7 +121,7 @@ def test_where_the_first_weights_come_from(files, tmp_path, train):  # noqa: F81
 def test_arithmetic_in_bf16():
     x = torch.randn(2, 4)
     for dtype in "float32", "bfloat16":
-        with ast_train.arithmetic(argparse.Namespace(device="cpu", dtype=dtype)):
+        with ast_loop.arithmetic(argparse.Namespace(device="cpu", dtype=dtype)):
             assert F.linear(x, x).dtype == getattr(torch, dtype)
 
 

@@ -20,11 +20,12 @@ import torch.nn as nn
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import filesystem
 
+import ast_loop
 import ast_train
 import bench_ast
 import dsnot
 import sparse_matmul
-from ast_train import learning_rate
+from ast_method import learning_rate
 from conftest import ROOT, make_checkpoint
 from data import load_text, load_tokenizer
 from data.command import InputError
@@ -150,7 +151,7 @@ def stopped(monkeypatch):
                 raise KeyboardInterrupt
             return learning_rate(step, *schedule)
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(ast_train, "learning_rate", killed)
+            patch.setattr(ast_loop, "learning_rate", killed)
             yield
     return context
 
@@ -260,7 +261,7 @@ def test_a_run_killed_between_its_first_model_and_its_first_state_begins_anew(tm
     def killed(*_, **__):
         raise KeyboardInterrupt
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(ast_train, "save_state", killed)
+        patch.setattr(ast_loop, "save_state", killed)
         train(tmp_path, "--steps", 3)
     assert [path.name for path in tmp_path.iterdir()] == ["ast"]
     shutil.rmtree(tmp_path / "ast")
@@ -319,7 +320,7 @@ def test_room_is_not_asked_for_twice(tmp_path, monkeypatch):
 def test_room_is_asked_for_what_is_saved(files, tmp_path, monkeypatch, train):
     """Would catch a disk that has room for a dense model and not for one with SLoRB."""
     asked = []
-    monkeypatch.setattr(ast_train, "check_room", lambda *found: asked.append(found[-1]))
+    monkeypatch.setattr(ast_loop, "check_room", lambda *found: asked.append(found[-1]))
     train(tmp_path, "--methods", "ast-slorb", "--slorb-k", 8, "--steps", 1)
     saved = sum(x.nbytes for x in load_file(tmp_path / "ast-slorb" / "model.safetensors").values())
     assert asked == [saved] and saved > sum(x.nbytes for x in load_file(files / "model" / "model.safetensors").values())
@@ -347,10 +348,11 @@ def test_the_ablations_do_what_they_say(tmp_path, train):
 DRIVER = """
 import os, sys
 sys.path[:0] = [{root!r}]
+import ast_loop
 import ast_train
 import dsnot
 import sparse_matmul
-from ast_train import decay_at
+from ast_method import decay_at
 def stop(step, *rest):
     if step == 12:
         raise SystemExit
@@ -361,7 +363,7 @@ for port, (out, shard, stops) in zip({ports}, runs):
     sys.argv = {command!r} + ["--out", out, "--json", out + ".json", "--shard", shard]
     if out == {swapped!r}:
         sys.argv += ["--start-from", "swap", "--steps", "2", "--save-every", "2"]
-    ast_train.decay_at = stop if stops else decay_at
+    ast_loop.decay_at = stop if stops else decay_at
     try:
         ast_train.main()
     except SystemExit:
@@ -477,13 +479,13 @@ def test_every_window_of_the_validation_counts_once(files, monkeypatch):
     args, ids = argparse.Namespace(device="cpu", dtype="float32", micro_batch=2), torch.randint(384, (7, 33))
     model, losses, steps = GPT.from_pretrained(files / "model"), [], []
     model.register_forward_hook(lambda *_: steps.append(rank))
-    monkeypatch.setattr(ast_train, "processes", lambda: (rank, world))
-    monkeypatch.setattr(ast_train, "add_up", lambda loss: losses.append(loss.item()))
+    monkeypatch.setattr(ast_loop, "processes", lambda: (rank, world))
+    monkeypatch.setattr(ast_loop, "add_up", lambda loss: losses.append(loss.item()))
     for world, args.micro_batch in (1, 2), (1, 3), (1, 2000), (3, 2), (8, 2):
         losses.clear()
         steps.clear()
         for rank in range(world):
-            ast_train.validation_perplexity(model, ids, args)
+            ast_loop.validation_perplexity(model, ids, args)
         expected = torch.nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).item()
         assert sum(losses) / len(ids) == pytest.approx(expected, rel=1e-5)
         assert len({steps[:-1].count(rank) for rank in range(world)}) == 1
@@ -493,11 +495,11 @@ def test_processes_share_the_calibration_text(files, monkeypatch):
     """Would catch processes that each run all of it for Wanda's score, and statistics that differ between them."""
     args, ids, added = argparse.Namespace(device="cpu", micro_batch=2), torch.randint(384, (7, 32)), []
     model = GPT.from_pretrained(files / "model")
-    whole, parts = ast_train.calibrated(model, args, ids), []
-    monkeypatch.setattr(ast_train.InputStats, "all_reduce", lambda stats: added.append(stats))
+    whole, parts = ast_loop.calibrated(model, args, ids), []
+    monkeypatch.setattr(ast_loop.InputStats, "all_reduce", lambda stats: added.append(stats))
     for rank in 0, 1:
-        monkeypatch.setattr(ast_train, "processes", lambda: (rank, 2))
-        parts.append(ast_train.calibrated(model, args, ids))
+        monkeypatch.setattr(ast_loop, "processes", lambda: (rank, 2))
+        parts.append(ast_loop.calibrated(model, args, ids))
     for name, stats in whole.items():
         first, second = (part[name] for part in parts)
         assert (first.sequences, second.sequences) == (4, 3)
@@ -520,7 +522,7 @@ def test_blocks_are_compiled_also_inside_checkpoints(files, monkeypatch, inside)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     options = argparse.Namespace(shard=0, device="cpu", dtype="float32", compile=True, seed=0, json=None)
     with ast_train.process_group(options):
-        model = ast_train.set_up(GPT.from_pretrained(files / "model"), options, checkpoint_activations=inside)
+        model = ast_loop.set_up(GPT.from_pretrained(files / "model"), options, checkpoint_activations=inside)
     torch._dynamo.utils.counters.clear()
     model(torch.arange(32)[None]).mean().backward()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
@@ -536,7 +538,7 @@ def test_processes_share_a_batch_evenly(monkeypatch):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_state(tmp_path, train, monkeypatch):
     def broken(step, *rest):
         return math.nan if step == 4 else learning_rate(step, *rest)  # spoils the weights before step 5
-    monkeypatch.setattr(ast_train, "learning_rate", broken)
+    monkeypatch.setattr(ast_loop, "learning_rate", broken)
     with pytest.raises(InputError, match="the loss is nan.* at step 5: lower --lr .* the state of step 3 is kept"):
         train(tmp_path)
     assert (tmp_path / "ast.training" / "step-0000003").is_dir() and (tmp_path / "ast" / "model.safetensors").is_file()
@@ -559,7 +561,7 @@ def test_a_damaged_state_gets_a_sentence(tmp_path, train, stopped, caplog, file,
 def test_running_out_of_memory_gets_a_sentence(tmp_path, train, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
-    monkeypatch.setattr(ast_train, "training_loss", full)
+    monkeypatch.setattr(ast_loop, "training_loss", full)
     with pytest.raises(InputError, match="out of memory: lower --micro-batch"):
         train(tmp_path)
 

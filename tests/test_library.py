@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from ast_train import AnnealedAdamW, SparseLinear, distillation_loss, training_loss
+from ast_method import AnnealedAdamW, SparseLinear, distillation_loss, training_loss
 from conftest import ROOT, make_checkpoint
 from data.calibration import InputStats, watch
 from data.command import InputError
