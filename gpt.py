@@ -1,11 +1,10 @@
-"""A LLaMA in one file: configuration, blocks, its relatives, checkpoints, generation.
+"""A LLaMA in one file: blocks, its relatives by configuration, checkpoints, generation.
 
 The model is the decoder of LLaMA (Touvron et al. 2023): x = embed(ids); for every block
     x = x + attention(norm(x));   x = x + mlp(norm(x))
 then logits = head(norm(x)). Norms are RMSNorm, positions are rotary embeddings in the split-half form (so that Hugging
 Face weights load unchanged), several query heads may share one key/value head, the MLP is SwiGLU. Where a relative
-(Mistral, Qwen, OPT, GPT-2) differs, a field of `Config` says how; the table FAMILIES fills these fields from
-config.json; what an older config.json leaves out gets the Hub's default.
+(Mistral, Qwen, OPT, GPT-2) differs, a field of `Config` says how; data/config.py fills them from config.json.
 
 Parameter names are those of Hugging Face's LLaMA whatever the family; every projection is an nn.Linear of its own. A
 checkpoint is a Hugging Face folder under the family's own names (data/checkpoint.py): what is saved here loads in
@@ -35,6 +34,7 @@ from torch import Tensor
 from data import load_tokenizer
 from data.checkpoint import Checkpoint
 from data.command import InputError, at_least, parser, record, run, start, told_bytes
+from data.config import check, described
 from data.device import free_memory
 from data.hub import model_folder
 from data.tokenizer import encode_open, end_tokens
@@ -43,8 +43,6 @@ from data.writer import CheckpointWriter
 TANH = partial(F.gelu, approximate="tanh")
 ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_python": F.gelu, "gelu_new": TANH,
                "gelu_pytorch_tanh": TANH}
-ROPE_KINDS = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
-                                                               "original_max_position_embeddings")}
 
 
 @dataclass
@@ -92,39 +90,12 @@ class Config:
     def from_dict(cls, raw):
         """raw: the content of a config.json. Raises InputError where it is not one that this file can run, KeyError
         where a size is missing."""
-        if raw.get("model_type") not in FAMILIES:
-            raise InputError(f"config.json: model_type {raw.get('model_type')!r} is not supported "
-                             f"({', '.join(FAMILIES)} are)")
-        ours = FAMILIES[raw["model_type"]](raw)
-        no_windows = dict(use_sliding_window=False, layer_types=None)  # unless the family knows them
-        said = {"hidden_act": "silu", **raw, **no_windows, **ours}  # in LLaMA's words; what comes later wins
-        heads, layers, bias = said["num_attention_heads"], said["num_hidden_layers"], said.get("attention_bias", False)
-        check_whole("num_hidden_layers", layers, 5)  # before lists of so many are made
-        rope = said.get("rope_scaling") or said.get("rope_parameters") or {}
-        if not isinstance(rope, dict):
-            raise InputError(f"config.json: the rotary scaling {rope!r} is no JSON object")
-        rope = rope | {"original_max_position_embeddings": (
-            said.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
-            or said.get("max_position_embeddings"))}
-        reach = said.get("sliding_window") if said.get("use_sliding_window") else None
-        first = min(said.get("first_sliding_layer", layers), layers)
-        kinds = said.get("layer_types") or ["full_attention"] * first + ["sliding_attention"] * (layers - first)
-        config = cls(**{name: value for name, value in ours.items() if name in cls.__dataclass_fields__} | dict(
-            vocab_size=said["vocab_size"], hidden_size=said["hidden_size"], intermediate_size=said["intermediate_size"],
-            num_hidden_layers=layers, num_attention_heads=heads,
-            num_key_value_heads=said.get("num_key_value_heads") or heads,
-            head_dim=said.get("head_dim") or said["hidden_size"] // heads,
-            rms_norm_eps=said.get("rms_norm_eps", 1e-6),  # the Hub's own default where a file leaves it out
-            rope_theta=rope.get("rope_theta") or said.get("rope_theta") or 10000.0, rope_scaling=rope,
-            tie_word_embeddings=said.get("tie_word_embeddings", False), raw=raw,
-            qkv_bias=ours.get("qkv_bias", bias), o_bias=bias, mlp_bias=said.get("mlp_bias", False),
-            windows=tuple(reach if kind == "sliding_attention" else None for kind in kinds),
-            activation=said["hidden_act"], slorb_k=raw.get("slorb_k", 0)))
-        for kind in kinds:
-            if kind not in ("full_attention", "sliding_attention"):
-                raise InputError(f"config.json: layer_types {kind!r} is not supported "
-                                 f"(full_attention and sliding_attention are)")
-        config.check()
+        found = described(raw)
+        config = cls(raw=raw, **{name: found[name] for name in cls.__dataclass_fields__ if name in found})
+        if config.activation not in ACTIVATIONS:
+            raise InputError(f"config.json: activation {config.activation!r} is not supported "
+                             f"({', '.join(ACTIVATIONS)} are)")
+        check(config)
         return config
 
     @property
@@ -141,57 +112,9 @@ class Config:
         most = self.context_length
         return f", more than the {most} that the model is made for" if tokens > most else ""
 
-    def check(self):
-        """Raise InputError where config.json asks for something that this file does not compute."""
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
-                     "head_dim", "positions" if self.layer_norm else "context_length"):
-            check_whole(name, getattr(self, name), 8)
-        if self.embed_size is not None:
-            check_whole("embed_size", self.embed_size, 8)
-        for name in ("tie_word_embeddings", "attention_bias", "mlp_bias", "enable_bias", "use_sliding_window",
-                     "do_layer_norm_before"):
-            if (asked := self.raw.get(name)) not in (None, True, False):
-                raise InputError(f"config.json: {name} {asked!r} is neither true nor false")
-        if type(self.slorb_k) is not int or self.slorb_k < 0:
-            raise InputError(f"config.json: slorb_k {self.slorb_k!r} is not a whole number from 0")
-        for name in "rms_norm_eps", "rope_theta":
-            if type(value := getattr(self, name)) not in (int, float) or not 0 < value < math.inf:
-                raise InputError(f"config.json: {name} {value!r} is not a positive number")
-        if self.head_dim % 2 and not self.positions:
-            raise InputError(f"config.json: rotary embeddings need an even head_dim, not {self.head_dim}")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise InputError(f"config.json: {self.num_attention_heads} attention heads can't share "
-                             f"{self.num_key_value_heads} key/value heads evenly")
-        if self.activation not in ACTIVATIONS:
-            raise InputError(f"config.json: activation {self.activation!r} is not supported "
-                             f"({', '.join(ACTIVATIONS)} are)")
-        if self.windows and len(self.windows) != self.num_hidden_layers:
-            raise InputError(f"config.json: layer_types names {len(self.windows)} of {self.num_hidden_layers} layers")
-        for reach in set(self.windows) - {None}:
-            check_whole("sliding_window", reach, 8)
-        if self.rope_kind not in ROPE_KINDS:
-            raise InputError(f"config.json: rotary scaling {self.rope_kind!r} is not supported "
-                             f"({', '.join(ROPE_KINDS)} are)")
-        for name in ROPE_KINDS[self.rope_kind]:
-            value = self.rope_scaling.get(name)
-            if type(value) not in (int, float) or not 0 < value < math.inf:
-                raise InputError(f"config.json: {name} is missing or not positive in the rotary scaling "
-                                 f"{self.rope_scaling}")
-        if self.rope_kind == "llama3" and self.rope_scaling["low_freq_factor"] >= self.rope_scaling["high_freq_factor"]:
-            raise InputError(f"config.json: low_freq_factor is not below high_freq_factor in {self.rope_scaling}")
-        for name, usual in UNUSUAL.items():
-            if (asked := (self.rope_scaling | self.raw).get(name)) not in (None, usual):
-                raise InputError(f"config.json: {name} {asked!r} is not supported")
-
     @property
     def rope_kind(self):
         return self.rope_scaling.get("rope_type", self.rope_scaling.get("type", "default"))
-
-
-def check_whole(name, value, power):
-    """Raise InputError where a number of config.json is no whole one from 1 to 10^power."""
-    if type(value) is not int or not 0 < value <= 10**power:
-        raise InputError(f"config.json: {name} {value!r} is not a whole number from 1 to 10^{power}")
 
 
 # ---------------------------------------------------------------------------------------------------------- the model
@@ -585,42 +508,6 @@ class GPT(nn.Module):
         with CheckpointWriter(dir, raw | {key: str(self.lm_head.weight.dtype).removeprefix("torch.")},
                               tokenizer_from or (self.source and self.source.folder)) as out:
             out.write("model.safetensors", tensors)
-
-
-# ------------------------------------------------------------------------------------------------------ the relatives
-
-def qwen(raw):
-    return dict(first_sliding_layer=raw.get("max_window_layers", 28), sliding_window=raw.get("sliding_window", 4096),
-                use_sliding_window=raw.get("use_sliding_window", False), layer_types=raw.get("layer_types"),
-                num_key_value_heads=raw.get("num_key_value_heads", 32), mlp_bias=False)
-
-
-FAMILIES = {  # by model_type: what a config.json says, in LLaMA's words and in the fields of Config
-    "llama": lambda raw: {},
-    "mistral": lambda raw: dict(
-        use_sliding_window=True, sliding_window=raw.get("sliding_window", 4096), first_sliding_layer=0,
-        layer_types=raw.get("layer_types"), num_key_value_heads=raw.get("num_key_value_heads", 8),
-        attention_bias=False, mlp_bias=False),
-    "qwen2": lambda raw: dict(qkv_bias=True, attention_bias=False, **qwen(raw)),
-    "qwen3": lambda raw: dict(qk_norm=True, head_dim=raw.get("head_dim", 128), **qwen(raw)),
-    "opt": lambda raw: dict(
-        intermediate_size=raw["ffn_dim"], hidden_act=raw.get("activation_function", "relu"), gated=False,
-        rms_norm_eps=1e-5, attention_bias=raw.get("enable_bias", True), mlp_bias=raw.get("enable_bias", True),
-        layer_norm=True, post_norm=not raw.get("do_layer_norm_before", True),
-        positions=raw["max_position_embeddings"], position_offset=2, embed_size=raw.get("word_embed_proj_dim"),
-        num_key_value_heads=None, head_dim=None, tie_word_embeddings=raw.get("tie_word_embeddings", True)),
-    "gpt2": lambda raw: dict(
-        hidden_size=raw["n_embd"], intermediate_size=raw.get("n_inner") or 4 * raw["n_embd"], gated=False,
-        num_hidden_layers=raw["n_layer"], num_attention_heads=raw["n_head"],
-        hidden_act=raw.get("activation_function", "gelu_new"), rms_norm_eps=raw.get("layer_norm_epsilon", 1e-5),
-        attention_bias=True, mlp_bias=True, layer_norm=True, positions=raw["n_positions"], num_key_value_heads=None,
-        head_dim=None, tie_word_embeddings=raw.get("tie_word_embeddings", True)),
-}
-
-# what a config.json may also ask for, and the only value that is computed here
-UNUSUAL = {"quantization_config": None, "partial_rotary_factor": 1.0, "layer_norm_elementwise_affine": True,
-           "_remove_final_layer_norm": False, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-           "add_cross_attention": False, "is_causal": True, "per_layer_config": None}
 
 
 # -------------------------------------------------------------------------------------------------------- the command

@@ -17,6 +17,7 @@ from ast_method import AnnealedAdamW, SparseLinear, distillation_loss, training_
 from conftest import ROOT, make_checkpoint
 from data.calibration import InputStats, watch
 from data.command import InputError
+from data.config import check
 from data.text import windows
 from dsnot import (ALLOCATIONS, allocation, dsnot_refine, keep_mask, prune, prune_layer, sparsegpt, swap_and_refit,
                    swap_refine, wanda_score)
@@ -147,7 +148,7 @@ def test_what_cannot_be_meant_is_refused(layer, model, tmp_path):
 def test_models_are_saved_only_if_they_can_be_read_again(model, tmp_path):
     config = Config(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
                     num_key_value_heads=1, head_dim=16, rms_norm_eps=1e-5, rope_theta=1e4, tie_word_embeddings=False)
-    config.check()
+    check(config)
     with pytest.raises(InputError, match="make its Config by from_dict"):
         GPT(config).save_pretrained(tmp_path / "out")
     for name, linear in all_prunable(model).items():
