@@ -29,7 +29,7 @@ from ast_loop import amount, train
 from ast_method import SparseLinear, decay_at, distillation_loss  # noqa: F401 (others look for them here)
 from data import load_tokenizer, windows
 from data.command import InputError, Parser, parser, record, run, versions, write_atomically
-from data.device import fast_in_bf16, out_of_memory
+from data.device import compiler_failed, fast_in_bf16, out_of_memory
 from data.hub import model_folder
 from data.method import SCORES, parse_pattern
 from data.processes import process_group, processes, say, side_by_side
@@ -88,7 +88,7 @@ def first_weights(args, calibration):
 
 def train_alone(method, args, start):
     """`train` in a process of its own."""
-    with process_group(args), memory_is_enough(args):
+    with process_group(args), failures_told(args):
         return train(method, args, start, *texts(args, load_tokenizer(args.model)))
 
 
@@ -256,11 +256,13 @@ def check(args):
 
 
 @contextmanager
-def memory_is_enough(args):
-    """Inside, running out of memory raises an InputError that names the options that need less."""
+def failures_told(args):
+    """Inside, running out of memory and a compiler that fails raise an InputError that names the options that help."""
     try:
         yield
     except RuntimeError as e:
+        if reason := compiler_failed(e):
+            raise InputError(f"torch.compile has failed ({reason}): give --no-compile") from None
         killed = isinstance(e, BrokenProcessPool)  # a process of side_by_side
         if not (killed or out_of_memory(e)):
             raise
@@ -328,7 +330,7 @@ def prepare(args):
 
 def main():
     args, started = options(), time.perf_counter()
-    with ExitStack() as held, memory_is_enough(args):
+    with ExitStack() as held, failures_told(args):
         with process_group(args):
             mixture, held_out, calibration, test_ids = prepare(args)
             if processes()[0] == 0:

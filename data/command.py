@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from data.device import out_of_memory, processor
+from data.device import compiler_failed, out_of_memory, processor
 
 
 class InputError(ValueError):
@@ -198,9 +198,12 @@ def run(main, goes_on=False):
               f"time, or --device cpu", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as e:
-        if not out_of_memory(e):
+        if reason := compiler_failed(e):
+            print(f"error: torch.compile has failed ({reason}): go without --compile", file=sys.stderr)
+        elif out_of_memory(e):
+            print("error: the computer's memory is full: give shorter or fewer texts at a time", file=sys.stderr)
+        else:
             raise
-        print("error: the computer's memory is full: give shorter or fewer texts at a time", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # what reads the output, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

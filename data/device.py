@@ -39,6 +39,12 @@ def out_of_memory(error):
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
+def compiler_failed(error):
+    """Why torch.compile has failed, if that is what an error says."""
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return str(error).strip().split("\n")[0]
+
+
 def fast_in_bf16(device):
     """Whether a device multiplies faster in bf16 than in float32: a GPU since Ampere, a CPU with AMX or
     AVX512_BF16."""

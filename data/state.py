@@ -115,5 +115,5 @@ def load_state(work, model, optimizer, mean, options, steps):
     finally:
         logging.disable(logging.NOTSET)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
-    say(f"going on at step {state['step']}")
+    say(f"{work} goes on at step {state['step']}")
     return state

@@ -5,6 +5,7 @@
 # then `python eval.py --compare results/small/*.json --by-method` and `python eval.py --compare results/small/ast.json
 # results/small/speed-*.json` print its tables.
 set -euo pipefail
+[ $# = 0 ] || { sed -n '2,6s/^# //p' "$0" >&2; exit 2; }
 cd "$(dirname "$0")/.."
 python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "error: results/gpu.sh needs a GPU")' || exit 2
 mkdir -p results/small

@@ -5,6 +5,7 @@
 # AST's text needs the model of python ast_train.py --out out/ast-seed0. Then `python results/readme.py` puts them into
 # README.md.
 set -euo pipefail
+[ $# = 0 ] || { sed -n '2,6s/^# //p' "$0" >&2; exit 2; }
 cd "$(dirname "$0")/.."
 rm -rf out/models
 write() { python gpt.py --model "$2" --prompt "Help on module json" --max-new-tokens 60 --json "results/text-$1.json"; }

@@ -4,6 +4,7 @@
 #     rm -rf results/tiny results/ast-[!f]*.json results/ast-fixed*.json out/ast-* out/models
 #     bash results/readme.sh
 set -euo pipefail
+[ $# = 0 ] || { sed -n '2,5s/^# //p' "$0" >&2; exit 2; }
 cd "$(dirname "$0")/.."
 export JOBS=${JOBS:-2} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 bash results/study.sh tiny readme
