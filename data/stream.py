@@ -129,7 +129,7 @@ def open_bin(path, tokenizer):
         with open(path, "rb") as f:
             mark, vocabulary, made_by, width, count = HEADER.unpack(f.read(HEADER.size))
     except OSError as e:
-        raise InputError(f"{path} can't be read: {e.strerror}") from None
+        raise InputError(f"{path} can't be read: {e.strerror} (`python -m data.stream` makes such files)") from None
     except struct.error:
         mark = None
     if mark != MARK or Path(path).stat().st_size != HEADER.size + width * count:

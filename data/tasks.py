@@ -121,11 +121,8 @@ def read_split(name, split, folder):
     """The rows of one split of a task, and where they are from."""
     task = TASKS[name]
     if folder is None:
-        try:
-            return list(hub_rows(task.path, task.name, split)), task.path
-        except InputError:
-            raise InputError(f"the data of {name} ({task.path}) are not in the Hub's cache and can't be fetched: "
-                             f"without a network, give --tasks-dir FOLDER with {name}.jsonl or {name}/ in it") from None
+        instead = f"--tasks-dir FOLDER with {name}.jsonl or {name}/ in it, and so for each task"
+        return list(hub_rows(task.path, task.name, split, instead=instead)), task.path
     kinds = (".jsonl", ".json", ".parquet")
     inside = sorted(path for path in (Path(folder) / name).rglob(f"{split}*") if path.suffix in kinds)
     alone = [path for path in (Path(folder) / f"{name}{kind}" for kind in kinds) if path.is_file()]

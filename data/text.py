@@ -26,8 +26,10 @@ PARTS = {  # the splits of a file: from which to which twentieth, and in words
     "first-half": (0, 10, "the first half of "), "second-half": (10, 20, "the second half of ")}
 
 
-def hub_rows(path, name=None, split="train", file=None, revision=None):
-    """The rows of a Hub data set, or of one file of it. Raises InputError with the way out where it can't be had."""
+def hub_rows(path, name=None, split="train", file=None, revision=None,
+             instead="text files in place of named texts (--data, --calib, --eval-data)"):
+    """The rows of a Hub data set, or of one file of it. Raises InputError where it can't be had, with what to give
+    `instead`."""
     import datasets
     import huggingface_hub
     huggingface_hub.logging.set_verbosity_error()  # what goes wrong is said once, below
@@ -42,7 +44,7 @@ def hub_rows(path, name=None, split="train", file=None, revision=None):
         absent = isinstance(e, (ConnectionError, huggingface_hub.errors.LocalEntryNotFoundError))
         reason = "the Hub is out of reach" if absent else type(e).__name__
         raise InputError(f"the data set {path} is not in the cache and can't be fetched ({reason}): "
-                         f"without a network, give text files in place of named texts") from None
+                         f"without a network, give {instead}") from None
 
 
 def json_lines(path):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What README's first command prints, the sizes and perplexities of compressed models, and the texts that models write
-# (minutes on two CPU cores):
+# (ten minutes on two CPU cores), in place of those that results/ has (`git checkout results` brings them back):
 #     bash results/models.sh
 # AST's text needs the model of python ast_train.py --out out/ast-seed0. Then `python results/readme.py` puts them into
 # README.md.

@@ -339,7 +339,8 @@ def pages():
 
 def main():
     argparse.ArgumentParser(description=__doc__).parse_args()
-    contents = pages()
+    files = [*PAGES, *(ROOT / "assets").iterdir()]
+    before, contents = {path: path.read_bytes() for path in files}, pages()
     plot(opening(studied("smollm2-135m-instruct"), "WikiText-2"), ROOT / "assets/overview.png")
     trained = [row for row in pruned("ast-seed*") if row["method"].startswith("AST")]
     plot(opening(studied("tiny") + trained, "its test text"), ROOT / "assets/choices.png")
@@ -350,7 +351,8 @@ def main():
     draw_ast(ROOT / "assets/ast.png")
     for path, text in contents.items():
         path.write_text(text, "utf-8")
-    print("README.md, results/README.md and their pictures hold what results/ holds")
+    changed = [str(path.relative_to(ROOT)) for path in files if path.read_bytes() != before[path]]
+    print(f"changed: {', '.join(changed)}" if changed else "nothing has changed")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ $# = 2 ] || { sed -n '5s/^# */usage: /p' results/smollm2.sh >&2; exit 2; }
+[ -f "$1/config.json" ] && [ -f "$2" ] || { echo "error: $1 is no model's folder, or $2 no file" >&2; exit 2; }
 model=$1 text=$2 folder=results/smollm2-135m-instruct ours=out/study-smollm2-135m-instruct
 mkdir -p "$folder"
 source results/jobs.sh

@@ -108,7 +108,7 @@ def main():
     p = parser(__doc__)
     p.add_argument("--folder", default="out/random-7b", help="where the model is made; the pruned one lies beside it")
     p.add_argument("--layers", type=int, default=32, help="its blocks")
-    p.add_argument("--hidden", type=int, default=4096, help="its width; smaller: to try the script")
+    p.add_argument("--hidden", type=int, default=4096, help="its width; --hidden 256 --layers 4: to try the script")
     p.add_argument("--nsamples", type=int, help="calibration sequences (default: 2, on a GPU 128)")
     p.add_argument("--seqlen", type=int, help="tokens a sequence (default: 512, on a GPU 2048)")
     p.add_argument("--options", default="", help="more options of dsnot.py")
@@ -132,6 +132,7 @@ def main():
     forget(folder)
     code, killed = watch(command, out, kill_after=args.layers // 2)
     assert code == -9, f"the run ended with {code} before it could be killed"
+    print(f"killed after {args.layers // 2} blocks; the same command once more:", flush=True)
     forget(folder)
     code, resumed = watch(command, out)
     assert code == 0, f"the resumed run ended with {code}"

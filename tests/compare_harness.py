@@ -88,6 +88,7 @@ def main():
             tasks[name] = {"pairs": len(pairs), "cut_from_the_left": cut, "largest_difference": difference}
     record(args, {"tasks": tasks})
     worst = max(task["largest_difference"] for task in tasks.values())
+    print(f"{len(tasks)} tasks, the largest difference of a log-likelihood is {worst:.1e}")
     sys.exit(f"log-likelihoods differ by {worst}" if worst > 1e-4 else 0)
 
 

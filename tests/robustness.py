@@ -146,30 +146,30 @@ def outcome(main, words):
 
 
 @contextlib.contextmanager
-def stopped(command, function, calls):
-    """Inside, a function of a command is interrupted after so many calls."""
-    real, left = getattr(command, function), [calls]
+def stopped(module, function, calls):
+    """Inside, a function of a module is interrupted after so many calls."""
+    real, left = getattr(module, function), [calls]
 
     def stopping(*args, **options):
         left[0] -= 1
         if left[0] < 0:
             raise KeyboardInterrupt
         return real(*args, **options)
-    setattr(command, function, stopping)
+    setattr(module, function, stopping)
     yield
-    setattr(command, function, real)
+    setattr(module, function, real)
 
 
 def stopped_and_gone_on(model, text, here, rng):
     """Prune or train, stop at a random call of prune_layer or backward, go on: the same bytes as without a stop?"""
-    command, function, calls, choices = rng.choice([
-        (dsnot, "prune_layer", 12, [["--refine", "swap"], ["--score", "sparsegpt"], ["--pattern", "2:4"],
-                                    ["--refine", "dsnot+swap", "--refit"]]),
-        (ast_loop, "backward", 4, [["--methods", "ast"], ["--average", "0.5"], ["--start-from", "swap"],
-                                    ["--decay", "0"]])])
+    command, place, function, calls, choices = rng.choice([
+        (dsnot, dsnot, "prune_layer", 12, [["--refine", "swap"], ["--score", "sparsegpt"], ["--pattern", "2:4"],
+                                           ["--refine", "dsnot+swap", "--refit"]]),
+        (ast_train, ast_loop, "backward", 4, [["--methods", "ast"], ["--average", "0.5"],
+                                              ["--start-from", "swap"], ["--decay", "0"]])])
     words = ["--model", model, "--device", "cpu", *usual_options(command.__name__, text, here), *rng.choice(choices)]
     assert outcome(command.main, [*words, "--out", here / "whole"])[0] == 0, words
-    with stopped(command, function, rng.randrange(calls)):
+    with stopped(place, function, rng.randrange(calls)):
         code = outcome(command.main, [*words, "--out", here / "cut"])[0]
     assert code == 130 and not any((here / "cut").glob("*.safetensors")), words
     assert outcome(command.main, [*words, "--out", here / "cut"])[0] == 0, words

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import stat
+import subprocess
 import sys
 from argparse import Namespace
 
@@ -238,3 +239,10 @@ def test_a_process_of_many(monkeypatch, capsys):
     assert capsys.readouterr().out == "first\n"
     monkeypatch.setattr(processes.dist, "all_reduce", lambda x: x.mul_(4))
     assert processes.mean_over_processes(torch.tensor(3.0)) == 6.0
+
+
+def test_a_few_damaged_inputs_and_interruptions():
+    """The first trials of tests/robustness.py: would catch a command that it no longer knows how to stop."""
+    ended = subprocess.run([sys.executable, ROOT / "tests/robustness.py", "--trials", "20"], capture_output=True,
+                           text=True)
+    assert ended.returncode == 0 and "20 trials, 0 defects" in ended.stdout, ended.stdout + ended.stderr

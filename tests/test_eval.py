@@ -470,7 +470,7 @@ def test_speed_of_a_model_with_few_positions(tmp_path):
 
 @pytest.mark.parametrize("arguments, said", [
     (["--tasks", "rhyme"], "--tasks rhyme: there is no such task"),
-    (["--tasks", "piqa"], "the data of piqa (baber/piqa) are not in the Hub's cache"),
+    (["--tasks", "piqa"], "baber/piqa is not in the cache and can't be fetched"),
     (["--tasks", "rte", "--tasks-dir", "data"], "--tasks-dir data has no data of rte"),
     (["--tasks", "rte", "--tasks-dir", "nowhere"], "--tasks-dir nowhere is no folder"),
     (["--data", "ptb"], "ptb_text_only is not in the cache and can't be fetched"),

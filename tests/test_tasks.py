@@ -240,7 +240,7 @@ def test_what_the_hub_is_asked_for(monkeypatch):
     """Would catch another configuration, the solved examples of MMLU taken from its test, and a training split."""
     asked = []
 
-    def hub_rows(path, name, split):
+    def hub_rows(path, name, split, instead):
         asked.append((path, name, split))
         return DEV if split == "dev" else ROWS[task]
     monkeypatch.setattr(tasks, "hub_rows", hub_rows)
