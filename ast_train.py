@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from ast_loop import amount, train
-from ast_method import SparseLinear, decay_at, distillation_loss  # noqa: F401 (others look for them here)
+from ast_method import SparseLinear, decay_at, distillation_loss  # noqa: F401 (part of this file's interface)
 from data import load_tokenizer, windows
 from data.command import InputError, Parser, parser, record, run, versions, write_atomically
 from data.device import compiler_failed, fast_in_bf16, out_of_memory
@@ -79,7 +79,7 @@ def first_weights(args, calibration):
     if args.start_from == "dense":
         return args.model
     for method in args.methods:
-        if method != "dense":  # what resume would find out after hours of swaps
+        if method != "dense":  # what ast_loop.resume would find out after hours of swaps
             last_state(Path(args.out) / f"{method}.training", {"start_from": args.start_from})
     folder = Path(args.out) / "start"  # trained models may have begun with what is there
     one_shot(args, folder, calibration, score="wanda", refine="swap", refit=True, propagate=True)
@@ -261,10 +261,10 @@ def failures_told(args):
     try:
         yield
     except RuntimeError as e:
-        if reason := compiler_failed(e):
-            raise InputError(f"torch.compile has failed ({reason}): give --no-compile") from None
         killed = isinstance(e, BrokenProcessPool)  # a process of side_by_side
         if not (killed or out_of_memory(e)):
+            if reason := compiler_failed(e):
+                raise InputError(f"torch.compile has failed ({reason}): give --no-compile") from None
             raise
         what = "a training process has died, most likely of full memory" if killed else "out of memory"
         kept = f"; the last state is kept in {args.out}" if any(Path(args.out).glob("*.training/step-*")) else ""

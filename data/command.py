@@ -198,10 +198,11 @@ def run(main, goes_on=False):
               f"time, or --device cpu", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as e:
-        if reason := compiler_failed(e):
-            print(f"error: torch.compile has failed ({reason}): go without --compile", file=sys.stderr)
-        elif out_of_memory(e):
+        if out_of_memory(e):
             print("error: the computer's memory is full: give shorter or fewer texts at a time", file=sys.stderr)
+        elif reason := compiler_failed(e):
+            print(f"error: torch.compile has failed ({reason}): go without --compile, or with --no-compile",
+                  file=sys.stderr)
         else:
             raise
         sys.exit(2)

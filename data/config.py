@@ -1,7 +1,8 @@
 """What a config.json says of a model, whatever its family: the fields of `Config` (gpt.py).
 
 FAMILIES puts a file into the words of LLaMA's; `described` makes the fields of it, where an older file leaves something
-out by the Hub's default; `check` refuses what gpt.py does not compute, above all what would run and be wrong.
+out by the Hub's default; `check` refuses what gpt.py does not compute, above all what would run and be wrong (but
+activations: gpt.py has their table).
 """
 
 import math
@@ -47,7 +48,8 @@ UNUSUAL = {"quantization_config": None, "partial_rotary_factor": 1.0, "layer_nor
 
 
 def described(raw):
-    """{field of Config: value} and more, from `raw`, the content of a config.json. Raises as Config.from_dict does."""
+    """{field of Config: value} and more, from `raw`, the content of a config.json. Raises InputError where
+    a family or a kind of layer is unknown, KeyError where a size is missing."""
     if raw.get("model_type") not in FAMILIES:
         raise InputError(f"config.json: model_type {raw.get('model_type')!r} is not supported "
                          f"({', '.join(FAMILIES)} are)")

@@ -42,7 +42,8 @@ def out_of_memory(error):
 def compiler_failed(error):
     """Why torch.compile has failed, if that is what an error says."""
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return str(error).strip().split("\n")[0]
+        lines = str(error).strip().splitlines()
+        return max(lines, key=lambda line: ("error:" in line, not line.endswith("raised:")))  # the first of these
 
 
 def fast_in_bf16(device):

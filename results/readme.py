@@ -337,10 +337,14 @@ def pages():
     return contents
 
 
+def held():
+    """{path: content} of the pages and their pictures."""
+    return {path: path.read_bytes() for path in [*PAGES, *(ROOT / "assets").iterdir()]}
+
+
 def main():
     argparse.ArgumentParser(description=__doc__).parse_args()
-    files = [*PAGES, *(ROOT / "assets").iterdir()]
-    before, contents = {path: path.read_bytes() for path in files}, pages()
+    before, contents = held(), pages()
     plot(opening(studied("smollm2-135m-instruct"), "WikiText-2"), ROOT / "assets/overview.png")
     trained = [row for row in pruned("ast-seed*") if row["method"].startswith("AST")]
     plot(opening(studied("tiny") + trained, "its test text"), ROOT / "assets/choices.png")
@@ -351,7 +355,7 @@ def main():
     draw_ast(ROOT / "assets/ast.png")
     for path, text in contents.items():
         path.write_text(text, "utf-8")
-    changed = [str(path.relative_to(ROOT)) for path in files if path.read_bytes() != before[path]]
+    changed = [str(path.relative_to(ROOT)) for path, content in held().items() if content != before.get(path)]
     print(f"changed: {', '.join(changed)}" if changed else "nothing has changed")
 
 

@@ -186,6 +186,11 @@ def test_what_is_recorded(monkeypatch, tmp_path):
     (InputError("a is wrong"), 2, "error: a is wrong\n"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), 2,
      "error: the GPU's memory is full (CUDA out of memory): give shorter or fewer texts at a time, or --device cpu\n"),
+    (torch._dynamo.exc.BackendCompilerFailed(print, RuntimeError("why\nmore"), None), 2, "error: torch.compile has "
+     "failed (RuntimeError: why): go without --compile, or with --no-compile\n"),
+    (torch._inductor.exc.CppCompileError(["g++"], "a.cpp:3: fatal error: no Python.h\ncompilation terminated."), 2,
+     "error: torch.compile has failed (a.cpp:3: fatal error: no Python.h): go without --compile, or with "
+     "--no-compile\n"),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 2,
      "error: the computer's memory is full: give shorter or fewer texts at a time\n"),
     (OSError(errno.EACCES, "Permission denied", "a.txt"), 2, "error: a.txt: Permission denied\n"),
@@ -242,7 +247,7 @@ def test_a_process_of_many(monkeypatch, capsys):
 
 
 def test_a_few_damaged_inputs_and_interruptions():
-    """The first trials of tests/robustness.py: would catch a command that it no longer knows how to stop."""
-    ended = subprocess.run([sys.executable, ROOT / "tests/robustness.py", "--trials", "20"], capture_output=True,
+    """The first trials of tests/robustness.py, one of each kind: would catch a command that it can no longer stop."""
+    ended = subprocess.run([sys.executable, ROOT / "tests/robustness.py", "--trials", "21"], capture_output=True,
                            text=True)
-    assert ended.returncode == 0 and "20 trials, 0 defects" in ended.stdout, ended.stdout + ended.stderr
+    assert ended.returncode == 0 and "21 trials, 0 defects" in ended.stdout, ended.stdout + ended.stderr

@@ -13,7 +13,9 @@ import pytest
 import torch
 import torch.nn as nn
 
-from ast_method import AnnealedAdamW, SparseLinear, distillation_loss, training_loss
+import ast_method
+from ast_method import AnnealedAdamW, training_loss
+from ast_train import SparseLinear, decay_at, distillation_loss
 from conftest import ROOT, make_checkpoint
 from data.calibration import InputStats, watch
 from data.command import InputError
@@ -203,6 +205,11 @@ def test_scaled_gradients(ruined):
             optimizer.zero_grad()
         return net[0].weight.detach()
     torch.testing.assert_close(trained(True), trained(False))
+
+
+def test_the_command_of_ast_offers_its_functions():
+    assert decay_at(5, 0.2, 10) == 0.1 and ast_method.SparseLinear is SparseLinear
+    assert distillation_loss(torch.ones(1, 2, 5), torch.ones(1, 2, 5), 2.0) == 0
 
 
 def test_logits_of_other_texts_are_no_teachers():
