@@ -109,8 +109,8 @@ def choices():
     rows = studied(*MODELS) + pruned("ast-seed*")
     found = {(row["model"], row["method"], row["amount"]): f"{row['perplexity']:.2f}" for row in rows}
     cells = [(model, amount) for model in MODELS for amount in ("70%", "2:4")]
-    columns = [["".join(found.get((model, name, amount), "") for name in names) for _, _, *names in CHOICES]
-               for model, amount in cells]
+    columns = [[next((found[model, name, amount] for name in names if (model, name, amount) in found), "")
+                for _, _, *names in CHOICES] for model, amount in cells]
     best = [min(filter(None, column), key=float, default=None) for column in columns]
     lines = [[said, f"`{command}`", *(f"**{x}**" if x == least else x for x, least in zip(row, best))]
              for (said, command, *_), *row in zip(CHOICES, *columns)]

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A LLaMA of 135 million parameters that others have trained, pruned and measured on WikiText-2's raw test file.
 # MODEL: the folder that `python tests/from_gguf.py` makes. A run whose file is there is not made again, an interrupted
-# one goes on. Seven hours on two cores:
+# one goes on. Eight hours on two cores:
 #     JOBS=2 OMP_NUM_THREADS=1 bash results/smollm2.sh out/smollm2-135m-instruct out/wikitext2-test.txt
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -30,6 +30,8 @@ each sparsegpt-swap-refit --score sparsegpt --refine swap --refit
 each wanda-swap --refine swap
 published=(--refine-layers attn --cycles 50)
 prune 2of4-wanda-published --pattern 2:4 "${published[@]}"
+prune 0.7-wanda-50-attn --sparsity 0.7 "${published[@]}"
+prune 2of4-wanda-50-all --pattern 2:4 --cycles 50
 for sparsity in 0.7 0.5; do
     prune $sparsity-wanda-published --sparsity $sparsity "${published[@]}" --no-sign-check
     prune $sparsity-wanda-swap-refit-sensitivity --sparsity $sparsity --refine swap --refit --allocate sensitivity
