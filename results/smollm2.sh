@@ -32,6 +32,7 @@ published=(--refine-layers attn --cycles 50)
 prune 2of4-wanda-published --pattern 2:4 "${published[@]}"
 prune 0.7-wanda-50-attn --sparsity 0.7 "${published[@]}"
 prune 2of4-wanda-50-all --pattern 2:4 --cycles 50
+prune 0.7-wanda-50-all --sparsity 0.7 --cycles 50
 for sparsity in 0.7 0.5; do
     prune $sparsity-wanda-published --sparsity $sparsity "${published[@]}" --no-sign-check
     prune $sparsity-wanda-swap-refit-sensitivity --sparsity $sparsity --refine swap --refit --allocate sensitivity
