@@ -1,6 +1,6 @@
 """AST's training loop: a student that learns under its mask from a teacher, and what it saves on the way.
 
-The method is in `ast_method.py`, the command in `ast_train.py`. Beside the paper: with --average, on where a recipe
+The method is in `ast_method.py`, the command in `ast_train.py`. Beyond the paper: with --average, on where a recipe
 says so, the result is the mean of W over the last steps, which evens out what single windows did to it.
 
 Precision, and bytes for LLaMA2-7B (6.74 G parameters) on one GPU. On top come activations (fewer with

@@ -2,7 +2,7 @@
 
 Adaptive Sparse Trainer (Huang et al., AAAI 2025, arXiv 2407.20584). Its formulas are in `ast_method.py`; the
 training loop, with its precision and memory, is in `ast_loop.py`; here are the recipes, the first weights, the results
-and the command. Beside the paper: with --start-from swap W begins as dsnot.py's exact swaps and refit leave it, pruned
+and the command. Beyond the paper: with --start-from swap W begins as dsnot.py's exact swaps and refit leave it, pruned
 weights and SLoRB's S at 0.
 
     python ast_train.py                                                  (the model that ships, 2:4)

@@ -8,7 +8,7 @@ and lets pruned weights grow back while others are pruned in their place, one pa
     q_k   the same for x_k^2 (`.square`);  v_k: average over sequences of the variance of x_k inside one (`.variance`)
     D     = W * s                           what each weight contributes to the output, on average
     e     = sum of D over a row's pruned weights              the row's expected error, dense less sparse
-    grow  the pruned weight with the largest D / v^p if e > 0, else with the smallest (`var_power`: p, 1)
+    grow  the pruned weight with the largest D / v^p if e > 0, else with the smallest (p: `var_power`, 1)
     prune the kept weight with the lowest Wanda score |W| sqrt(q) among those whose D pushes e back towards zero
           (n:m: the lowest score in the grown weight's own group of m, whatever its D)
     e    <- e + D[pruned] - D[grown], until |e| <= threshold, `cycles` swaps are done or e would change its sign
@@ -21,7 +21,7 @@ model (`global_swaps.py`).
 Where this differs from the authors' code (`dsnot_refine` by itself has their defaults, `prune_layer` and the command
 have ours): every linear layer is refined unless you ask for `--refine-layers attn` (theirs silently skips the MLP); a
 row of 4096 inputs makes 50 swaps, one of 11008 inputs 134, one of 256 three (theirs make 50 whatever the width); the
-sign check is an option, on if nobody asks (theirs is on with a pattern, off without one, whatever its flag says); a row
+sign check is an option, on by default (theirs is on with a pattern, off without one, whatever its flag says); a row
 without candidates stops instead of running off its lists, so layers of any size work; fifty swaps need only the fifty
 best candidates of each kind, so a row is sorted only where candidates tie; SparseGPT as the starting mask corrects the
 weights for the refined mask, by its Hessian; on its n:m masks, too, weights are pruned by the lowest Wanda score
@@ -388,8 +388,8 @@ def options():
                        help="at the end so many rounds of swaps by the output of the whole model, which has to fit "
                             "into memory three times (in 16 bits four times)")
     group.add_argument("--cycles", type=int,
-                       help="swaps per row at most, of DSnoT and of each turn of exact ones (default: of DSnoT's as "
-                            "many as 50 are to 4096 inputs, of exact ones until none helps)")
+                       help="swaps per row at most, of DSnoT and of each turn of exact ones (default: of DSnoT's 50 "
+                            "per 4096 inputs, of exact ones until none helps)")
     group.add_argument("--threshold", type=float,
                        help=f"DSnoT: a row is left alone once its expected error in a sequence is no larger "
                             f"(default: {USUAL['threshold']})")

@@ -1,15 +1,15 @@
 """Swaps by the output of the whole model: what a layer's own error does not tell.
 
-The loss L is KL(dense || model) of the next token, in nats. By its gradient at all weights, pruned ones too, a weight
-that changes by d (pruned: -w; grown: w of the dense model) changes it by about
+The loss L is KL(dense || model) of the next token, in nats. By L's gradient at all weights, pruned ones too, a weight
+that changes by d (to prune: -w; to grow: the dense w) changes L by about
 
     d dL/dw + damping / 2 * f q d^2
 
 where f is the mean square of -log P's gradient at the row's output, for tokens that the model itself draws, and q that
-of the weight's input: the curvature as K-FAC (arXiv 1503.05671) takes it apart, and of that the diagonal, as it is
-before the first round. In a round each row makes the swap that promises most, if one promises anything. Where all
-together don't lower the loss on the round's own text, they are taken back, and the damping doubles until they do, ten
-times at most; where they do at once, it falls by a third (Levenberg-Marquardt).
+of the weight's input: the diagonal of K-FAC's curvature (arXiv 1503.05671), taken before the first round. In a round
+each row makes the swap that promises most, if one promises anything. Where all together don't lower the loss on the
+round's own text, they are taken back, and the damping doubles until they do, ten times at most; where they do at once,
+it falls by a third (Levenberg-Marquardt).
 """
 
 from contextlib import contextmanager

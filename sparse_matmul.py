@@ -25,7 +25,7 @@ built: W x = sum v0 x[i0] + v1 x[i1]. For more rows W is put together in registe
 cores; K is split, so that a small N fills the GPU, too. Where many rows make arithmetic the limit, W is decompressed
 for the dense matmul. Which tile, or the dense way, is timed at the first call for each shape (so call once before
 capturing a CUDA graph). With more rows of x a dense W won there: 4096 x 4096 from 4 rows on at the latest, the largest
-ones in bf16 from 128, in int8 and int4 from 64 (results/README.md has the table).
+ones in bf16 from 128, in int8 and int4 from 64 (results/sparse-matmul.json).
 
     python sparse_matmul.py                                            # check the kernel and, on a GPU, measure it
     python sparse_matmul.py --model out/llama2-7b-wanda-dsnot-2of4 --bits 8 --out out/small
