@@ -7,8 +7,7 @@ output loses when a layer alone is pruned.
 import torch
 import torch.nn.functional as F
 
-from data.calibration import divergence, input_stats, move, readers, steps
-from data.estimate import probe_tokens
+from data.calibration import divergence, input_stats, move, probe_tokens, readers, steps
 from data.method import ALLOCATIONS
 from data.processes import add_up, progress_bar
 from gpt import all_prunable, prunable
@@ -21,7 +20,7 @@ REACH, OUTLIER = 0.08, 5  # OWL's lambda and M, as published
 @torch.no_grad()
 def allocation(model, where, hidden, sparsity, kind, whole=False):
     """{layer's name: the share of it to prune}, over all weights `sparsity`, from one pass of `hidden`, batches
-    [sequences, tokens, C], through the dense model. where: (rope, positions) for `steps`; kind:
+    [sequences, tokens, C], through the dense model. where: (positions, rope) for `steps`; kind:
     "owl"          a block's share falls linearly from sparsity + REACH, of the block with the fewest outliers, to
                    sparsity - REACH; then all are moved to the right mean. An outlier is a Wanda score above OUTLIER
                    times the block's mean (Yin et al. 2024, arXiv 2310.05175)

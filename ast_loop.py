@@ -267,8 +267,8 @@ def train(method, args, start, mixture, held_out, calibration):
         norm = whole(nn.utils.clip_grad_norm_(student.parameters(), CLIP)).item()
         if not math.isfinite(loss + norm):
             kept = f"; the state of step {state['step']} is kept in {work}" if state["step"] else ""
-            raise InputError(f"the loss is {loss}, its gradient's norm {norm} at step {step}: "
-                             f"lower --lr ({args.lr}){kept}")
+            way_out = f"lower --lr ({args.lr})" if step else "give another model, or --dtype float32"
+            raise InputError(f"the loss is {loss}, its gradient's norm {norm} at step {step}: {way_out}{kept}")
         optimizer.step()
         optimizer.zero_grad()
 

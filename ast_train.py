@@ -151,7 +151,8 @@ def measure(args, test_ids, calibration, start):
         add("swaps + refit (start)", start, calibration.numel())
     for method in args.methods:
         name = {"dense": "dense, trained on", "ast": "AST", "ast-slorb": "AST + SLoRB"}[method]
-        add(name, Path(args.out) / method, args.steps * args.batch * args.seqlen)
+        before = calibration.numel() if method != "dense" and (start != args.model or args.score == "wanda") else 0
+        add(name, Path(args.out) / method, before + args.steps * args.batch * args.seqlen)
     gap = best - math.log(rows["dense"]["perplexity"])
     for found in rows.values():
         found["gap_closed"] = (best - math.log(found["perplexity"])) / gap if gap > 0 else None  # NaN: no masks

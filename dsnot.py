@@ -99,26 +99,26 @@ def dsnot_refine(W: Tensor, keep: Tensor, stats: InputStats, score: Tensor, *, c
     for _ in range(cycles):
         active &= e.abs() > threshold
         side = (e > 0).long()
-        g = grow[row, side, grown[row, side]]
+        i = grow[row, side, grown[row, side]]
         active &= grown.sum(1) < growable
         if pattern is None:
-            p = drop[row, side, pruned[row, side]]
+            j = drop[row, side, pruned[row, side]]
             active &= pruned[row, side] < droppable[row, side]
             pruned[row, side] += 1
         else:
-            member = (g - g % pattern[1])[:, None] + torch.arange(pattern[1], device=W.device)  # [out, m]: its group
+            member = (i - i % pattern[1])[:, None] + torch.arange(pattern[1], device=W.device)  # [out, m]: its group
             kept = keep[row[:, None], member] & new[row[:, None], member]  # at the start and still
             least, at = score[row[:, None], member].float().masked_fill(~kept, torch.inf).min(1)
-            p = member[row, at]
+            j = member[row, at]
             active &= least < torch.inf
         grown[row, side] += 1
-        after = e + W[row, p].float() * s[p] - W[row, g].float() * s[g]
+        after = e + W[row, j].float() * s[j] - W[row, i].float() * s[i]
         if sign_check:
             active &= after.sign() == start_sign
         if not active.any():
             break
-        new[row, g] |= active  # each row has one g and one p; a row that has stopped writes what was there
-        new[row, p] &= ~active
+        new[row, i] |= active  # each row grows one i and prunes one j; one that has stopped writes what was there
+        new[row, j] &= ~active
         e = torch.where(active, after, e)
     return new
 
@@ -242,7 +242,7 @@ def prune_linear(weight, name, stats, adjusts, dtype, **options):
 def prune_block(block, where, hidden, dense, prefix, stored, *, score, refine, sparsity, refit=False, propagate=False,
                 refine_layers="all", **options):
     """Prune the linear layers of one block in place and move `hidden`, a list of [sequences, tokens, C], through it,
-    and `dense`, what flows in the dense model (empty: not needed). where: (rope, positions) for `steps`; sparsity:
+    and `dense`, what flows in the dense model (empty: not needed). where: (positions, rope) for `steps`; sparsity:
     {layer's name: share}; stored: a tensor's name -> its dtype on disk. Returns a record per layer.
 
     With propagate each layer is pruned on inputs that the pruned layers before it have made; without, all layers of a
@@ -290,7 +290,7 @@ def prune(model, samples, out, made, *, batch=8, propagate=False, sparsity=None,
     if done := finished(out, made):
         return done["layers"]
     positions = torch.arange(samples.shape[1], device=device)
-    where, samples = (rotary(model.config, positions), positions), samples[rank::world]
+    where, samples = (positions, rotary(model.config, positions)), samples[rank::world]
     files, aims = versions(source.paths), has_goal(propagate, **options)
     states = held_states(*samples.shape, len(all_prunable(model)), aims, allocate)
     home = place_for(model.config, states, torch.device(device), model.place["dtype"])

@@ -123,7 +123,8 @@ def accuracy(examples, scores, normalise):
         own = [next(scores) for _ in example.pairs]
         values = {"acc": own, "acc_norm": [score / n if n else -math.inf for score, n in zip(own, example.lengths)]}
         for name in right:
-            right[name].append(float(values[name].index(max(values[name])) == example.gold))
+            chosen = None if any(map(math.isnan, own)) else values[name].index(max(values[name]))  # NaN: a ruined model
+            right[name].append(float(chosen == example.gold))
     groups = {}
     for i, example in enumerate(examples):
         groups.setdefault(example.group, []).append(i)

@@ -20,11 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from data.calibration import add_product, divergence, watch_gradients
+from data.calibration import add_product, divergence, probe_tokens, watch_gradients
 from data.command import InputError
-from data.estimate import ROUND, probe_tokens
 from data.processes import add_up, processes, progress_bar
 from gpt import GPT, all_prunable
+
+ROUND = 8192  # tokens of a round
+DAMPING = 16.0  # of the first round
 
 
 @torch.inference_mode(False)  # a caller may be in it, and gradients are not
@@ -42,7 +44,7 @@ def swap_globally(model: GPT, dense: GPT, samples: Tensor, rounds: int, pattern:
     seqlen = samples.shape[1]
     texts = samples[rank::world].split(max(1, ROUND // seqlen // world))
     texts = [[ids.to(model.device) for ids in text.split(probe_tokens(seqlen) // seqlen)] for text in texts]
-    curvature, damping, losses = curvature_of(model, layers, texts[0]), 16.0, []
+    curvature, damping, losses = curvature_of(model, layers, texts[0]), DAMPING, []
     for i in progress_bar(range(rounds), desc="global swaps", unit="round"):
         text = texts[i % len(texts)]
         with torch.no_grad():
@@ -52,7 +54,7 @@ def swap_globally(model: GPT, dense: GPT, samples: Tensor, rounds: int, pattern:
             undone = {name: swap_one(layer.weight, originals[name].weight, found[name][0], *curvature[name], damping,
                                      pattern) for name, layer in layers.items()}
             with torch.no_grad():
-                after = mean_loss(sum(divergence(model(ids), x) for ids, x in zip(text, expected)), text)
+                after = mean_loss(sum(divergence(model(ids), y) for ids, y in zip(text, expected)), text)
             if after < before:
                 damping /= 1.5 if attempt == 0 else 1
                 break
@@ -114,8 +116,8 @@ def output_gradients(model, layers, text, expected, loss):
         found[name] = add_product(gradient, g, x), f + g.float().square().sum(0), q + x.float().square().sum(0)
 
     with recomputed(model), watch_gradients(model.model.embed_tokens, layers, seen):
-        for ids, x in zip(text, expected):
-            part = loss(model(ids), x)
+        for ids, y in zip(text, expected):
+            part = loss(model(ids), y)
             part.backward()  # computes each block again, of which only the layers' inputs are kept
             total += part.detach()
             del part  # which holds them
@@ -135,12 +137,12 @@ def swap_one(W, dense, gradient, f, q, damping, pattern):
     d = torch.where(keep, -W, dense).float()
     price = d * (gradient + damping / 2 * f[:, None] * q * d)
     m = pattern[1] if pattern else W.shape[1]
-    losing, p = price.masked_fill(~keep, torch.inf).unflatten(1, (-1, m)).min(-1)  # [out, groups]
-    gaining, g = price.masked_fill(keep | (d == 0), torch.inf).unflatten(1, (-1, m)).min(-1)
+    losing, j = price.masked_fill(~keep, torch.inf).unflatten(1, (-1, m)).min(-1)  # [out, groups]
+    gaining, i = price.masked_fill(keep | (d == 0), torch.inf).unflatten(1, (-1, m)).min(-1)
     change, group = (losing + gaining).min(1)
     row = (change < 0).nonzero()[:, 0]
-    p, g = (x[row, group[row]] + group[row] * m for x in (p, g))
-    at = torch.cat([row, row]), torch.cat([p, g])
+    j, i = (x[row, group[row]] + group[row] * m for x in (j, i))
+    at = torch.cat([row, row]), torch.cat([j, i])
     values = W[at]
-    W[at] = torch.cat([torch.zeros_like(dense[row, p]), dense[row, g]])
+    W[at] = torch.cat([torch.zeros_like(dense[row, j]), dense[row, i]])
     return at, values

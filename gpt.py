@@ -382,6 +382,11 @@ class GPT(nn.Module):
         assert T > 0 and temperature >= 0 and (top_k is None or top_k > 0), (T, temperature, top_k)
         self.check_tokens(ids)
         self.check_length(T + max_new_tokens - 1)  # the last token is not read
+        c, w = self.config, self.model.embed_tokens.weight
+        numbers = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * len(ids) * (T + max_new_tokens)
+        if (need := numbers * w.itemsize) > (free := free_memory(w.device)):
+            raise InputError(f"the keys and values of {T + max_new_tokens} tokens take {told_bytes(need)}, and "
+                             f"{told_bytes(free)} are free on {w.device}: ask for fewer new tokens")
         return self._sampled(ids.to(self.device), max_new_tokens, temperature, top_k)
 
     @torch.inference_mode()
@@ -400,6 +405,8 @@ class GPT(nn.Module):
             if new == 1 and ids.is_cuda and not self.streams:
                 step = graphed(step, ids, positions)
             logits = step(ids, positions)  # [B, vocab]
+            if new == 0 and logits.isnan().any():
+                raise InputError("the model's output is NaN: its weights are ruined, or too large for its dtype")
             if top_k is not None:
                 logits[logits < logits.topk(min(top_k, logits.shape[-1]))[0][:, -1:]] = -math.inf
             if temperature == 0:
@@ -457,7 +464,8 @@ class GPT(nn.Module):
             for i, block in enumerate(model.model.layers):
                 model.load_block(block, i)
         if sparse and not stream and not any(name.endswith(".values") for name in model.state_dict()):
-            raise InputError(f"{name_or_dir}: no linear layer of the blocks is 2:4; prune it with a 2:4 pattern first")
+            raise InputError(f"{name_or_dir}: no linear layer of the blocks is 2:4 with a multiple of 16 inputs: give "
+                             f"one that was pruned with --pattern 2:4")
         return model.eval()
 
     def expect_compressed(self, module, prefix=""):

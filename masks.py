@@ -3,7 +3,8 @@
 A score says for each weight how much it matters, and a mask keeps the highest ones of each row, or of each group of m:
 
     magnitude   |W|
-    Wanda       |W| sqrt(q), where sqrt(q) is the norm of the weight's input (Sun et al. 2023, arXiv 2306.11695)
+    Wanda       |W| sqrt(q), where sqrt(q) is the norm of the weight's input but for a factor that all share
+                (Sun et al. 2023, arXiv 2306.11695)
 
 SparseGPT (Frantar & Alistarh 2023, arXiv 2301.00774) goes through the columns of a weight, and corrects what remains
 for each weight that it prunes.
@@ -61,7 +62,7 @@ def keep_mask(score: Tensor, sparsity: float | None = None, pattern: tuple[int, 
         return keep
     n, m = check_pattern(pattern, width)
     group = score.reshape(-1, m).T.contiguous()  # [m, groups]
-    # how many of its group come before each entry: pairs are compared more than twice as fast as groups are sorted
+    # how many of its group come before each entry: up to m = 32 pairs are compared faster than groups are sorted
     rank = torch.zeros_like(group, dtype=torch.int16)
     for i in range(m):
         for j in range(i + 1, m):

@@ -15,8 +15,9 @@ as 0.0; everything else comes back bit for bit). For W [N, K], K a multiple of 1
     meta    [N, K/16]  int16        group g is nibble g % 4 (bits 4 * (g % 4) and up) of word g // 4
     scale   [N, K/128, rounded up]  dtype of W, quantized values only: column j serves columns 128j .. 128j + 127 of W
 
-Quantization is symmetric, to nearest, -127..127 or -7..7. A compressed model is a checkpoint folder that holds
-`X.values`, `X.meta` (and `X.scale`) in place of `X.weight` for each 2:4 layer X; `transformers` can't read it.
+Quantization is symmetric, to nearest, -127..127 or -7..7 (a float16 scale below 6e-5 is itself coarse). A compressed
+model is a checkpoint folder that holds `X.values`, `X.meta` (and `X.scale`) in place of `X.weight` for each 2:4 layer
+X; `transformers` can't read it.
 
 A token at a time, a matmul waits for its weights: 16 bits each if dense, here 9 (8 of values, 1 of places), so 1.78
 times as fast is what to expect; int8 and int4 values read 5.125 and 3.125 bits (3.1 and 5.1 times), but putting them
@@ -52,6 +53,7 @@ from data.method import folder_name
 from data.processes import progress_bar
 from data.writer import CheckpointWriter, noted, shard
 from gpt import GPT, Block, prunable, slorb
+from masks import keep_mask
 
 if __name__ == "__main__" and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
@@ -396,7 +398,8 @@ def write_compressed(out, on_disk, bits, model):
         out.write(shard(i, count), {f"{prefix}.{name}": value for name, value in block.state_dict().items()})
         del block  # before the next one is read
     if not layers:
-        raise InputError(f"{model}: no linear layer of the blocks is 2:4; prune it with a 2:4 pattern first")
+        raise InputError(f"{model}: no linear layer of the blocks is 2:4 with a multiple of 16 inputs: give one that "
+                         f"was pruned with --pattern 2:4")
     out.write(shard(count, count), source.rest())
 
 
@@ -407,8 +410,7 @@ KINDS = {"2:4": None, "2:4 int8": 8, "2:4 int4": 4}  # values of so many bits
 
 def prune_24(W):
     """W [N, K] without the two smallest weights of every group."""
-    groups = W.view(len(W), -1, 4)
-    return groups.scatter(-1, groups.abs().topk(2, dim=-1, largest=False).indices, 0.0).view_as(W)
+    return torch.where(keep_mask(W.abs(), pattern=(2, 4)), W, 0)
 
 
 def check(device, dtypes, largest, rows):

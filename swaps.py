@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.estimate import CHUNK
 from masks import check_pattern
+
+CHUNK = 2**26  # elements of the rows that swaps take at a time on a GPU, and of the systems that refit solves at a time
 
 
 def relative_error(W, pruned, gram):
@@ -198,7 +199,7 @@ def with_pruned(new, keep, gram, goal):
 
 def dense_weights(W, gram, goal, damp=0.01):
     """The dense weights [out, in] that come closest to the goal, as in swap_refine: W + (goal - W G) G^-1, with G
-    damped as in refit_weights. SparseGPT, which prunes towards the weights it is given, is given these."""
+    damped by that share of each input's own size. SparseGPT, which prunes towards the weights it gets, gets these."""
     change, G = goal - W.float() @ gram, gram + (damp * own_scale(gram)).diag()
     return W.float() + torch.cholesky_solve(change.T, torch.linalg.cholesky(G)).T
 

@@ -104,7 +104,7 @@ def divergence(logits, expected):
     return F.kl_div(logits.float().log_softmax(-1), expected, reduction="sum", log_target=True)
 
 
-def steps(block, rope, positions, halves=False):
+def steps(block, positions, rope, halves=False):
     """A block as one function of x [sequences, tokens, C], or as its two halves; x comes and goes where it lives."""
     def on_its_way(function):
         return lambda x: function(x.to(positions.device)).to(x.device)
@@ -163,6 +163,11 @@ def move(step, hidden):
     """hidden <- step(hidden), one batch at a time, so that little more than one copy exists."""
     for i, x in enumerate(hidden):
         hidden[i] = step(x)
+
+
+def probe_tokens(seqlen):
+    """The most tokens that "sensitivity" looks at, and that global swaps take through the model at a time."""
+    return max(2048, seqlen)
 
 
 def place_for(config, states, device, dtype):

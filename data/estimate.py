@@ -8,22 +8,17 @@ from pathlib import Path
 
 import torch
 
-from data.calibration import divergence, input_stats, readers, steps
+from data.calibration import divergence, input_stats, probe_tokens, readers, steps
 from data.command import InputError, check_disk, record, told_bytes
 from data.device import free_memory, timed
 from data.method import LAYER, blocks_of, has_goal, needs_gram, refine_of, rows_apart
 from data.processes import processes, say
 from data.writer import CheckpointWriter, alone_in, finished
+from global_swaps import ROUND
 from gpt import GPT, Block, all_prunable, prunable, rotary
+from swaps import CHUNK
 
-CHUNK = 2**26  # elements of the rows that swaps take at a time on a GPU, and of the systems that refit solves at a time
 BATCH = 8192  # tokens that go through a block at a time
-ROUND = 8192  # tokens of a round of global swaps
-
-
-def probe_tokens(seqlen):
-    """The most tokens that "sensitivity" looks at, and that global swaps take through the model at a time."""
-    return max(2048, seqlen)
 
 
 def held_states(nsamples, seqlen, layers, aims, allocate):
@@ -152,7 +147,7 @@ def fastest(work, device):
 def needed_seconds(args, config, methods, block, prune_layer):
     """How long pruning takes each process, from a random block and a random head on which its steps are timed."""
     layers, world, sample = prunable(block), processes()[1], torch.arange(min(args.seqlen, 256), device=args.device)
-    where = rotary(config, sample), sample
+    where = sample, rotary(config, sample)
     (step,), halves = steps(block, *where), steps(block, *where, halves=True)
     x = torch.randn(1, len(sample), config.hidden_size, device=args.device, dtype=held_dtype(args, config))
     groups, stages = readers(step, x, layers), [(half, [one]) for half in halves for one in readers(half, x, layers)]

@@ -6,6 +6,7 @@ A row is a dict: model, data, seqlen, method ("wanda + dsnot"), amount ("70%" or
 options (of the run), layers [{layer, weights, sparsity, error}], and what else was measured (tasks, speed, seconds).
 """
 
+import itertools
 import json
 import math
 import re
@@ -46,14 +47,14 @@ def read_rows(path):
         return [complete(common | row | {"dense": dense, "options": options | row.get("options", {})}) for row in rows]
     except FileNotFoundError:
         if file == path:
-            raise InputError(f"--compare {path}: there is no such file or folder") from None
+            raise InputError(f"there is no file or folder {path}") from None
         way_out = (": give the file that --json wrote when it was measured" if (path / "config.json").is_file() else
                    f"; to compare the files that --json wrote, give {path}/*.json")
-        raise InputError(f"--compare {path} is no folder that dsnot.py has pruned{way_out}") from None
+        raise InputError(f"{path} is no folder that dsnot.py has pruned{way_out}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
         why = f": {e}" if isinstance(e, (OSError, ValueError)) else ""
-        raise InputError(f"--compare {path} is neither a result file with a table (--json of dsnot.py, ast_train.py or "
-                         f"eval.py) nor a pruned checkpoint{why}") from None
+        raise InputError(f"{path} is neither a result file with a table (--json of dsnot.py, ast_train.py or eval.py) "
+                         f"nor a pruned checkpoint{why}") from None
 
 
 def complete(row):
@@ -126,15 +127,16 @@ def merge(rows):
         same = {}  # {attempt: {seed: row}}; rows of one seed that differ for no known reason stay apart
         for row in group:  # as do those with another thing than a perplexity
             alone = row["perplexity"] is None or row.get("tasks") or row.get("speed")
-            seed, again = None if alone else row["options"].get("seed"), 0
-            while not alike(row, same.setdefault(again, {}).setdefault(seed, row)):
-                again += 1
+            seed = None if alone else row["options"].get("seed")
+            for attempt in itertools.count():  # the first one that has no other row of this seed
+                if alike(row, same.setdefault(attempt, {}).setdefault(seed, row)):
+                    break
         for by_seed in same.values():
             values = {f"{row['perplexity']:.6g}": row["perplexity"] for row in by_seed.values() if row["perplexity"]}
             values = list(values.values())  # the dense model's, of several runs, is one
             merged.append(next(iter(by_seed.values())) | {
                 "perplexity": statistics.mean(values) if values else None, "runs": len(values),
-                "spread": statistics.stdev(values) if values[1:] else None})
+                "spread": statistics.stdev(values) if values[1:] and all(map(math.isfinite, values)) else None})
     return sorted(merged, key=lambda r: (r["model"], r["data"] or "", r["seqlen"] or 0, r["sparsity"], r["amount"],
                                          r["method"]))
 
@@ -193,11 +195,12 @@ def from_the_worst(methods, dense):
     as a multiple of what all lose at an amount on average, in the mean over the amounts that a method has."""
     lost, usual, dense = {}, {}, dense if dense and math.isfinite(dense) else 1
     for method, found in methods.items():
-        lost[method] = {amount: math.log(row["perplexity"] / dense) for amount, row in found.items()}
+        ppl = {amount: row["perplexity"] for amount, row in found.items()}
+        lost[method] = {amount: math.log((x if math.isfinite(x) else 1e300) / dense) for amount, x in ppl.items()}
         for amount, value in lost[method].items():
             usual.setdefault(amount, []).append(value)
     return sorted(methods, key=lambda method: -statistics.mean(
-        value / (statistics.mean(usual[amount]) or 1) for amount, value in lost[method].items()))
+        value / (abs(statistics.mean(usual[amount])) or 1) for amount, value in lost[method].items()))
 
 
 def table_by_method(rows):

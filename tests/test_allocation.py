@@ -23,7 +23,7 @@ def test_allocation(monkeypatch, checkpoint, kind):
     positions = torch.arange(32)
     with torch.inference_mode():
         shares = allocate.allocation(dsnot.GPT.from_pretrained(checkpoint, stream=True),
-                                  (dsnot.rotary(dense.config, positions), positions),
+                                  (positions, dsnot.rotary(dense.config, positions)),
                                   [dense.embed(ids) for ids in windows.split(4)], 0.6, kind)
         inputs, layers = {}, dsnot.all_prunable(dense)
         with watch(layers, inputs.__setitem__):
@@ -62,7 +62,7 @@ def test_shares_have_bounds(monkeypatch, checkpoint, kind, sparsity, lowest):
     monkeypatch.setattr(allocate, "OUTLIER", 2)
     model, ids, positions = dsnot.GPT.from_pretrained(checkpoint), torch.randint(0, 300, (6, 32)), torch.arange(32)
     with torch.inference_mode():
-        shares = allocate.allocation(model, (dsnot.rotary(model.config, positions), positions), [model.embed(ids)],
+        shares = allocate.allocation(model, (positions, dsnot.rotary(model.config, positions)), [model.embed(ids)],
                                   sparsity, kind)
     sizes = {name: layer.weight.numel() for name, layer in dsnot.all_prunable(model).items()}
     assert sum(shares[name] * sizes[name] for name in sizes) / sum(sizes.values()) == pytest.approx(sparsity, abs=1e-6)

@@ -536,6 +536,12 @@ def test_processes_share_a_batch_evenly(monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_state(tmp_path, train, monkeypatch):
+    """Would catch a learning rate that is blamed for the model's own NaN."""
+    monkeypatch.setattr(ast_loop, "backward", lambda *_: torch.tensor(math.nan))
+    with pytest.raises(InputError, match="the loss is nan.* at step 0: give another model"):
+        train(tmp_path / "ruined")
+    monkeypatch.undo()
+
     def broken(step, *rest):
         return math.nan if step == 4 else learning_rate(step, *rest)  # spoils the weights before step 5
     monkeypatch.setattr(ast_loop, "learning_rate", broken)

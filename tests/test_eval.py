@@ -305,8 +305,19 @@ def test_a_method_that_prunes_nothing_keeps_its_place(tmp_path):
 
 
 def test_a_ruined_dense_model_has_a_table(tmp_path):
-    """Would catch a traceback where a perplexity is infinite."""
-    file = result_file(tmp_path, "a", [("dense", math.inf, []), ("wanda", 9.0, []), ("magnitude", math.inf, [])])
+    """Would catch a traceback, or another order, where a perplexity is infinite, also that of one of two seeds."""
+    files = [result_file(tmp_path, name, [("dense", math.inf, []), ("wanda", 9.0, []), ("magnitude", ruined, []),
+                                          ("sparsegpt", 50.0, [])], seed=i)
+             for i, (name, ruined) in enumerate([("a", math.inf), ("b", 1e5)])]
+    for chosen in files[:1], files:
+        rows = merge([row for file in chosen for row in read_rows(file)])
+        assert [line.split("|")[1].strip() for line in table_by_method(rows).split("\n")[2:]] == [
+            "magnitude", "sparsegpt", "wanda"]
+
+
+def test_methods_that_beat_the_dense_model_stand_last(tmp_path):
+    """Would catch an order that turns around where the mean loss is negative."""
+    file = result_file(tmp_path, "a", [("dense", 20.62, []), ("wanda", 20.31, []), ("magnitude", 20.6, [])])
     assert [line.split("|")[1].strip() for line in table_by_method(merge(read_rows(file))).split("\n")[2:]] == [
         "magnitude", "wanda"]
 
@@ -474,7 +485,7 @@ def test_speed_of_a_model_with_few_positions(tmp_path):
     (["--tasks", "rte", "--tasks-dir", "data"], "--tasks-dir data has no data of rte"),
     (["--tasks", "rte", "--tasks-dir", "nowhere"], "--tasks-dir nowhere is no folder"),
     (["--data", "ptb"], "ptb_text_only is not in the cache and can't be fetched"),
-    (["--compare", "nowhere.json"], "there is no such file"), (["--compare", "LICENSE"], "neither a result file"),
+    (["--compare", "nowhere.json"], "there is no file or folder"), (["--compare", "LICENSE"], "neither a result file"),
     (["--compare", "results/tiny"], "to compare the files that --json wrote, give results/tiny/*.json"),
     (["--plot", "a.png"], "needs --compare"), (["--seqlen", "1"], "--seqlen 1"),
     (["--limit", "3"], "they need --tasks"), (["--by-method"], "needs --compare"),

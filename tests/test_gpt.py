@@ -1,6 +1,7 @@
 """gpt.py against `transformers`: the same logits, folders that it reads back, and text."""
 
 import json
+import math
 import sys
 
 import pytest
@@ -227,6 +228,18 @@ def test_a_text_ends(monkeypatch, capsys):
         monkeypatch.setattr("gpt.end_tokens", lambda folder: ends)
         command(monkeypatch, *words)
         assert said in capsys.readouterr().out
+
+
+def test_what_cannot_be_sampled_gets_a_sentence(tmp_path):
+    """Would catch a traceback, on a GPU a failed assert, from a model that computes NaN, and from more keys and values
+    than memory holds."""
+    make_checkpoint(tmp_path)
+    model = GPT.from_pretrained(tmp_path)
+    with pytest.raises(InputError, match="the keys and values of 1000000000000000001 tokens take .* GB"):
+        model.generate(torch.tensor([[1]]), 10**18)
+    model.lm_head.weight.data[:] = math.inf
+    with pytest.raises(InputError, match="the model's output is NaN"):
+        model.generate(torch.tensor([[1]]), 2)
 
 
 @pytest.mark.parametrize("vocabulary, words", [(300, "tokens are too many"), (96, "none of the model's 96")])

@@ -159,7 +159,7 @@ def test_what_follows_the_last_layer_that_is_seen_is_not_computed(model):
     from gpt import GPT
     block = GPT.from_pretrained(model / "m").model.layers[0]
     layers, x = dsnot.prunable(block), torch.randn(1, 8, 32)
-    step = dsnot.steps(block, dsnot.rotary(GPT.open(model / "m").config, torch.arange(8)), torch.arange(8))[0]
+    step = dsnot.steps(block, torch.arange(8), dsnot.rotary(GPT.open(model / "m").config, torch.arange(8)))[0]
     expected = step(x)
     with watch({"o": layers["self_attn.o_proj"]}, lambda *_: pytest.fail("attention's output was computed")):
         found = inputs_of(step, x, {name: layers[name] for name in ("self_attn.q_proj", "self_attn.v_proj")})
@@ -220,7 +220,7 @@ def test_layers_aim_at_the_dense_model(monkeypatch, family, changes, refit, tmp_
     block, ids = model.model.layers[1], ids_for(batch=4)
     dense = model.embed(ids)
     sparse = dense + 0.2 * torch.randn(dense.shape, generator=torch.Generator().manual_seed(0))
-    where = dsnot.rotary(model.config, torch.arange(ids.shape[1])), torch.arange(ids.shape[1])
+    where = torch.arange(ids.shape[1]), dsnot.rotary(model.config, torch.arange(ids.shape[1]))
     linears, expected, x, z = dsnot.prunable(block), [], sparse, dense
     with torch.no_grad():
         for step in dsnot.steps(block, *where, halves=True):

@@ -181,6 +181,7 @@ def test_accuracy_and_its_standard_error():
     examples[0].group = examples[1].group = "a"  # pooled: 0 inside the first group, 2 * 0.5^2 inside the second
     assert accuracy(examples, scores, False)["acc_stderr"] == pytest.approx(math.sqrt(0.5 / 2 / 4))
     assert accuracy(examples[:1], scores, False)["acc_stderr"] is None
+    assert accuracy(examples, [math.nan] * 8, True)["acc"] == 0  # a ruined model answers nothing
 
 
 def test_zero_shot_does_not_depend_on_the_batch(checkpoint, tasks_dir, capsys):
