@@ -35,9 +35,13 @@ prune 2of4-wanda-50-all --pattern 2:4 --cycles 50
 prune 0.7-wanda-50-all --sparsity 0.7 --cycles 50
 for sparsity in 0.7 0.5; do
     prune $sparsity-wanda-published --sparsity $sparsity "${published[@]}" --no-sign-check
-    prune $sparsity-wanda-swap-refit-sensitivity --sparsity $sparsity --refine swap --refit --allocate sensitivity
 done
-prune 2of4-sparsegpt-swap-refit-global --pattern 2:4 --score sparsegpt --refine swap --refit --global-swaps 8
+for score in wanda sparsegpt; do
+    prune 0.7-$score-swap-refit-sensitivity --sparsity 0.7 --score $score --refine swap --refit --allocate sensitivity
+done
+globally=(--score sparsegpt --refine swap --refit --global-swaps 8)
+prune 2of4-sparsegpt-swap-refit-global --pattern 2:4 "${globally[@]}"
+prune 0.7-sparsegpt-swap-refit-global --sparsity 0.7 "${globally[@]}"
 wait
 check_measured
 
