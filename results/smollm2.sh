@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A LLaMA of 135 million parameters that others have trained, pruned and measured on WikiText-2's raw test file.
 # MODEL: the folder that `python tests/from_gguf.py` makes. A run whose file is there is not made again, an interrupted
-# one goes on. Eight hours on two cores:
+# one goes on. Nine hours on two cores:
 #     JOBS=2 OMP_NUM_THREADS=1 bash results/smollm2.sh out/smollm2-135m-instruct out/wikitext2-test.txt
 set -euo pipefail
 cd "$(dirname "$0")/.."
