@@ -173,5 +173,5 @@ def test_the_gap_that_is_closed(tmp_path, monkeypatch):
     rows = ast_train.measure(args, None, torch.zeros(5, 32), tmp_path / "start")
     assert [row["gap_closed"] for name, row in rows.items() if "start" not in name] == pytest.approx(
         [1, -1, 0, -0.5, 0.5])
-    assert [row["tokens"] for row in rows.values()] == [0, 0, 160, 160, 160, 3 * 4 * 32] and asked == {32}
+    assert [row["tokens"] for row in rows.values()] == [0, 0, 160, 160, 160, 160 + 3 * 4 * 32] and asked == {32}
     assert all(row["parameters"] == 3 for row in rows.values())
