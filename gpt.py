@@ -368,9 +368,14 @@ class GPT(nn.Module):
     # generation
 
     def new_caches(self, batch, length):
-        """Empty keys and values for every block: [(keys, values)], each [B, K, length, D]."""
+        """Empty keys and values for every block: [(keys, values)], each [B, K, length, D]. Raises InputError where
+        memory is short."""
         c, w = self.config, self.model.embed_tokens.weight
         shape = (batch, c.num_key_value_heads, length, c.head_dim)
+        need, free = 2 * c.num_hidden_layers * math.prod(shape) * w.itemsize, free_memory(w.device)
+        if need > free:
+            raise InputError(f"the keys and values of {length} tokens take {told_bytes(need)}, and {told_bytes(free)} "
+                             f"are free on {w.device}: ask for fewer new tokens")
         return [(w.new_zeros(shape), w.new_zeros(shape)) for _ in self.model.layers]
 
     def sample(self, ids: Tensor, max_new_tokens: int, temperature: float = 1.0,
@@ -382,17 +387,12 @@ class GPT(nn.Module):
         assert T > 0 and temperature >= 0 and (top_k is None or top_k > 0), (T, temperature, top_k)
         self.check_tokens(ids)
         self.check_length(T + max_new_tokens - 1)  # the last token is not read
-        c, w = self.config, self.model.embed_tokens.weight
-        numbers = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * len(ids) * (T + max_new_tokens)
-        if (need := numbers * w.itemsize) > (free := free_memory(w.device)):
-            raise InputError(f"the keys and values of {T + max_new_tokens} tokens take {told_bytes(need)}, and "
-                             f"{told_bytes(free)} are free on {w.device}: ask for fewer new tokens")
-        return self._sampled(ids.to(self.device), max_new_tokens, temperature, top_k)
+        caches = self.new_caches(len(ids), T + max_new_tokens)
+        return self._sampled(ids.to(self.device), caches, max_new_tokens, temperature, top_k)
 
     @torch.inference_mode()
-    def _sampled(self, ids, max_new_tokens, temperature, top_k):
-        B, T = ids.shape
-        caches = self.new_caches(B, T + max_new_tokens)
+    def _sampled(self, ids, caches, max_new_tokens, temperature, top_k):
+        T = ids.shape[1]
         everywhere = torch.arange(T + max_new_tokens, device=ids.device)
         angles = rotary(self.config, everywhere)
         positions = everywhere[:T]
@@ -464,8 +464,8 @@ class GPT(nn.Module):
             for i, block in enumerate(model.model.layers):
                 model.load_block(block, i)
         if sparse and not stream and not any(name.endswith(".values") for name in model.state_dict()):
-            raise InputError(f"{name_or_dir}: no linear layer of the blocks is 2:4 with a multiple of 16 inputs: give "
-                             f"one that was pruned with --pattern 2:4")
+            from sparse_matmul import none_is_24
+            raise none_is_24(name_or_dir)
         return model.eval()
 
     def expect_compressed(self, module, prefix=""):

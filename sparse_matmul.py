@@ -350,6 +350,11 @@ def sparsify(block: nn.Module, bits: int | None = None) -> int:
     return len(found)
 
 
+def none_is_24(model):
+    return InputError(f"{model}: no linear layer of the blocks is 2:4 with a multiple of 16 inputs: give one that was "
+                      f"pruned with --pattern 2:4")
+
+
 def expect_compressed(module: nn.Module, stored, prefix: str = ""):
     """Prepare a module on the meta device for a checkpoint; stored(name) is the dtype of that tensor, or None. Where
     `prefix` + X.values is stored, layer X becomes an empty SparseLinear24 of that kind."""
@@ -398,8 +403,7 @@ def write_compressed(out, on_disk, bits, model):
         out.write(shard(i, count), {f"{prefix}.{name}": value for name, value in block.state_dict().items()})
         del block  # before the next one is read
     if not layers:
-        raise InputError(f"{model}: no linear layer of the blocks is 2:4 with a multiple of 16 inputs: give one that "
-                         f"was pruned with --pattern 2:4")
+        raise none_is_24(model)
     out.write(shard(count, count), source.rest())
 
 

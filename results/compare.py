@@ -195,9 +195,9 @@ def from_the_worst(methods, dense):
     as a multiple of what all lose at an amount on average, in the mean over the amounts that a method has."""
     lost, usual, dense = {}, {}, dense if dense and math.isfinite(dense) else 1
     for method, found in methods.items():
-        ppl = {amount: row["perplexity"] for amount, row in found.items()}
-        lost[method] = {amount: math.log((x if math.isfinite(x) else 1e300) / dense) for amount, x in ppl.items()}
-        for amount, value in lost[method].items():
+        for amount, row in found.items():
+            ppl = row["perplexity"] if math.isfinite(row["perplexity"]) else 1e300
+            lost.setdefault(method, {})[amount] = value = math.log(ppl / dense)
             usual.setdefault(amount, []).append(value)
     return sorted(methods, key=lambda method: -statistics.mean(
         value / (abs(statistics.mean(usual[amount])) or 1) for amount, value in lost[method].items()))

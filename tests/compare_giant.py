@@ -2,7 +2,7 @@
 multiplied and the column of down_proj that reads it divided by a power of 2. That changes nothing of what the model
 computes, so a method should not notice.
 
-    python tests/compare_giant.py --json results/giant.json                            (a quarter of an hour on one core)
+    python tests/compare_giant.py --json results/giant.json                           (a quarter of an hour on one core)
 """
 
 import sys
