@@ -37,10 +37,11 @@ from data.state import last_state
 from data.stream import Mixture, evaluation_split, evaluation_tokens, sources_of
 from data.text import SOURCES, told, usual_text
 from data.writer import CheckpointWriter, alone_in, noted, pruned_here, remove
-from dsnot import prune
+from dsnot import prune_layer
 from eval import perplexity
 from gpt import GPT, Config, layer_inputs
 from masks import check_pattern
+from walk import prune
 
 RECIPES = {  # ours for the model that ships, the paper's for the others
     "tiny": dict(
@@ -70,7 +71,7 @@ def one_shot(args, folder, calibration, replace=False, **method):
         before = noted(left / "run.json") or {}
         if before.get("command") == made["command"] and before != made:
             remove(left)
-    prune(model, calibration, folder, made, batch=args.micro_batch, **method, **amount(args))
+    prune(model, calibration, folder, made, prune_layer, batch=args.micro_batch, **method, **amount(args))
 
 
 def first_weights(args, calibration):

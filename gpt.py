@@ -439,8 +439,8 @@ class GPT(nn.Module):
                         stream: bool = False, sparse: bool = False) -> "GPT":
         """Load a preset, a Hub id or a Hugging Face folder. dtype None: the checkpoint's own on a GPU, float32 on a
         CPU. stream=True leaves the blocks on disk for `blocks()` to read one by one, to this device and in this dtype
-        whatever `to()` does; sparse=True keeps 2:4 layers compressed in memory (a folder written by sparse_matmul.py's
-        save_compressed is so in any case).
+        whatever `to()` does; sparse=True keeps 2:4 layers compressed in memory (a folder written by save_compressed of
+        compressed.py is so in any case).
         Raises InputError where a tensor is missing, superfluous, of another shape or not finite, or memory is short."""
         model = cls.open(name_or_dir)
         if dtype is None:
@@ -464,21 +464,21 @@ class GPT(nn.Module):
             for i, block in enumerate(model.model.layers):
                 model.load_block(block, i)
         if sparse and not stream and not any(name.endswith(".values") for name in model.state_dict()):
-            from sparse_matmul import none_is_24
+            from compressed import none_is_24
             raise none_is_24(name_or_dir)
         return model.eval()
 
     def expect_compressed(self, module, prefix=""):
-        """Give a module on the meta device compressed 2:4 layers (sparse_matmul.py) where the checkpoint has them."""
+        """Give a module on the meta device compressed 2:4 layers (compressed.py) where the checkpoint has them."""
         if self.source.compressed:
-            from sparse_matmul import expect_compressed  # here: only such checkpoints need Triton
+            from compressed import expect_compressed  # here: only such checkpoints need Triton
             expect_compressed(module, self.source.stored, prefix)
 
     def load_block(self, block, i):
         """Fill block i, which is on the meta device, from the checkpoint."""
         self.source.load(block, f"model.layers.{i}", **self.place)
         if self.sparse:
-            from sparse_matmul import sparsify  # here: dense models don't need Triton
+            from compressed import sparsify  # here: dense models don't need Triton
             sparsify(block)
 
     def block(self, i):

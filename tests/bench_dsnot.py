@@ -13,8 +13,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from data.command import parser, record, run, start
 from data.device import timed
-from dsnot import (InputStats, dsnot_refine, keep_mask, magnitude_score, relative_error, sparsegpt, swap_refine,
-                   wanda_score)
+from dsnot import InputStats, dsnot_refine, keep_mask, magnitude_score, sparsegpt, swap_refine, wanda_score
+from swaps import relative_error
 
 AMOUNTS = {"50 %": dict(sparsity=0.5), "70 %": dict(sparsity=0.7),
            "2:4": dict(pattern=(2, 4)), "4:8": dict(pattern=(4, 8))}

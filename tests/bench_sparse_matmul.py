@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from compressed import sparsify
 from data.command import write_atomically
 from eval import speed
 from gpt import GPT, Config, prunable
 from results.compare import GREY, LOOK
-from sparse_matmul import KINDS, compress, prune_24, sparse_linear, sparsify
+from sparse_matmul import KINDS, compress, prune_24, sparse_linear
 
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008), (8192, 8192), (28672, 8192), (8192, 28672)]
 ROWS = [1, 4, 16, 32, 64, 128, 256, 1024, 4096]

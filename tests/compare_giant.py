@@ -10,12 +10,13 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import dsnot
 from data import calibration_windows, load_tokenizer
 from data.command import parser, record, run, start
 from data.text import evaluation_ids
+from dsnot import prune_layer
 from eval import perplexity
 from gpt import GPT
+from walk import prune
 
 METHODS = {  # name: (score, refine, refit, propagate)
     "wanda": ("wanda", "none", False, False), "wanda + dsnot": ("wanda", "dsnot", False, False),
@@ -41,8 +42,8 @@ def main():
             model.save_pretrained(f"{folder}/dense")
             for method, (score, refine, refit, propagate) in METHODS.items():
                 dense = GPT.from_pretrained(f"{folder}/dense", device=args.device, stream=True)
-                dsnot.prune(dense, calibration, f"{folder}/{method}", {}, score=score, refine=refine, refit=refit,
-                            propagate=propagate, sparsity=0.7, batch=32)
+                prune(dense, calibration, f"{folder}/{method}", {}, prune_layer, score=score, refine=refine,
+                      refit=refit, propagate=propagate, sparsity=0.7, batch=32)
                 found = perplexity(GPT.from_pretrained(f"{folder}/{method}", device=args.device), ids, 256)
                 rows.append({"method": method, "times": 2 ** power, "perplexity": found})
                 print(f"2^{power}, {method}: perplexity {found:.2f}", flush=True)

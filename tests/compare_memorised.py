@@ -13,14 +13,15 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import dsnot
 from data import load_tokenizer, windows
 from data.command import parser, record, run, start
 from data.method import propagates
 from data.processes import progress_bar
 from data.text import evaluation_ids, load_text
+from dsnot import prune_layer
 from eval import perplexity
 from gpt import GPT
+from walk import prune
 
 EPOCHS, BATCH, LR = 10, 8, 3e-4
 METHODS = {"magnitude": ("magnitude", "none", False), "wanda": ("wanda", "none", False),
@@ -63,9 +64,9 @@ def main():
             for method, (score, refine, refit) in METHODS.items():
                 for text, calibration in (("known by heart", known), ("new", new)):
                     out = Path(folder) / f"{method}-{label}-{text}".replace(":", "of")
-                    dsnot.prune(GPT.from_pretrained(f"{folder}/dense", device=args.device, stream=True), calibration,
-                                out, {}, score=score, refine=refine, refit=refit,
-                                propagate=propagates(method), **amount)
+                    prune(GPT.from_pretrained(f"{folder}/dense", device=args.device, stream=True), calibration,
+                          out, {}, prune_layer, score=score, refine=refine, refit=refit,
+                          propagate=propagates(method), **amount)
                     measured(method, label, text, GPT.from_pretrained(out, device=args.device))
     record(args, rows)
 

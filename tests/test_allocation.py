@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import allocate
-import dsnot
 from data.calibration import watch
 from dsnot import keep_mask, wanda_score
+from gpt import GPT, all_prunable, rotary
 from test_dsnot import stats_of
 
 
@@ -15,17 +15,17 @@ def test_allocation(monkeypatch, checkpoint, kind):
     """Would catch shares whose mean is not what was asked for, outliers counted wrongly or a block with more of them
     pruned more, and a cost that is not the damage of one layer pruned alone, which a loop over whole models computes
     here, times the growth of its error, by a mask of each share."""
-    dense, windows, found = dsnot.GPT.from_pretrained(checkpoint), torch.randint(0, 300, (6, 32)), []
+    dense, windows, found = GPT.from_pretrained(checkpoint), torch.randint(0, 300, (6, 32)), []
     damage, cheapest = allocate.damage, allocate.cheapest
     monkeypatch.setattr(allocate, "damage", lambda *args: found.append(damage(*args)) or found[0])
     monkeypatch.setattr(allocate, "cheapest", lambda *args: found.append(args) or cheapest(*args))
     monkeypatch.setattr(allocate, "OUTLIER", 2)  # a random model has none above 5 times the mean
     positions = torch.arange(32)
     with torch.inference_mode():
-        shares = allocate.allocation(dsnot.GPT.from_pretrained(checkpoint, stream=True),
-                                  (positions, dsnot.rotary(dense.config, positions)),
+        shares = allocate.allocation(GPT.from_pretrained(checkpoint, stream=True),
+                                  (positions, rotary(dense.config, positions)),
                                   [dense.embed(ids) for ids in windows.split(4)], 0.6, kind)
-        inputs, layers = {}, dsnot.all_prunable(dense)
+        inputs, layers = {}, all_prunable(dense)
         with watch(layers, inputs.__setitem__):
             dense(windows)
         sizes = torch.tensor([layer.weight.numel() for layer in layers.values()], dtype=torch.double)
@@ -60,11 +60,11 @@ def test_allocation(monkeypatch, checkpoint, kind):
 def test_shares_have_bounds(monkeypatch, checkpoint, kind, sparsity, lowest):
     """Would catch shares below 0, above MOST, or whose mean the bounds have moved."""
     monkeypatch.setattr(allocate, "OUTLIER", 2)
-    model, ids, positions = dsnot.GPT.from_pretrained(checkpoint), torch.randint(0, 300, (6, 32)), torch.arange(32)
+    model, ids, positions = GPT.from_pretrained(checkpoint), torch.randint(0, 300, (6, 32)), torch.arange(32)
     with torch.inference_mode():
-        shares = allocate.allocation(model, (positions, dsnot.rotary(model.config, positions)), [model.embed(ids)],
+        shares = allocate.allocation(model, (positions, rotary(model.config, positions)), [model.embed(ids)],
                                   sparsity, kind)
-    sizes = {name: layer.weight.numel() for name, layer in dsnot.all_prunable(model).items()}
+    sizes = {name: layer.weight.numel() for name, layer in all_prunable(model).items()}
     assert sum(shares[name] * sizes[name] for name in sizes) / sum(sizes.values()) == pytest.approx(sparsity, abs=1e-6)
     assert lowest <= min(shares.values()) < sparsity < max(shares.values()) <= min(allocate.MOST, sparsity + 0.1)
 

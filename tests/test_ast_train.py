@@ -23,6 +23,7 @@ from torch.distributed.checkpoint import filesystem
 import ast_loop
 import ast_train
 import bench_ast
+import compressed
 import dsnot
 import sparse_matmul
 from ast_method import learning_rate
@@ -203,7 +204,7 @@ def test_a_model_that_is_not_the_runs_own_is_not_measured(tmp_path, train, files
 def test_models_that_cannot_be_trained_are_refused_at_once(files, tmp_path, train, monkeypatch, method):
     """Would catch days of training before a refusal."""
     train(tmp_path / "first", "--methods", "ast", "ast-slorb", "--slorb-k", 8, "--steps", 1)
-    sparse_matmul.save_compressed(tmp_path / "first" / "ast", tmp_path / "small")
+    compressed.save_compressed(tmp_path / "first" / "ast", tmp_path / "small")
     monkeypatch.setattr(ast_train, "train", None)
     for model, words in (tmp_path / "small", "holds compressed 2:4 layers"), (
             tmp_path / "first" / "ast-slorb", "has SLoRB parameters: give the dense model"):

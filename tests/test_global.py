@@ -12,14 +12,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import dsnot
 import global_swaps
+import walk
 from conftest import make_checkpoint
 from data import estimate
 from data.calibration import divergence
 from data.command import InputError
 from data.writer import alone_in
+from global_swaps import swap_globally
 from gpt import GPT, all_prunable
+from masks import keep_mask
 from test_gpt import ALL, ids_for, theirs
 from test_prune import command, tensors
 
@@ -32,7 +34,7 @@ def pair(tmp_path):
     dense, pruned = (GPT.from_pretrained(tmp_path / "m") for _ in range(2))
     for layer in all_prunable(pruned).values():
         W = layer.weight.data
-        W *= dsnot.keep_mask(torch.rand_like(W), pattern=(2, 4))
+        W *= keep_mask(torch.rand_like(W), pattern=(2, 4))
     return pruned, dense, torch.randint(0, 64, (12, 16))
 
 
@@ -65,7 +67,7 @@ def test_one_swap(pattern):
     torch.manual_seed(1)
     dense, gradient, f, q = torch.randn(6, 16), torch.randn(6, 16), torch.rand(6), torch.rand(16)
     gradient[5] = 0  # no swap helps here
-    keep = dsnot.keep_mask(torch.rand(6, 16), pattern=(2, 4))
+    keep = keep_mask(torch.rand(6, 16), pattern=(2, 4))
     W = torch.where(keep, torch.randn(6, 16), 0)
     before, want = W.clone(), W.clone()
     for r in range(6):
@@ -88,7 +90,7 @@ def test_the_loss_falls_and_masks_keep_their_size(pair):
     """On text of its own, round by round; would catch swaps that harm, a broken 2:4 and values that nobody has."""
     pruned, dense, ids = pair
     before = {name: layer.weight.clone() for name, layer in all_prunable(pruned).items()}
-    losses = dsnot.swap_globally(pruned, dense, ids, 5, (2, 4))
+    losses = swap_globally(pruned, dense, ids, 5, (2, 4))
     assert len(losses) == 5 and losses[-1][1] < losses[0][0]
     assert all(after < begin for begin, after in losses)
     for (name, layer), known in zip(all_prunable(pruned).items(), all_prunable(dense).values()):
@@ -107,7 +109,7 @@ def test_swaps_that_harm_are_taken_back(pair, monkeypatch):
         tried.append(damping)
         return swap(W, dense, -gradient, 0 * f, q, damping, pattern)
     monkeypatch.setattr(global_swaps, "swap_one", wrong)
-    losses = dsnot.swap_globally(pruned, dense, ids, 1, (2, 4))
+    losses = swap_globally(pruned, dense, ids, 1, (2, 4))
     assert losses[0][0] == losses[0][1] and len(set(tried)) == 10
     assert all(torch.equal(layer.weight, before[name]) for name, layer in all_prunable(pruned).items())
 
@@ -118,9 +120,9 @@ def test_every_family(family, changes, tmp_path):
     theirs(family, changes).save_pretrained(tmp_path)
     dense, pruned = (GPT.from_pretrained(tmp_path) for _ in range(2))
     for layer in all_prunable(pruned).values():
-        layer.weight.data *= dsnot.keep_mask(layer.weight.abs(), sparsity=0.5)
+        layer.weight.data *= keep_mask(layer.weight.abs(), sparsity=0.5)
     before = {name: (layer.weight != 0).sum(1) for name, layer in all_prunable(pruned).items()}
-    losses = dsnot.swap_globally(pruned, dense, ids_for(batch=6), 4)
+    losses = swap_globally(pruned, dense, ids_for(batch=6), 4)
     assert losses[-1][1] < losses[0][0]
     assert all(torch.equal(before[name], (layer.weight != 0).sum(1)) for name, layer in all_prunable(pruned).items())
 
@@ -131,16 +133,16 @@ def test_command(monkeypatch, capsys, model, tmp_path, options):
     """Masks of the same size as without global swaps, another output, a table that names them, no folder left; a run
     that was stopped in between goes on from its blocks, and one that is finished is only measured."""
     command(monkeypatch, model, tmp_path / "local", *options)
-    whole = dsnot.swap_globally
+    whole = swap_globally
 
     def stopped(*_, **__):
         raise KeyboardInterrupt
-    monkeypatch.setattr(dsnot, "swap_globally", stopped)
+    monkeypatch.setattr(walk, "swap_globally", stopped)
     words = *options, "--compare", "--global-swaps", "3", "--json", str(tmp_path / "r.json")
     with pytest.raises(SystemExit):
         command(monkeypatch, model, tmp_path / "out", *words)
     assert (tmp_path / "out.blocks" / "config.json").exists() and not (tmp_path / "out").exists()
-    monkeypatch.setattr(dsnot, "swap_globally", whole)
+    monkeypatch.setattr(walk, "swap_globally", whole)
     command(monkeypatch, model, tmp_path / "at-once", *words)
     capsys.readouterr()
     command(monkeypatch, model, tmp_path / "out", *words)
@@ -155,7 +157,7 @@ def test_command(monkeypatch, capsys, model, tmp_path, options):
     assert len(noted["losses"]) == 3 and last < first
     rows = json.loads((tmp_path / "r.json").read_text())["results"]["rows"]
     assert rows[-1]["method"].endswith(" + global") and len(rows) == 3 and not (tmp_path / "out.blocks").exists()
-    monkeypatch.setattr(dsnot, "swap_globally", stopped)
+    monkeypatch.setattr(walk, "swap_globally", stopped)
     command(monkeypatch, model, tmp_path / "out", *words)
     assert json.loads((tmp_path / "r.json").read_text())["results"]["rows"] == rows
 
@@ -163,7 +165,7 @@ def test_command(monkeypatch, capsys, model, tmp_path, options):
 def test_the_folders_of_a_run(monkeypatch, capsys, model, tmp_path):
     """Would catch a second run that takes the first one's place while weights are swapped, blocks that a run killed at
     its end leaves behind, and a finished run of the user's that is taken for such blocks."""
-    whole, removed, words = dsnot.swap_globally, dsnot.remove, ("--refine", "none", "--global-swaps", "1")
+    whole, removed, words = swap_globally, walk.remove, ("--refine", "none", "--global-swaps", "1")
 
     def locked(*args):
         with pytest.raises(InputError, match="another run is writing"), alone_in(tmp_path / "out.partial"):
@@ -172,12 +174,12 @@ def test_the_folders_of_a_run(monkeypatch, capsys, model, tmp_path):
 
     def killed(*_):
         raise KeyboardInterrupt
-    monkeypatch.setattr(dsnot, "swap_globally", locked)
-    monkeypatch.setattr(dsnot, "remove", killed)
+    monkeypatch.setattr(walk, "swap_globally", locked)
+    monkeypatch.setattr(walk, "remove", killed)
     with pytest.raises(SystemExit):
         command(monkeypatch, model, tmp_path / "out", *words)
     assert (tmp_path / "out").exists() and (tmp_path / "out.blocks").exists()
-    monkeypatch.setattr(dsnot, "remove", removed)
+    monkeypatch.setattr(walk, "remove", removed)
     shutil.copytree(tmp_path / "out.blocks", tmp_path / "half")
     command(monkeypatch, model, tmp_path / "out", *words)
     (tmp_path / "half").rename(tmp_path / ".out.blocks.gone")  # killed while they were removed
@@ -195,7 +197,7 @@ def test_nothing_is_held_afterwards(pair):
     (_, dense, ids), pruned = pair, copy.deepcopy(pair[0])
     gc.disable()
     try:
-        dsnot.swap_globally(pruned, dense, ids, 1, (2, 4))
+        swap_globally(pruned, dense, ids, 1, (2, 4))
         weight = weakref.ref(pruned.model.layers[0].mlp.up_proj.weight)
         assert all(W.requires_grad and W.grad is None for W in pruned.parameters())
         del pruned
@@ -209,16 +211,16 @@ def test_the_model_is_left_as_it_was(pair):
     (pruned, dense, ids) = pair
     pruned = copy.deepcopy(pruned)
     with pytest.raises(RuntimeError), torch.inference_mode():
-        dsnot.swap_globally(pruned, dense, ids, 1, (2, 3))
+        swap_globally(pruned, dense, ids, 1, (2, 3))
     assert not any("forward" in vars(block) for block in pruned.blocks())
     with torch.inference_mode():  # as without
-        found = dsnot.swap_globally(pruned, dense, ids, 1, (2, 4))
+        found = swap_globally(pruned, dense, ids, 1, (2, 4))
     assert found[0][1] < found[0][0]
     pruned(ids).sum().backward()
     assert pruned.block(0).mlp.up_proj.weight.grad is not None
     pruned.streams = True
     with pytest.raises(InputError, match="load it without stream=True"):
-        dsnot.swap_globally(pruned, dense, ids, 1)
+        swap_globally(pruned, dense, ids, 1)
 
 
 def test_memory_is_asked_for_first(monkeypatch, capsys, model, tmp_path):
@@ -269,7 +271,7 @@ def test_rounds_read_texts_by_turns_and_curvature_the_models_own_tokens(pair, mo
         logits = pruned(ids[:4])
     drawn = torch.distributions.Categorical(logits=logits).sample()
     torch.manual_seed(5)
-    dsnot.swap_globally(pruned, dense, ids, 4, (2, 4))
+    swap_globally(pruned, dense, ids, 4, (2, 4))
     assert [torch.cat(text).tolist() for text, _ in read] == [ids[a:a + 4].tolist() for a in (0, 0, 4, 8, 0)]
     assert torch.equal(torch.cat(read[0][1]), drawn) and not torch.equal(drawn, logits.argmax(-1))
 
@@ -278,7 +280,7 @@ def test_a_weight_that_was_zero_does_not_come_back():
     """Would catch a row that loses weights because the dense model has zeros of its own."""
     torch.manual_seed(1)
     dense, gradient, f, q = torch.randn(6, 16), torch.randn(6, 16), torch.rand(6), torch.rand(16)
-    keep = dsnot.keep_mask(torch.rand(6, 16), pattern=(2, 4))
+    keep = keep_mask(torch.rand(6, 16), pattern=(2, 4))
     dense[~keep & (torch.rand(6, 16) < 0.7)] = 0
     W = torch.where(keep, dense, 0)
     global_swaps.swap_one(W, dense, gradient, f, q, 0.1, None)
@@ -302,9 +304,9 @@ def test_what_global_swaps_write(monkeypatch, model, tmp_path):
 
 def test_what_global_swaps_are_given(monkeypatch, model, tmp_path):
     """Would catch swaps out of a pattern's groups, and the time of the blocks forgotten."""
-    given, noted = [], dsnot.noted
-    monkeypatch.setattr(dsnot, "swap_globally", lambda *args: given.append(args[3:]) or [])
-    monkeypatch.setattr(dsnot, "noted", lambda file: noted(file) | dict(
+    given, noted = [], walk.noted
+    monkeypatch.setattr(walk, "swap_globally", lambda *args: given.append(args[3:]) or [])
+    monkeypatch.setattr(walk, "noted", lambda file: noted(file) | dict(
         {"seconds": 1000.0} if file.parent.name == "out.blocks" else {}))
     command(monkeypatch, model, tmp_path / "out", "--pattern", "2:4", "--refine", "none", "--global-swaps", "2")
     assert given == [(2, (2, 4))]

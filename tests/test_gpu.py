@@ -10,11 +10,14 @@ import torch
 import ast_train
 import dsnot
 import global_swaps
+from compressed import sparsify
 from conftest import make_checkpoint
 from data.calibration import divergence
 from dsnot import dsnot_refine, keep_mask, magnitude_score, refit_weights, sparsegpt, swap_refine, wanda_score
-from gpt import GPT, all_prunable
-from sparse_matmul import compress, decompress, prune_24, sparse_linear, sparsify
+from global_swaps import swap_globally
+from gpt import GPT, all_prunable, prunable
+from sparse_matmul import compress, decompress, prune_24, sparse_linear
+from swaps import relative_error
 from test_dsnot import published_dsnot, published_sparsegpt, random_layer, stats_of
 from test_gpt import ALL, ids_for, ours
 
@@ -41,11 +44,11 @@ def test_masks_and_weights_are_those_of_a_cpu(amount):
             gram=stats.gram, variance=stats.variance, magnitude=keep_mask(magnitude_score(w), **amount), wanda=keep,
             dsnot=dsnot_refine(w, keep, stats, score, cycles=20, sign_check=False, pattern=pattern),
             sparsegpt=sparsegpt(w, stats.gram, keep=keep), own=sparsegpt(w, stats.gram, **amount) != 0,
-            refit=refit_weights(w, keep, stats.gram), swap=dsnot.relative_error(w, w * swapped, stats.gram))
+            refit=refit_weights(w, keep, stats.gram), swap=relative_error(w, w * swapped, stats.gram))
     for name, value in found["cpu"].items():
         other = found["cuda"][name]
         if name == "swap":  # a swap that is chosen otherwise leads elsewhere, to an error that is as low
-            assert other == pytest.approx(value, rel=0.01) and value < 0.9 * dsnot.relative_error(
+            assert other == pytest.approx(value, rel=0.01) and value < 0.9 * relative_error(
                 W, W * found["cpu"]["wanda"], found["cpu"]["gram"])
         elif value.dtype == torch.bool:
             assert same(value, other), (name, (value != other.cpu()).float().mean())
@@ -77,7 +80,7 @@ def test_global_swaps(dtype, tmp_path):
         with torch.no_grad():
             expected = [dense(text[0]).float().log_softmax(-1)]
         _, found[device] = global_swaps.output_gradients(pruned, layers, text, expected, divergence)
-        losses = dsnot.swap_globally(pruned, dense, ids, 4, (2, 4))
+        losses = swap_globally(pruned, dense, ids, 4, (2, 4))
         assert losses[-1][1] < losses[0][0]
         assert all(((layer.weight != 0).unflatten(1, (-1, 4)).sum(-1) <= 2).all() for layer in layers.values())
     slack = 1e-3 if dtype == torch.float32 else 0.1
@@ -129,7 +132,7 @@ def test_a_compressed_model_writes_the_same_text(tmp_path):
     make_checkpoint(tmp_path / "m")
     model = GPT.from_pretrained(tmp_path / "m", device="cuda", dtype=torch.bfloat16)
     for block in model.model.layers:
-        for layer in dsnot.prunable(block).values():
+        for layer in prunable(block).values():
             layer.weight.copy_(prune_24(layer.weight))
     small = copy.deepcopy(model)
     assert sum(sparsify(block) for block in small.model.layers) >= 8

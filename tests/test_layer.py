@@ -4,9 +4,11 @@ import pytest
 import torch
 
 import dsnot
-from dsnot import (DAMP, InputStats, dsnot_refine, keep_mask, magnitude_score, prune_linear, refit_weights,
-                   relative_error, sparsegpt, swap_and_refit, swap_refine, wanda_score)
+from dsnot import (DAMP, InputStats, dsnot_refine, keep_mask, magnitude_score, refit_weights, sparsegpt, swap_and_refit,
+                   swap_refine, wanda_score)
+from swaps import relative_error
 from test_swap import inputs_case, squared_error
+from walk import layer_goal, prune_linear
 
 
 @pytest.mark.parametrize("amount", [dict(sparsity=0.6), dict(pattern=(2, 4))])
@@ -15,7 +17,7 @@ def test_a_layer_is_pruned_step_by_step(amount, score):
     """Every option reaches its function; would catch one that is left out, and another's default."""
     W, _, _, stats = inputs_case(4, True, rows=30, width=384, tokens=64)
     scores = magnitude_score(W) if score == "magnitude" else wanda_score(W, stats)
-    keep, pattern, goal = keep_mask(scores, **amount), amount.get("pattern"), dsnot.layer_goal(W, stats, "mask")
+    keep, pattern, goal = keep_mask(scores, **amount), amount.get("pattern"), layer_goal(W, stats, "mask")
 
     def pruned(refine, **options):
         return dsnot.prune_layer(W, stats, goal=goal, score=score, refine=refine, **amount, **options)
@@ -50,7 +52,7 @@ def test_refinements_begin_with_the_mask_of_sparsegpt(amount, refine, refit):
 def test_swaps_after_sparsegpt_lower_its_error(with_cross):
     """Would catch swaps among the first weights instead of the corrected ones, and a goal that is left out."""
     W, inputs, z, stats = inputs_case(4, with_cross, rows=20, width=128, tokens=256)
-    goal = dsnot.layer_goal(W, stats, "weights")
+    goal = layer_goal(W, stats, "weights")
     plain, swapped = (dsnot.prune_layer(W, stats, goal=goal, score="sparsegpt", refine=refine, sparsity=0.6)
                       for refine in ("none", "swap"))
     before, after = (squared_error(W, new, inputs, z).sum() for new in (plain, swapped))
@@ -67,7 +69,8 @@ def test_the_error_that_is_noted():
     weight, stats = torch.randn(8, 16), InputStats(16, gram=True)
     stats.add(torch.randn(40, 16))
     before = weight.clone()
-    found = prune_linear(weight, "a", stats, "mask", torch.bfloat16, score="wanda", refine="none", sparsity=0.5)
+    found = prune_linear(weight, "a", stats, "mask", torch.bfloat16, prune_layer=dsnot.prune_layer, score="wanda",
+                         refine="none", sparsity=0.5)
     assert found == dict(layer="a", weights=128, sparsity=0.5, error=relative_error(before, weight, stats.gram))
     assert torch.equal(weight, weight.bfloat16().float()) and 0 < found["error"] < 1
     assert relative_error(before, weight, torch.zeros(16, 16)) == 0

@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 
 import ast_method
+from allocate import allocation
 from ast_method import AnnealedAdamW, training_loss
 from ast_train import SparseLinear, decay_at, distillation_loss
 from conftest import ROOT, make_checkpoint
@@ -21,11 +22,12 @@ from data.calibration import InputStats, watch
 from data.command import InputError
 from data.config import check
 from data.text import windows
-from dsnot import (ALLOCATIONS, allocation, dsnot_refine, keep_mask, prune, prune_layer, sparsegpt, swap_and_refit,
-                   swap_refine, wanda_score)
+from dsnot import (ALLOCATIONS, dsnot_refine, keep_mask, prune_layer, sparsegpt, swap_and_refit, swap_refine,
+                   wanda_score)
 from eval import perplexity
 from gpt import GPT, Config, all_prunable
 from sparse_matmul import compress
+from walk import prune
 
 
 def test_the_snippets_of_the_page(capsys):
@@ -143,7 +145,8 @@ def test_what_cannot_be_meant_is_refused(layer, model, tmp_path):
         with pytest.raises(InputError, match="--pattern 2:5 needs rows that 5 divides"):
             refine(W, keep, *([stats, W] if refine is dsnot_refine else [stats.gram]), pattern=(2, 5))
     with pytest.raises(InputError, match="load it with stream=True"):
-        prune(model, torch.randint(0, 64, (2, 16)), tmp_path / "out", {}, score="wanda", refine="none", sparsity=0.5)
+        prune(model, torch.randint(0, 64, (2, 16)), tmp_path / "out", {}, prune_layer, score="wanda", refine="none",
+              sparsity=0.5)
     assert "evo" not in ALLOCATIONS and not (tmp_path / "out").exists()
 
 

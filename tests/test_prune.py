@@ -16,14 +16,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dsnot
+import walk
 from conftest import ROOT, make_checkpoint
 from data import calibration, estimate
-from data.calibration import inputs_of, place_for, watch
-from data.command import run
+from data.calibration import InputStats, inputs_of, place_for, steps, watch
+from data.command import InputError, run
 from data.device import allowed, free_memory
 from data.method import shared_by
 from data.writer import CheckpointWriter, alone_in
-from gpt import layer_inputs
+from gpt import GPT, Config, all_prunable, layer_inputs, prunable, rotary
 from test_gpt import ALL, ids_for, theirs
 
 
@@ -48,7 +49,6 @@ def test_command(monkeypatch, capsys, model, tmp_path, options):
     """Would catch a checkpoint that transformers can't load or reads differently, layers that are not pruned or not
     exactly, embeddings or norms that changed, and a table without its numbers."""
     transformers = pytest.importorskip("transformers")
-    from gpt import GPT
     command(monkeypatch, model, tmp_path / "out", *options, "--json", str(tmp_path / "r.json"))
     result = json.loads((tmp_path / "r.json").read_text())["results"]
     printed = capsys.readouterr().out
@@ -105,7 +105,7 @@ def test_interrupted_run_goes_on(monkeypatch, capsys, model, tmp_path, after, me
 
 def test_a_block_without_its_records_is_pruned_again(monkeypatch, capsys, model, tmp_path):
     """Would catch a table and a pruning.json of some of the layers, after the disk has lost the file."""
-    real, blocks = dsnot.prune_block, []
+    real, blocks = walk.prune_block, []
 
     def stop(*args, **options):
         blocks.append(args[4])
@@ -113,11 +113,11 @@ def test_a_block_without_its_records_is_pruned_again(monkeypatch, capsys, model,
             raise KeyboardInterrupt
         return real(*args, **options)
 
-    monkeypatch.setattr(dsnot, "prune_block", stop)
+    monkeypatch.setattr(walk, "prune_block", stop)
     with pytest.raises(SystemExit):
         command(monkeypatch, model, tmp_path / "out")
     (tmp_path / "out.partial" / "pruning.json").write_text("")
-    monkeypatch.setattr(dsnot, "prune_block", real)
+    monkeypatch.setattr(walk, "prune_block", real)
     command(monkeypatch, model, tmp_path / "out")
     assert blocks == ["model.layers.0", "model.layers.1"] and "going on" not in capsys.readouterr().out
     assert len(json.loads((tmp_path / "out" / "pruning.json").read_text())["layers"]) == 14
@@ -156,10 +156,9 @@ def test_a_full_disk_below_the_output_gets_a_sentence():
 
 def test_what_follows_the_last_layer_that_is_seen_is_not_computed(model):
     """Would catch passes through layers whose inputs nobody asked for, and hooks that stay."""
-    from gpt import GPT
     block = GPT.from_pretrained(model / "m").model.layers[0]
-    layers, x = dsnot.prunable(block), torch.randn(1, 8, 32)
-    step = dsnot.steps(block, torch.arange(8), dsnot.rotary(GPT.open(model / "m").config, torch.arange(8)))[0]
+    layers, x = prunable(block), torch.randn(1, 8, 32)
+    step = steps(block, torch.arange(8), rotary(GPT.open(model / "m").config, torch.arange(8)))[0]
     expected = step(x)
     with watch({"o": layers["self_attn.o_proj"]}, lambda *_: pytest.fail("attention's output was computed")):
         found = inputs_of(step, x, {name: layers[name] for name in ("self_attn.q_proj", "self_attn.v_proj")})
@@ -192,11 +191,11 @@ def test_every_family_is_pruned(family, changes, tmp_path):
     windows, ids = ids_for(batch=6), ids_for(seed=2)
     for score, refine, amount in [("wanda", "dsnot", dict(sparsity=0.6)), ("sparsegpt", "dsnot", dict(pattern=(2, 4))),
                                   ("magnitude", "swap", dict(pattern=(4, 8)))]:
-        dense = dsnot.GPT.from_pretrained(tmp_path / "m")
-        dsnot.prune(dsnot.GPT.from_pretrained(tmp_path / "m", stream=True), windows, tmp_path / score, {"run": score},
-                    batch=4, score=score, refine=refine, propagate=refine == "swap", **amount)
-        pruned = dsnot.GPT.from_pretrained(tmp_path / score)
-        layers = {f"{name}.weight": layer.weight for name, layer in dsnot.all_prunable(pruned).items()}
+        dense = GPT.from_pretrained(tmp_path / "m")
+        walk.prune(GPT.from_pretrained(tmp_path / "m", stream=True), windows, tmp_path / score, {"run": score},
+                   dsnot.prune_layer, batch=4, score=score, refine=refine, propagate=refine == "swap", **amount)
+        pruned = GPT.from_pretrained(tmp_path / score)
+        layers = {f"{name}.weight": layer.weight for name, layer in all_prunable(pruned).items()}
         assert len(layers) == 3 * (7 if dense.config.gated else 6)
         for name, W in layers.items():
             n, m = amount.get("pattern", (W.shape[1] - int(W.shape[1] * 0.6), W.shape[1]))
@@ -215,15 +214,14 @@ def test_layers_aim_at_the_dense_model(monkeypatch, family, changes, refit, tmp_
     with the wrong sign: all aim half-way; with refit, a layer that adds to it also at half of what it lacks."""
     pytest.importorskip("transformers")
     theirs(family, changes).save_pretrained(tmp_path)
-    model, goals = dsnot.GPT.from_pretrained(tmp_path), []
-    monkeypatch.setattr(dsnot, "prune_layer", lambda W, stats, goal, **_: (goals.append(goal), W)[1])
+    model, goals = GPT.from_pretrained(tmp_path), []
     block, ids = model.model.layers[1], ids_for(batch=4)
     dense = model.embed(ids)
     sparse = dense + 0.2 * torch.randn(dense.shape, generator=torch.Generator().manual_seed(0))
-    where = torch.arange(ids.shape[1]), dsnot.rotary(model.config, torch.arange(ids.shape[1]))
-    linears, expected, x, z = dsnot.prunable(block), [], sparse, dense
+    where = torch.arange(ids.shape[1]), rotary(model.config, torch.arange(ids.shape[1]))
+    linears, expected, x, z = prunable(block), [], sparse, dense
     with torch.no_grad():
-        for step in dsnot.steps(block, *where, halves=True):
+        for step in steps(block, *where, halves=True):
             seen, wanted = {}, {}
             with watch(linears, seen.__setitem__):
                 after = step(x)
@@ -236,9 +234,9 @@ def test_layers_aim_at_the_dense_model(monkeypatch, family, changes, refit, tmp_
                     y = y + (z - x) / 2
                 expected.append(torch.einsum("nto,nti->oi", y, seen[name]))
             x, z = after, step(z)
-        dsnot.prune_block(block, where, list(sparse.split(2)), list(dense.split(2)), "b", lambda name: torch.float32,
-                          score="wanda", refine="swap", refit=refit, propagate=True,
-                          sparsity={f"b.{name}": 0.5 for name in linears})
+        walk.prune_block(block, where, list(sparse.split(2)), list(dense.split(2)), "b", lambda name: torch.float32,
+                         prune_layer=lambda W, stats, goal, **_: (goals.append(goal), W)[1], score="wanda",
+                         refine="swap", refit=refit, propagate=True, sparsity={f"b.{name}": 0.5 for name in linears})
     assert len(goals) == len(linears)
     for goal, found in zip(expected, goals):
         torch.testing.assert_close(found, goal, rtol=1e-3, atol=1e-3)
@@ -298,7 +296,7 @@ def test_dry_run_counts_all_that_takes_time(monkeypatch, model, tmp_path, option
     pruned one, that takes no time, memory or disk."""
     monkeypatch.setattr(estimate, "timed", lambda work, device: (1.0, work()))
     command(monkeypatch, model, tmp_path / "out", "--dry-run", "--json", str(tmp_path / "r.json"), *options)
-    layers = dsnot.all_prunable(dsnot.GPT.from_pretrained(model / "m"))
+    layers = all_prunable(GPT.from_pretrained(model / "m"))
     blocks, samples, tried = 2, 4 * 32 / 32, 2048 / 32  # of calibration text and of a trial, each a second
     expected = sum(max(1, len(layer.weight) / 64) for layer in layers.values())
     expected += blocks * (2 + goal) * samples * (1 + trials)  # through a block, to its statistics; again to allocate
@@ -308,7 +306,7 @@ def test_dry_run_counts_all_that_takes_time(monkeypatch, model, tmp_path, option
     found = json.loads((tmp_path / "r.json").read_text())["results"]
     assert found["seconds"] == pytest.approx(expected)
     whole = 4 * sum(W.numel() for W in tensors(model / "m").values())
-    block = 4 * sum(p.numel() for p in dsnot.GPT.open(model / "m").model.layers[0].parameters())
+    block = 4 * sum(p.numel() for p in GPT.open(model / "m").model.layers[0].parameters())
     assert found["read_gb"] == whole / 1e9 and found["written_gb"] == (1 + bool(rounds)) * whole / 1e9
     if not rounds:
         held = next(size for name, size in found["memory_gb"].items() if name.startswith("weights"))
@@ -318,47 +316,47 @@ def test_dry_run_counts_all_that_takes_time(monkeypatch, model, tmp_path, option
 @pytest.mark.parametrize("options", [{}, {"propagate": True}, {"allocate": "sensitivity"}])
 def test_one_block_is_in_memory_at_a_time(blocks_read, model, tmp_path, options):
     """Would catch a loop variable, a hook or a list that keeps the block before, which is 0.8 GB of LLaMA2-7B."""
-    dsnot.prune(dsnot.GPT.from_pretrained(model / "m", stream=True), torch.randint(0, 300, (4, 32)), tmp_path / "out",
-                {}, batch=2, score="wanda", refine="swap", sparsity=0.5, **options)
+    walk.prune(GPT.from_pretrained(model / "m", stream=True), torch.randint(0, 300, (4, 32)), tmp_path / "out",
+               {}, dsnot.prune_layer, batch=2, score="wanda", refine="swap", sparsity=0.5, **options)
     assert blocks_read == ["model.layers.0", "model.layers.1"] * (2 if "allocate" in options else 1)
 
 
 def test_a_model_that_changes_while_it_is_pruned_is_refused(monkeypatch, model, tmp_path):
     """Would catch a finished folder that is made of two models."""
     shutil.copytree(model / "m", tmp_path / "m")
-    dense, real = dsnot.GPT.from_pretrained(tmp_path / "m", stream=True), dsnot.prune_block
-    monkeypatch.setattr(dsnot, "prune_block", lambda *args, **how: (os.utime(tmp_path / "m" / "model.safetensors"),
-                                                                    real(*args, **how))[1])
-    with pytest.raises(dsnot.InputError, match="m was changed while it was being pruned: give the command again"):
-        dsnot.prune(dense, torch.randint(0, 300, (4, 32)), tmp_path / "out", {}, score="wanda", refine="none",
-                    sparsity=0.5)
+    dense, real = GPT.from_pretrained(tmp_path / "m", stream=True), walk.prune_block
+    monkeypatch.setattr(walk, "prune_block", lambda *args, **how: (os.utime(tmp_path / "m" / "model.safetensors"),
+                                                                   real(*args, **how))[1])
+    with pytest.raises(InputError, match="m was changed while it was being pruned: give the command again"):
+        walk.prune(dense, torch.randint(0, 300, (4, 32)), tmp_path / "out", {}, dsnot.prune_layer, score="wanda",
+                   refine="none", sparsity=0.5)
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
 def test_a_run_is_known_by_any_dict(monkeypatch, model, tmp_path):
     """A finished run whose name held a tuple was taken for another: in JSON it is a list."""
-    dense, how = dsnot.GPT.from_pretrained(model / "m", stream=True), dict(score="wanda", refine="none", pattern=(2, 4))
-    first = dsnot.prune(dense, torch.randint(0, 300, (4, 32)), tmp_path / "out", dict(how), **how)
-    monkeypatch.setattr(dsnot, "prune_block", None)
-    assert dsnot.prune(dense, torch.zeros(4, 32), tmp_path / "out", dict(how), **how) == first != []
+    dense, how = GPT.from_pretrained(model / "m", stream=True), dict(score="wanda", refine="none", pattern=(2, 4))
+    first = walk.prune(dense, torch.randint(0, 300, (4, 32)), tmp_path / "out", dict(how), dsnot.prune_layer, **how)
+    monkeypatch.setattr(walk, "prune_block", None)
+    assert walk.prune(dense, torch.zeros(4, 32), tmp_path / "out", dict(how), dsnot.prune_layer, **how) == first != []
 
 
 @pytest.mark.parametrize("propagate", [False, True])
 def test_hidden_states_are_not_kept(monkeypatch, model, tmp_path, propagate):
     """Would catch a list that holds the embedded text, which is as large as all activations, to the end."""
     embedded, alive = [], []
-    embed, prune_block = dsnot.GPT.embed, dsnot.prune_block
+    embed, prune_block = GPT.embed, walk.prune_block
 
     def watched(self, ids):
         x = embed(self, ids)
         embedded.append(weakref.ref(x))
         return x
 
-    monkeypatch.setattr(dsnot.GPT, "embed", watched)
-    monkeypatch.setattr(dsnot, "prune_block", lambda *args, **options: (
+    monkeypatch.setattr(GPT, "embed", watched)
+    monkeypatch.setattr(walk, "prune_block", lambda *args, **options: (
         alive.append(sum(x() is not None for x in embedded)), prune_block(*args, **options))[1])
-    dsnot.prune(dsnot.GPT.from_pretrained(model / "m", stream=True), torch.randint(0, 300, (4, 32)), tmp_path / "out",
-                {}, batch=2, score="wanda", refine="none", sparsity=0.5, propagate=propagate)
+    walk.prune(GPT.from_pretrained(model / "m", stream=True), torch.randint(0, 300, (4, 32)), tmp_path / "out",
+               {}, dsnot.prune_layer, batch=2, score="wanda", refine="none", sparsity=0.5, propagate=propagate)
     assert alive == [2, 0]
 
 
@@ -458,14 +456,15 @@ def test_activations_that_are_not_finite(monkeypatch, capsys, model, tmp_path):
 def test_weights_that_do_not_fit_into_the_dtype_of_the_checkpoint():
     """Would catch an infinite weight written as finished, and the layer after it accused."""
     torch.manual_seed(0)
-    weight, stats = 6e4 * torch.randn(8, 16).sign(), dsnot.InputStats(16, gram=True)
+    weight, stats = 6e4 * torch.randn(8, 16).sign(), InputStats(16, gram=True)
     stats.add(torch.randn(40, 1) + 0.1 * torch.randn(40, 16))  # one input stands for the others
     before, how = weight.half(), dict(score="wanda", refine="none", refit=True, sparsity=0.5)
     assert before.isfinite().all()
-    with pytest.raises(dsnot.InputError, match="that suit layer 7 do not fit into float16"):
-        dsnot.prune_linear(weight, "layer 7", stats, "weights", torch.float16, **how)
+    with pytest.raises(InputError, match="that suit layer 7 do not fit into float16"):
+        walk.prune_linear(weight, "layer 7", stats, "weights", torch.float16, prune_layer=dsnot.prune_layer, **how)
     assert torch.equal(weight, before.float())  # nothing has changed
-    assert dsnot.prune_linear(weight, "layer 7", stats, "weights", torch.bfloat16, **how)["sparsity"] == 0.5
+    found = walk.prune_linear(weight, "layer 7", stats, "weights", torch.bfloat16, prune_layer=dsnot.prune_layer, **how)
+    assert found["sparsity"] == 0.5
 
 
 def test_full_disk(monkeypatch, capsys, model, tmp_path):
@@ -533,7 +532,7 @@ def test_runs_that_differ_have_folders_that_differ(monkeypatch, options, ending)
     """Would catch hours of work that are replaced by those of other options."""
     monkeypatch.setattr(sys, "argv", ["dsnot.py", *options])
     args = dsnot.options()
-    dsnot.fill_in(args, dsnot.Config.read(ROOT / "data" / "tiny"), "tiny")
+    dsnot.fill_in(args, Config.read(ROOT / "data" / "tiny"), "tiny")
     assert args.out == f"out/tiny{ending}"
 
 
@@ -543,7 +542,7 @@ def test_what_is_compared_if_nobody_asks(monkeypatch, options, compares):
     """On a text of the user's own a second pruning would double the time."""
     monkeypatch.setattr(sys, "argv", ["dsnot.py", *options])
     args = dsnot.options()
-    dsnot.fill_in(args, dsnot.Config.read(ROOT / "data" / "tiny"), "tiny")
+    dsnot.fill_in(args, Config.read(ROOT / "data" / "tiny"), "tiny")
     assert args.compare == compares
 
 
@@ -578,7 +577,7 @@ def test_activations_lie_in_one_place(monkeypatch, gpu, cpu, fits):
         monkeypatch.setattr(module, "free_memory", free)
     monkeypatch.setattr(estimate, "state_bytes", lambda *_: 150e9)
     args = argparse.Namespace(device="cuda", nsamples=1, seqlen=1, global_swaps=0)
-    with contextlib.nullcontext() if fits else pytest.raises(dsnot.InputError, match="make 150.0 GB of activations"):
+    with contextlib.nullcontext() if fits else pytest.raises(InputError, match="make 150.0 GB of activations"):
         estimate.check_memory(args, None)
     place = place_for(argparse.Namespace(hidden_size=1), 75e9, torch.device("cuda"), torch.float16)
     assert fits == (150 < (cpu if place == "cpu" else gpu))
@@ -683,8 +682,8 @@ def test_refine_layers(monkeypatch, model, tmp_path):
 
 def test_sparsegpt_aims_at_what_is_missing(monkeypatch, model, tmp_path):
     """Its weights can make up for what a mask can't."""
-    aims, real = [], dsnot.layer_goal
-    monkeypatch.setattr(dsnot, "layer_goal", lambda W, stats, adjusts: aims.append(adjusts) or real(W, stats, adjusts))
+    aims, real = [], walk.layer_goal
+    monkeypatch.setattr(walk, "layer_goal", lambda W, stats, adjusts: aims.append(adjusts) or real(W, stats, adjusts))
     for method in (["--score", "sparsegpt"], ["--refine", "swap", "--refit"], ["--refine", "swap"]):
         command(monkeypatch, model, tmp_path / "-".join(method), "--propagate", *method)
     assert aims == 28 * ["weights"] + 14 * ["mask"]
@@ -698,7 +697,7 @@ def test_hidden_states_are_counted(monkeypatch, model, world, allocate, propagat
     processes that each count all memory as theirs; a dtype that is not the one they are held in."""
     monkeypatch.setattr(estimate, "processes", lambda: (0, world))
     monkeypatch.setattr(estimate, "has_goal", lambda **_: propagate)
-    dense = dsnot.GPT.open(model / "m")
+    dense = GPT.open(model / "m")
     dense.config.raw["dtype"] = "bfloat16"
     args = argparse.Namespace(device="cpu", nsamples=5, seqlen=32, allocate=allocate)
     need = tokens * 32 * 4  # float32 on a CPU whatever the checkpoint holds
@@ -706,7 +705,7 @@ def test_hidden_states_are_counted(monkeypatch, model, world, allocate, propagat
     monkeypatch.setattr(estimate, "free_memory", lambda device: world * need)
     estimate.check_memory(args, dense)
     monkeypatch.setattr(estimate, "free_memory", lambda device: world * need - 1)
-    with pytest.raises(dsnot.InputError, match="of activations"):
+    with pytest.raises(InputError, match="of activations"):
         estimate.check_memory(args, dense)
     assert estimate.whole_memory(args, dense)["two models"] == 2 * 4 * sum(p.numel() for p in dense.parameters())
     for free, place in (2 * 5 * 32 * 2 + 1, "cuda"), (2 * 5 * 32 * 2, "cpu"):
@@ -724,7 +723,7 @@ def test_what_names_a_run(monkeypatch, model):
     another one because its path is written in another way."""
     def name(**options):
         args = dict(nsamples=4, seqlen=32, seed=0, calib=f"{model}/text.txt", pattern=None, allocate="uniform")
-        return shared_by(argparse.Namespace(**args | options), dsnot.GPT.open(model / "m").source)
+        return shared_by(argparse.Namespace(**args | options), GPT.open(model / "m").source)
     assert name() == name(calib=f"{model}/m/../text.txt") != name(calib=f"{model}/m/config.json")
     found = {world: [] for world in (1, 2, 3)}
     for world, names in found.items():
@@ -741,9 +740,9 @@ def test_what_names_a_run(monkeypatch, model):
 def test_every_layers_rows_have_to_fit(monkeypatch, capsys, model, tmp_path, config, inputs, layer):
     """Would catch a pattern that is tried on some of the layers alone, and a run that ends at the first other one."""
     make_checkpoint(tmp_path / "m", **config)
-    first = dsnot.GPT.open(tmp_path / "m").model.layers[0]
-    sizes = layer_inputs(dsnot.Config.read(tmp_path / "m"))
-    assert sizes == {name: W.in_features for name, W in dsnot.prunable(first).items()} and sizes[layer] == inputs
+    first = GPT.open(tmp_path / "m").model.layers[0]
+    sizes = layer_inputs(Config.read(tmp_path / "m"))
+    assert sizes == {name: W.in_features for name, W in prunable(first).items()} and sizes[layer] == inputs
     expect_refusal(monkeypatch, capsys, model, tmp_path / "out", ["--model", str(tmp_path / "m"), "--pattern", "2:16"],
                    f"but a layer has {inputs} inputs")
 

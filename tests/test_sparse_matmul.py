@@ -13,10 +13,12 @@ from conftest import ROOT
 from safetensors.torch import load_file
 
 import sparse_matmul
+from compressed import save_compressed
 from data.command import InputError
-from dsnot import prune
+from dsnot import prune_layer
 from gpt import GPT, Config, prunable
-from sparse_matmul import compress, decompress, prune_24, save_compressed, sparse_linear
+from sparse_matmul import compress, decompress, prune_24, sparse_linear
+from walk import prune
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 BYTES = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
@@ -245,7 +247,7 @@ def test_what_cannot_be_compressed(tmp_path):
             save_compressed(tmp_path / folder, tmp_path / "new")
     with pytest.raises(InputError, match="compressed 2:4 layers: give the folder that it was made from"):
         prune(GPT.from_pretrained(tmp_path / "small", stream=True), torch.zeros(1, 4, dtype=torch.long),
-              tmp_path / "new", {})
+              tmp_path / "new", {}, prune_layer)
     assert {path.name for path in tmp_path.iterdir()} == {"plain", "mixed", "good", "small"}
     with pytest.raises(InputError, match="no linear layer"):
         GPT.from_pretrained(tmp_path / "plain", sparse=True)

@@ -5,6 +5,7 @@ import torch
 
 import dsnot
 import swaps
+import walk
 from data.command import DeadEnd
 from dsnot import InputStats, keep_mask, sparsegpt, wanda_score
 from test_dsnot import random_layer, stats_of
@@ -140,7 +141,7 @@ def test_refit_of_inputs_that_are_nearly_alike():
     new = dsnot.refit_weights(W, keep, gram, damp=1e-3)
     assert torch.linalg.cholesky_ex(gram + 1e-3 * gram.diagonal().diag())[1] > 0
     assert new.isfinite().all() and torch.equal(new != 0, keep)
-    assert dsnot.relative_error(W, new, gram) < 1e-3
+    assert swaps.relative_error(W, new, gram) < 1e-3
     torch.testing.assert_close(new[2:], W[2:], rtol=0, atol=1e-3)  # rows that keep all lack nothing
 
 
@@ -224,7 +225,7 @@ def test_reported_error_is_the_error():
     """Would catch an error that is not ||(W - W_sparse) X||^2 / ||W X||^2."""
     W, inputs, _, gram, _, keep = swap_case(4, dict(sparsity=0.5), False)
     expected = squared_error(W, W * keep, inputs).sum() / squared_error(W, W * 0, inputs).sum()
-    assert dsnot.relative_error(W, W * keep, gram) == pytest.approx(expected.item(), rel=1e-4)
+    assert swaps.relative_error(W, W * keep, gram) == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_pruned_weights_come_back_with_their_best_values():
@@ -248,7 +249,7 @@ def test_sparsegpt_aims_for_what_propagation_says():
     """Would catch a correction that ignores what the pruned layers before have done: the goal is the dense model's
     output."""
     W, inputs, z, stats = inputs_case(6, True, rows=10, width=32, tokens=64)
-    aimed = dsnot.prune_layer(W, stats, goal=dsnot.layer_goal(W, stats, "weights"), score="sparsegpt", refine="none",
+    aimed = dsnot.prune_layer(W, stats, goal=walk.layer_goal(W, stats, "weights"), score="sparsegpt", refine="none",
                               sparsity=0.5)
     plain = sparsegpt(W, stats.gram, sparsity=0.5)
     assert (inputs @ aimed.T - z @ W.T).square().sum() < 0.8 * (inputs @ plain.T - z @ W.T).square().sum()
@@ -316,5 +317,5 @@ def test_refit_ends_where_no_damping_helps():
     stats.add(torch.randn(4, 16))
     stats.gram = gram
     with pytest.raises(DeadEnd, match="flow into layer 7 are too few or too much alike"):
-        dsnot.prune_linear(torch.randn(4, 16), "layer 7", stats, "weights", torch.float32, score="wanda",
-                           refine="none", refit=True, sparsity=0.1)
+        walk.prune_linear(torch.randn(4, 16), "layer 7", stats, "weights", torch.float32,
+                          prune_layer=dsnot.prune_layer, score="wanda", refine="none", refit=True, sparsity=0.1)
