@@ -6,13 +6,15 @@ sparse_matmul.py; `transformers` can't read it. The command that writes one is
     python sparse_matmul.py --model out/llama2-7b-wanda-dsnot-2of4 --bits 8 --out out/small
 """
 
+import copy
+
 import torch
 import torch.nn as nn
 
 from data.command import InputError, versions
 from data.hub import repository
 from data.writer import CheckpointWriter, noted, shard
-from gpt import GPT, Block, prunable, slorb
+from gpt import GPT, prunable, slorb
 from sparse_matmul import Sparse24, compress, crowded, sparse_linear
 
 
@@ -46,17 +48,17 @@ def none_is_24(model):
                       f"pruned with --pattern 2:4")
 
 
-def expect_compressed(module: nn.Module, stored, prefix: str = ""):
-    """Prepare a module on the meta device for a checkpoint; stored(name) is the dtype of that tensor, or None. Where
-    `prefix` + X.values is stored, layer X becomes an empty SparseLinear24 of that kind."""
-    for name, layer in prunable(module).items():
-        if (dtype := stored(f"{prefix}{name}.values")) is not None:
+def expect_compressed(model: nn.Module, stored):
+    """Prepare a model on the meta device for a checkpoint; stored(name) is the dtype of that tensor, or None. Where
+    X.values is stored, layer X becomes an empty SparseLinear24 of that kind."""
+    for name, layer in prunable(model).items():
+        if (dtype := stored(f"{name}.values")) is not None:
             N, K = layer.weight.shape
             scaled = dtype in (torch.int8, torch.uint8)
             w = Sparse24(torch.empty(N, K // (4 if dtype == torch.uint8 else 2), dtype=dtype, device="meta"),
                          torch.empty(N, K // 16, dtype=torch.int16, device="meta"), (N, K),
                          torch.empty(N, -(-K // 128), device="meta") if scaled else None)
-            module.set_submodule(name, SparseLinear24(w, layer))
+            model.set_submodule(name, SparseLinear24(w, layer))
 
 
 def save_compressed(model: str, folder, bits: int | None = None) -> dict:
@@ -83,9 +85,7 @@ def write_compressed(out, on_disk, bits, model):
     """Write a model that is on disk with its 2:4 layers compressed by a CheckpointWriter. model: what it is called."""
     source, count, layers = on_disk.source, on_disk.config.num_hidden_layers, 0
     for i in range(count):
-        with torch.device("meta"):
-            block = Block(on_disk.config, i)
-        prefix = f"model.layers.{i}"
+        block, prefix = copy.deepcopy(on_disk.model.layers[i]), f"model.layers.{i}"  # on the meta device
         block.load_state_dict({name: source.tensor(f"{prefix}.{name}").contiguous() for name in block.state_dict()},
                               assign=True)  # in the dtypes that they have on disk
         layers += sparsify(block, bits)

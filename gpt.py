@@ -1,15 +1,13 @@
-"""A LLaMA in one file: blocks, its relatives by configuration, checkpoints, generation.
+"""A LLaMA in one file: blocks, its relatives by configuration, generation.
 
 The model is the decoder of LLaMA (Touvron et al. 2023): x = embed(ids); for every block
     x = x + attention(norm(x));   x = x + mlp(norm(x))
 then logits = head(norm(x)). Norms are RMSNorm, positions are rotary embeddings in the split-half form (so that Hugging
 Face weights load unchanged), several query heads may share one key/value head, the MLP is SwiGLU. Where a relative
-(Mistral, Qwen, OPT, GPT-2) differs, a field of `Config` says how; data/config.py fills them from config.json.
+(Mistral, Qwen, OPT, GPT-2) differs, a field of `Config` says how (data/config.py, which fills them from config.json).
 
-Parameter names are those of Hugging Face's LLaMA whatever the family; every projection is an nn.Linear of its own. A
-checkpoint is a Hugging Face folder under the family's own names (data/checkpoint.py): what is saved here loads in
-`transformers` and the other way round. Blocks can be read one at a time (`stream=True`), so a model may be larger than
-memory.
+Parameter names are those of Hugging Face's LLaMA whatever the family; every projection is an nn.Linear of its own. How
+a model comes from a checkpoint and goes to one, whole or block by block, is in data/pretrained.py.
 
     python gpt.py --prompt "Return the value of"
     python gpt.py --model llama2-7b --prompt "The capital of France is"
@@ -18,12 +16,8 @@ Shapes: B batch, T tokens, S places in the cache, C = hidden_size, H query heads
 """
 
 import argparse
-import json
 import math
 import time
-from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
 from typing import Iterator
 
 import torch
@@ -32,92 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import load_tokenizer
-from data.checkpoint import Checkpoint
 from data.command import InputError, at_least, parser, record, run, start, told_bytes
-from data.config import check, described
-from data.device import free_memory
-from data.hub import model_folder
+from data.config import ACTIVATIONS, Config
+from data.device import free_memory, graphed
+from data.pretrained import Pretrained
 from data.tokenizer import encode_open, end_tokens
-from data.writer import CheckpointWriter
 
-TANH = partial(F.gelu, approximate="tanh")
-ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_python": F.gelu, "gelu_new": TANH,
-               "gelu_pytorch_tanh": TANH}
-
-
-@dataclass
-class Config:
-    """What config.json says about the shape of a model; `raw` is the file itself, which is written back."""
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_theta: float
-    tie_word_embeddings: bool
-    raw: dict = field(repr=False, default_factory=dict)
-    # what some checkpoints and the relatives change; the values here are those of the first LLaMA
-    rope_scaling: dict = field(default_factory=dict)  # rotary angles for longer contexts: "llama3" or "linear"
-    qkv_bias: bool = False
-    o_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False  # RMSNorm of every query and key head
-    windows: tuple = ()  # for every layer, to how many tokens attention reaches, itself included; None: to all
-    activation: str = "silu"
-    gated: bool = True  # down(act(gate(x)) * up(x)), else down(act(up(x)))
-    layer_norm: bool = False  # LayerNorm with a bias instead of RMSNorm
-    post_norm: bool = False  # norm(x + f(x)) instead of x + f(norm(x)), and no norm before the head
-    positions: int = 0  # so many learned position embeddings instead of rotary ones
-    position_offset: int = 0  # the row of the first position in their table
-    embed_size: int | None = None  # narrower embedding and head, projected to and from hidden_size
-    slorb_k: int = 0  # SLoRB beside every linear layer of a block (ast_method.py), a sum over so many inputs; 0: none
-
-    @classmethod
-    def read(cls, folder):
-        """The configuration of a model's folder. Raises InputError where there is none."""
-        path = Path(folder) / "config.json"
-        try:
-            return cls.from_dict(json.loads(path.read_text("utf-8")))
-        except OSError as e:
-            raise InputError(f"{path} can't be read: {e.strerror}") from None
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
-            raise InputError(f"{path} is not a model's configuration: {type(e).__name__} {e}") from None
-
-    @classmethod
-    def from_dict(cls, raw):
-        """raw: the content of a config.json. Raises InputError where it is not one that this file can run, KeyError
-        where a size is missing."""
-        found = described(raw)
-        config = cls(raw=raw, **{name: found[name] for name in cls.__dataclass_fields__ if name in found})
-        if config.activation not in ACTIVATIONS:
-            raise InputError(f"config.json: activation {config.activation!r} is not supported "
-                             f"({', '.join(ACTIVATIONS)} are)")
-        check(config)
-        return config
-
-    @property
-    def context_length(self):
-        """The most tokens that the model is made for."""
-        return self.positions or self.raw.get("max_position_embeddings") or 2048
-
-    def window_length(self):
-        """The pruning papers' 2048 tokens, or what a smaller model is made for."""
-        return min(2048, self.context_length)
-
-    def remark(self, tokens):
-        """Where so many tokens are more than the model is made for, that; else nothing."""
-        most = self.context_length
-        return f", more than the {most} that the model is made for" if tokens > most else ""
-
-    @property
-    def rope_kind(self):
-        return self.rope_scaling.get("rope_type", self.rope_scaling.get("type", "default"))
-
-
-# ---------------------------------------------------------------------------------------------------------- the model
 
 def norm(c):
     return (nn.LayerNorm if c.layer_norm else nn.RMSNorm)(c.hidden_size, eps=c.rms_norm_eps)
@@ -264,37 +178,10 @@ def layer_inputs(config):
         return {name: layer.in_features for name, layer in prunable(Block(config)).items()}
 
 
-def graphed(step, *inputs):
-    """step as a CUDA graph, which a later call replays without running its Python. The tensors of a call are copied
-    into those of the first, and the result is overwritten by the next call."""
-    inputs = [x.clone() for x in inputs]
-    with torch.cuda.device(inputs[0].device):  # streams and graphs belong to the current one
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                step(*inputs)  # sparse_matmul.py times its tiles, cuBLAS takes its workspace
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=side):  # else the stream of the first graph, perhaps another GPU's
-            result = step(*inputs)
+class GPT(nn.Module, Pretrained):
+    """The model; `GPT.from_pretrained` loads one, `save_pretrained` writes it."""
 
-    def replay(*new):
-        with torch.cuda.device(result.device):
-            for old, x in zip(inputs, new):
-                old.copy_(x)
-            graph.replay()
-        return result
-    return replay
-
-
-class GPT(nn.Module):
-    """The model. One that comes from a checkpoint knows `source`, the folder opened for reading, and `place`, the
-    device and dtype of what is read; `streams`: its blocks stay on disk; `sparse`: its 2:4 layers are compressed."""
-
-    source, place, streams, sparse = None, {}, False, False
-
-    def __init__(self, config):
+    def __init__(self, config: Config):
         super().__init__()
         self.config = c = config
         width = c.embed_size or c.hidden_size
@@ -419,103 +306,6 @@ class GPT(nn.Module):
     def generate(self, ids: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
         """ids [B, T] -> ids [B, T + max_new_tokens]: `sample`, collected."""
         return torch.cat([ids.to(self.device), *self.sample(ids, max_new_tokens, temperature, top_k)], dim=1)
-
-    # checkpoints
-
-    @classmethod
-    def open(cls, name_or_dir: str | Path) -> "GPT":
-        """A preset's, a Hub id's or a folder's model without its weights: on the meta device, `source` is the folder
-        opened for reading. Raises InputError where a tensor is missing, superfluous or of another shape."""
-        config = Config.read(model_folder(name_or_dir, weights=False))  # before tens of gigabytes are fetched in vain
-        with torch.device("meta"):
-            model = cls(config)
-        model.source = Checkpoint(model_folder(name_or_dir), config.raw)
-        model.expect_compressed(model)
-        model.source.match(model.tensors())
-        return model
-
-    @classmethod
-    def from_pretrained(cls, name_or_dir: str | Path, device="cpu", dtype: torch.dtype | None = None,
-                        stream: bool = False, sparse: bool = False) -> "GPT":
-        """Load a preset, a Hub id or a Hugging Face folder. dtype None: the checkpoint's own on a GPU, float32 on a
-        CPU. stream=True leaves the blocks on disk for `blocks()` to read one by one, to this device and in this dtype
-        whatever `to()` does; sparse=True keeps 2:4 layers compressed in memory (a folder written by save_compressed of
-        compressed.py is so in any case).
-        Raises InputError where a tensor is missing, superfluous, of another shape or not finite, or memory is short."""
-        model = cls.open(name_or_dir)
-        if dtype is None:
-            on_cpu = torch.device(device).type == "cpu"
-            dtype = torch.float32 if on_cpu else model.source.stored("model.embed_tokens.weight")
-        model.streams, model.sparse, model.place = stream, sparse, dict(device=device, dtype=dtype)
-        if not stream:
-            need = model.source.size(dtype) // (2 if sparse and not model.source.compressed else 1)  # 2:4: about half
-            if need > (free := free_memory(torch.device(device))):
-                raise InputError(f"{name_or_dir} takes {told_bytes(need)} of memory, and {told_bytes(free)} are free "
-                                 f"on {device}: take a smaller or a compressed model, or a larger machine")
-        for name, part in model.model.items():
-            if name != "layers":
-                model.source.load(part, f"model.{name}", **model.place)
-        if model.config.tie_word_embeddings:
-            model.source.check_tied_head()
-            model.tie()
-        else:
-            model.source.load(model.lm_head, "lm_head", **model.place)
-        if not stream:
-            for i, block in enumerate(model.model.layers):
-                model.load_block(block, i)
-        if sparse and not stream and not any(name.endswith(".values") for name in model.state_dict()):
-            from compressed import none_is_24
-            raise none_is_24(name_or_dir)
-        return model.eval()
-
-    def expect_compressed(self, module, prefix=""):
-        """Give a module on the meta device compressed 2:4 layers (compressed.py) where the checkpoint has them."""
-        if self.source.compressed:
-            from compressed import expect_compressed  # here: only such checkpoints need Triton
-            expect_compressed(module, self.source.stored, prefix)
-
-    def load_block(self, block, i):
-        """Fill block i, which is on the meta device, from the checkpoint."""
-        self.source.load(block, f"model.layers.{i}", **self.place)
-        if self.sparse:
-            from compressed import sparsify  # here: dense models don't need Triton
-            sparsify(block)
-
-    def block(self, i):
-        """Block i; a streamed model reads it from disk and does not keep it."""
-        if not self.streams:
-            return self.model.layers[i]
-        with torch.device("meta"):
-            block = Block(self.config, i)
-        self.expect_compressed(block, f"model.layers.{i}.")
-        self.load_block(block.eval(), i)
-        return block
-
-    def blocks(self):
-        """The blocks in order, each read when its turn comes."""
-        return map(self.block, range(self.config.num_hidden_layers))
-
-    def tensors(self):
-        """{name: tensor} that a checkpoint holds: all but a tied head, which is the embedding."""
-        tied = ["lm_head.weight"] if self.config.tie_word_embeddings else []
-        return {name: tensor for name, tensor in self.state_dict().items() if name not in tied}
-
-    def save_pretrained(self, dir: str | Path, tokenizer_from: str | Path | None = None):
-        """Write a Hugging Face folder: config.json, model.safetensors, and the tokenizer files of another folder
-        (None: of the one that the model was loaded from). What this program has written there before is replaced.
-        Raises InputError for a streamed model, one in training by ast_train.py, and one without a config.json."""
-        if self.streams:
-            raise InputError(f"the blocks of a streamed model are not in memory: load {self.source.folder} whole to "
-                             f"save it as {dir}")
-        raw, tensors = self.config.raw, self.tensors()
-        if not raw:
-            raise InputError(f"a model without a config.json can't be saved as {dir}: make its Config by from_dict")
-        if any(name.endswith(".mask") for name in tensors):
-            raise InputError(f"layers in training can't be saved as {dir}: `merge` them, or take ast_loop.save_model")
-        key = "dtype" if "dtype" in raw else "torch_dtype"  # the name that transformers 5 or 4 gives it
-        with CheckpointWriter(dir, raw | {key: str(self.lm_head.weight.dtype).removeprefix("torch.")},
-                              tokenizer_from or (self.source and self.source.folder)) as out:
-            out.write("model.safetensors", tensors)
 
 
 # -------------------------------------------------------------------------------------------------------- the command

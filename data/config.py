@@ -1,16 +1,93 @@
-"""What a config.json says of a model, whatever its family: the fields of `Config` (gpt.py).
+"""What a config.json says of a model, whatever its family: the fields of `Config`.
 
 FAMILIES puts a file into the words of LLaMA's; `described` makes the fields of it, where an older file leaves something
-out by the Hub's default; `check` refuses what gpt.py does not compute, above all what would run and be wrong (but
-activations: gpt.py has their table).
+out by the Hub's default; `check` refuses what gpt.py does not compute, above all what would run and be wrong.
 """
 
+import json
 import math
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch.nn.functional as F
 
 from data.command import InputError
 
+TANH = partial(F.gelu, approximate="tanh")
+ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_python": F.gelu, "gelu_new": TANH,
+               "gelu_pytorch_tanh": TANH}
 ROPE_KINDS = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
                                                                "original_max_position_embeddings")}
+
+
+@dataclass
+class Config:
+    """What config.json says about the shape of a model; `raw` is the file itself, which is written back."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    tie_word_embeddings: bool
+    raw: dict = field(repr=False, default_factory=dict)
+    # what some checkpoints and the relatives change; the values here are those of the first LLaMA
+    rope_scaling: dict = field(default_factory=dict)  # rotary angles for longer contexts: "llama3" or "linear"
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMSNorm of every query and key head
+    windows: tuple = ()  # for every layer, to how many tokens attention reaches, itself included; None: to all
+    activation: str = "silu"
+    gated: bool = True  # down(act(gate(x)) * up(x)), else down(act(up(x)))
+    layer_norm: bool = False  # LayerNorm with a bias instead of RMSNorm
+    post_norm: bool = False  # norm(x + f(x)) instead of x + f(norm(x)), and no norm before the head
+    positions: int = 0  # so many learned position embeddings instead of rotary ones
+    position_offset: int = 0  # the row of the first position in their table
+    embed_size: int | None = None  # narrower embedding and head, projected to and from hidden_size
+    slorb_k: int = 0  # SLoRB beside every linear layer of a block (ast_method.py), a sum over so many inputs; 0: none
+
+    @classmethod
+    def read(cls, folder):
+        """The configuration of a model's folder. Raises InputError where there is none."""
+        path = Path(folder) / "config.json"
+        try:
+            return cls.from_dict(json.loads(path.read_text("utf-8")))
+        except OSError as e:
+            raise InputError(f"{path} can't be read: {e.strerror}") from None
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
+            raise InputError(f"{path} is not a model's configuration: {type(e).__name__} {e}") from None
+
+    @classmethod
+    def from_dict(cls, raw):
+        """raw: the content of a config.json. Raises InputError where it is not one that gpt.py can run, KeyError
+        where a size is missing."""
+        found = described(raw)
+        config = cls(raw=raw, **{name: found[name] for name in cls.__dataclass_fields__ if name in found})
+        check(config)
+        return config
+
+    @property
+    def context_length(self):
+        """The most tokens that the model is made for."""
+        return self.positions or self.raw.get("max_position_embeddings") or 2048
+
+    def window_length(self):
+        """The pruning papers' 2048 tokens, or what a smaller model is made for."""
+        return min(2048, self.context_length)
+
+    def remark(self, tokens):
+        """Where so many tokens are more than the model is made for, that; else nothing."""
+        most = self.context_length
+        return f", more than the {most} that the model is made for" if tokens > most else ""
+
+    @property
+    def rope_kind(self):
+        return self.rope_scaling.get("rope_type", self.rope_scaling.get("type", "default"))
 
 
 def qwen(raw):
@@ -107,6 +184,9 @@ def check(config):
         raise InputError(f"config.json: layer_types names {len(config.windows)} of {config.num_hidden_layers} layers")
     for reach in set(config.windows) - {None}:
         check_whole("sliding_window", reach, 8)
+    if config.activation not in ACTIVATIONS:
+        raise InputError(f"config.json: activation {config.activation!r} is not supported ({', '.join(ACTIVATIONS)} "
+                         f"are)")
     check_rotary(config)
     for name, usual in UNUSUAL.items():
         if (asked := (config.rope_scaling | config.raw).get(name)) not in (None, usual):
