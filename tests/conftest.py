@@ -50,6 +50,14 @@ def make_checkpoint(folder, **changes):
     train_tokenizer(folder / "tokenizer.model", text, vocab_size=300)
 
 
+@pytest.fixture
+def folder(tmp_path):
+    """A small LLaMA's folder to damage."""
+    from test_gpt import theirs
+    theirs("llama", {}).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A folder that make_checkpoint made."""
