@@ -141,7 +141,7 @@ def test_one_shot_masks_of_other_options_and_files_are_others(files, tmp_path, m
     text = tmp_path / "text.txt"
     text.write_text("words " * 500)
     runs = []
-    monkeypatch.setattr(ast_train, "prune", lambda model, ids, folder, made, **_: runs.append(made))
+    monkeypatch.setattr(ast_train, "prune", lambda model, ids, folder, made, *_, **__: runs.append(made))
 
     def made(*options, **method):
         monkeypatch.setattr(sys, "argv", command(files, tmp_path / "out", "--data", text, *options))

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, SHARED, make_checkpoint
 
 import eval as evaluation
-from data import load_text, load_tokenizer, processes
+from data import load_text, load_tokenizer, pretrained, processes
 from data.command import InputError, run, start
 from data.tasks import SEVEN
 from dsnot import keep_mask
@@ -68,9 +68,8 @@ def test_a_streamed_model_is_read_once_and_a_block_at_a_time(checkpoint, blocks_
 def test_a_model_that_does_not_fit_is_not_loaded_whole(checkpoint, monkeypatch, tmp_path, capsys):
     """The command streams a model that is larger than memory, and refuses what would need all of it; a compressed one
     needs half."""
-    import gpt
     (tmp_path / "text.txt").write_text("the model reads words and the words are few " * 40)
-    for module in evaluation, gpt:
+    for module in evaluation, pretrained:
         monkeypatch.setattr(module, "free_memory", lambda device: 100_000)  # of 145,024 bytes
     monkeypatch.setattr(sys, "argv", ["eval.py", "--model", str(checkpoint), "--data", str(tmp_path / "text.txt")])
     evaluation.main()
