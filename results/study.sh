@@ -3,6 +3,7 @@
 #     bash results/study.sh tiny                       (the model that ships; an hour on two cores by JOBS=2)
 #     bash results/study.sh tiny readme                (the rows of README.md alone)
 #     bash results/study.sh settings                   (DSnoT's own settings, on the validation text of tiny)
+#     bash results/study.sh seeds                      (some rows of tiny by two other seeds, in 40 minutes on one core)
 #     bash results/study.sh NAME FOLDER TEXT           (a model and a text file of yours; results go to results/NAME;
 #                                                       windows of 256 tokens, or of SEQLEN=2048)
 # JOBS=6 OMP_NUM_THREADS=2 makes six runs at a time, for a machine with room for them.
@@ -10,11 +11,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 name=${1:-} only=
-usage() { sed -n '2,9s/^# //p' results/study.sh >&2; exit 2; }
+usage() { sed -n '2,10s/^# //p' results/study.sh >&2; exit 2; }
 case $name:$# in
-    tiny:1|settings:1) model=() ;;
+    tiny:1|settings:1|seeds:1) model=() ;;
     tiny:2) model=() only=$2; [ "$only" = readme ] || usage ;;
-    tiny:*|settings:*|*/*) usage ;;
+    tiny:*|settings:*|seeds:*|*/*) usage ;;
     *:3)
         [ -f "$2/config.json" ] || { echo "error: $2 is no folder of a model: it has no config.json" >&2; exit 2; }
         case $3 in
@@ -67,6 +68,23 @@ if [ "$name" = settings ]; then
                     run $cycles-$layers-$sign --split validation --no-compare --cycles $cycles --refine-layers $layers --$sign
                 done
             done
+        done
+    done
+    finish
+    exit
+fi
+if [ "$name" = seeds ]; then
+    for seed in 1 2; do
+        for amount in 2:4 0.7; do
+            option=$([ $amount = 0.7 ] && echo --sparsity || echo --pattern)
+            run seed$seed-wanda --seed $seed --refine none
+            run seed$seed-sparsegpt-propagate --seed $seed --score sparsegpt --refine none --propagate --no-compare
+            run seed$seed-wanda-swap --seed $seed --refine swap --no-compare
+            run seed$seed-wanda-swap-global --seed $seed --refine swap --global-swaps 16 --no-compare
+            for score in wanda sparsegpt; do
+                run seed$seed-$score-swap-refit --seed $seed --score $score --refine swap --refit --no-compare
+            done
+            run seed$seed-wanda-swap-refit-global --seed $seed --refine swap --refit --global-swaps 16 --no-compare
         done
     done
     finish
