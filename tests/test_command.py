@@ -12,6 +12,7 @@ from argparse import Namespace
 import pytest
 import torch
 
+import gpt
 from conftest import ROOT
 from data import command, processes
 from data.command import (InputError, at_least, check_disk, parser, record, run, start, told_bytes, versions,
@@ -251,3 +252,52 @@ def test_a_few_damaged_inputs_and_interruptions():
     ended = subprocess.run([sys.executable, ROOT / "tests/robustness.py", "--trials", "21"], capture_output=True,
                            text=True)
     assert ended.returncode == 0 and "21 trials, 0 defects" in ended.stdout, ended.stdout + ended.stderr
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_an_interruption_says_whether_the_command_goes_on(capsys, goes_on):
+    def main():
+        raise KeyboardInterrupt
+    with pytest.raises(SystemExit) as stopped:
+        run(main, goes_on)
+    assert stopped.value.code == 130 and ("goes on" in capsys.readouterr().err) == goes_on
+
+
+def test_letters_that_the_terminal_lacks_are_replaced():
+    """Would catch a traceback in the middle of a text."""
+    words = [sys.executable, "gpt.py", "--max-new-tokens", "1", "--prompt", "Zoë"]
+    done = subprocess.run(words, cwd=ROOT, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True)
+    assert done.returncode == 0 and b"Zo?" in done.stdout, done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a file that is always full")
+def test_a_full_disk_below_the_output_gets_a_sentence():
+    with open("/dev/full", "w") as full:
+        words = [sys.executable, "gpt.py", "--max-new-tokens", "1"]
+        done = subprocess.run(words, cwd=ROOT, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 2 and done.stderr == b"error: the output: No space left on device\n"
+
+
+def test_json_is_a_file(monkeypatch, tmp_path):
+    """Would catch a device that a result replaces, which root may do, and a link that becomes a file."""
+    words = ["gpt.py", "--device=cpu", "--max-new-tokens=1", "--json"]
+    for name, said in ("/dev/null", "--json /dev/null is no regular file"), (tmp_path, "is no regular file"):
+        monkeypatch.setattr(sys, "argv", [*words, str(name)])
+        with pytest.raises(InputError, match=said):
+            gpt.main()
+    with pytest.raises(InputError, match="is where --out goes"):
+        start(Namespace(seed=0, device="cpu", json=f"{tmp_path}/x/../out", out=str(tmp_path / "out")))
+    (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
+    monkeypatch.setattr(sys, "argv", [*words, str(tmp_path / "link.json")])
+    gpt.main()
+    assert (tmp_path / "link.json").is_symlink() and json.loads((tmp_path / "real.json").read_text())["results"]
+
+
+def test_a_log_tells_where_a_long_run_is(monkeypatch, capsys):
+    """Would catch a run of days whose log says nothing, because a bar needs a terminal, and a short one that chatters.
+    """
+    for seconds, said in (0, ["pruning:  33%", "pruning:  67%"]), (60, []):
+        monkeypatch.setattr(processes, "QUIET", seconds)
+        assert list(processes.progress_bar(range(3), desc="pruning")) == [0, 1, 2]
+        lines = capsys.readouterr().err.splitlines()
+        assert all(any(line.startswith(start) for line in lines) for start in said) and bool(lines) == bool(said)

@@ -11,8 +11,8 @@ import torch
 from conftest import ROOT, SHARED, make_checkpoint
 
 import eval as evaluation
-from data import load_text, load_tokenizer, pretrained, processes
-from data.command import InputError, run, start
+from data import load_text, load_tokenizer, pretrained
+from data.command import InputError, run
 from data.tasks import SEVEN
 from dsnot import keep_mask
 from eval import describe, perplexity, speed
@@ -148,32 +148,6 @@ def test_bad_input_is_one_sentence(arguments, said, monkeypatch, capsys, tmp_pat
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and said in error, error
     assert not list(tmp_path.iterdir())
-
-
-def test_json_is_a_file(monkeypatch, tmp_path):
-    """Would catch a device that a result replaces, which root may do, and a link that becomes a file."""
-    import gpt
-    words = ["gpt.py", "--device=cpu", "--max-new-tokens=1", "--json"]
-    for name, said in ("/dev/null", "--json /dev/null is no regular file"), (tmp_path, "is no regular file"):
-        monkeypatch.setattr(sys, "argv", [*words, str(name)])
-        with pytest.raises(InputError, match=said):
-            gpt.main()
-    with pytest.raises(InputError, match="is where --out goes"):
-        start(Namespace(seed=0, device="cpu", json=f"{tmp_path}/x/../out", out=str(tmp_path / "out")))
-    (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
-    monkeypatch.setattr(sys, "argv", [*words, str(tmp_path / "link.json")])
-    gpt.main()
-    assert (tmp_path / "link.json").is_symlink() and json.loads((tmp_path / "real.json").read_text())["results"]
-
-
-def test_a_log_tells_where_a_long_run_is(monkeypatch, capsys):
-    """Would catch a run of days whose log says nothing, because a bar needs a terminal, and a short one that chatters.
-    """
-    for seconds, said in (0, ["pruning:  33%", "pruning:  67%"]), (60, []):
-        monkeypatch.setattr(processes, "QUIET", seconds)
-        assert list(processes.progress_bar(range(3), desc="pruning")) == [0, 1, 2]
-        lines = capsys.readouterr().err.splitlines()
-        assert all(any(line.startswith(start) for line in lines) for start in said) and bool(lines) == bool(said)
 
 
 def test_a_ruined_model_has_an_infinite_perplexity(checkpoint):

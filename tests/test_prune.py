@@ -5,7 +5,6 @@ import json
 import math
 import os
 import resource
-import subprocess
 import sys
 
 import pytest
@@ -61,30 +60,6 @@ def test_command(monkeypatch, capsys, model, tmp_path, options):
     ids = torch.randint(0, 64, (1, 20))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)(ids).logits
     torch.testing.assert_close(GPT.from_pretrained(tmp_path / "out")(ids), theirs, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("goes_on", [False, True])
-def test_an_interruption_says_whether_the_command_goes_on(capsys, goes_on):
-    def main():
-        raise KeyboardInterrupt
-    with pytest.raises(SystemExit) as stopped:
-        run(main, goes_on)
-    assert stopped.value.code == 130 and ("goes on" in capsys.readouterr().err) == goes_on
-
-
-def test_letters_that_the_terminal_lacks_are_replaced():
-    """Would catch a traceback in the middle of a text."""
-    words = [sys.executable, "gpt.py", "--max-new-tokens", "1", "--prompt", "Zoë"]
-    done = subprocess.run(words, cwd=ROOT, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True)
-    assert done.returncode == 0 and b"Zo?" in done.stdout, done.stderr
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a file that is always full")
-def test_a_full_disk_below_the_output_gets_a_sentence():
-    with open("/dev/full", "w") as full:
-        words = [sys.executable, "gpt.py", "--max-new-tokens", "1"]
-        done = subprocess.run(words, cwd=ROOT, stdout=full, stderr=subprocess.PIPE)
-    assert done.returncode == 2 and done.stderr == b"error: the output: No space left on device\n"
 
 
 BAD = {
