@@ -119,6 +119,16 @@ def choices():
     return markdown(head, [dense, *lines], texts=2)
 
 
+def over_seeds():
+    """Perplexity of tiny, mean and deviation over the seeds, of the methods that were run by several."""
+    found = {}
+    for row in pruned("seeds/[0-9]*", "tiny/0.7-*", "tiny/2of4-*"):
+        if row["spread"]:
+            found.setdefault(row["method"], {})[row["amount"]] = f"{row['perplexity']:.2f} ± {row['spread']:.2f}"
+    lines = [[method, *(cells.get(amount, "") for amount in ("70%", "2:4"))] for method, cells in found.items()]
+    return markdown(["tiny, three seeds", "70%", "2:4"], sorted(lines, key=lambda line: line[1], reverse=True))
+
+
 def cost():
     """DSnoT's time by score and amount."""
     rows = [row for row in results("bench_dsnot") if row["against"] == "torch.sort"]
@@ -180,7 +190,7 @@ SAID = {(0.0, 0.0): "what dense weights make of its inputs", (0.5, 0.0): "half-w
 
 
 def goal():
-    """Perplexity by what the layers of a propagated run aim at, see dsnot.AIM."""
+    """Perplexity by what the layers of a propagated run aim at, see walk.AIM."""
     found = {name: rows for name in MODELS if (rows := made(f"goal-{name}"))}
     cells = [(name, amount) for name, rows in found.items() for amount in dict.fromkeys(row["amount"] for row in rows)]
     tried = {tuple(row["aim"]) for rows in found.values() for row in rows}
@@ -292,7 +302,7 @@ def tables():
     """{name of its marker in a page: text}."""
     return {
         "quick start": quick_start(), "choices": choices(), "tables": table_by_method(studied(*MODELS)),
-        "settings": table_by_method(pruned("settings/*")),
+        "seeds": over_seeds(), "settings": table_by_method(pruned("settings/*")),
         "goal": goal(), "aims": aims(),
         "cost": cost(), "cost of swaps": cost_of_swaps(), "cost on a GPU": cost_on_a_gpu(),
         "overfit": table_by_method(pruned("overfit/[0-9]*")), "products": speed_of_products(), "decoding": decoding(),

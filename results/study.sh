@@ -3,7 +3,7 @@
 #     bash results/study.sh tiny                       (the model that ships; an hour on two cores by JOBS=2)
 #     bash results/study.sh tiny readme                (the rows of README.md alone)
 #     bash results/study.sh settings                   (DSnoT's own settings, on the validation text of tiny)
-#     bash results/study.sh seeds                      (some rows of tiny by two other seeds, in 40 minutes on one core)
+#     bash results/study.sh seeds                      (some rows of tiny by two other seeds)
 #     bash results/study.sh NAME FOLDER TEXT           (a model and a text file of yours; results go to results/NAME;
 #                                                       windows of 256 tokens, or of SEQLEN=2048)
 # JOBS=6 OMP_NUM_THREADS=2 makes six runs at a time, for a machine with room for them.
