@@ -144,7 +144,6 @@ def extremes(key, k, largest=False):
     return index[:, :k], value[:, :k].isfinite().sum(1)
 
 
-
 # ---------------------------------------------------------------------------------------------------------- one layer
 
 DAMP = 0.01  # of refit, which else fits a weight too closely to the calibration text; float32 needs a hundredth of it

@@ -201,4 +201,3 @@ def prune_globally(model, samples, out, made, prune_layer, *, global_swaps, patt
         remove(start)
     wait()
     return records
-

@@ -120,10 +120,10 @@ def choices():
 
 
 def over_seeds():
-    """Perplexity of tiny, mean and deviation over the seeds, of the methods that were run by several."""
+    """Perplexity of tiny, mean and deviation over the seeds, of the methods that were run by all three."""
     found = {}
     for row in pruned("seeds/[0-9]*", "tiny/0.7-*", "tiny/2of4-*"):
-        if row["spread"]:
+        if row["runs"] == 3:
             found.setdefault(row["method"], {})[row["amount"]] = f"{row['perplexity']:.2f} ± {row['spread']:.2f}"
     lines = [[method, *(cells.get(amount, "") for amount in ("70%", "2:4"))] for method, cells in found.items()]
     return markdown(["tiny, three seeds", "70%", "2:4"], sorted(lines, key=lambda line: line[1], reverse=True))

@@ -73,23 +73,6 @@ if [ "$name" = settings ]; then
     finish
     exit
 fi
-if [ "$name" = seeds ]; then
-    for seed in 1 2; do
-        for amount in 2:4 0.7; do
-            option=$([ $amount = 0.7 ] && echo --sparsity || echo --pattern)
-            run seed$seed-wanda --seed $seed --refine none
-            run seed$seed-sparsegpt-propagate --seed $seed --score sparsegpt --refine none --propagate --no-compare
-            run seed$seed-wanda-swap --seed $seed --refine swap --no-compare
-            run seed$seed-wanda-swap-global --seed $seed --refine swap --global-swaps 16 --no-compare
-            for score in wanda sparsegpt; do
-                run seed$seed-$score-swap-refit --seed $seed --score $score --refine swap --refit --no-compare
-            done
-            run seed$seed-wanda-swap-refit-global --seed $seed --refine swap --refit --global-swaps 16 --no-compare
-        done
-    done
-    finish
-    exit
-fi
 pictured() {  # in README.md's picture of tiny
     for score in magnitude wanda sparsegpt; do run $score --score $score --refine dsnot --compare; done
     for score in wanda sparsegpt; do run $score-swap --score $score --refine swap --no-compare; done
@@ -119,12 +102,27 @@ others() {  # in results/README.md
     run wanda-swap-sensitivity --refine swap --allocate sensitivity --no-compare
     run wanda-swap-sensitivity-global --refine swap --allocate sensitivity --global-swaps 16 --no-compare
 }
+seeded() {  # by another seed
+    run seed$seed-wanda --seed $seed --refine none
+    run seed$seed-sparsegpt-propagate --seed $seed --score sparsegpt --refine none --propagate --no-compare
+    run seed$seed-wanda-swap --seed $seed --refine swap --no-compare
+    run seed$seed-wanda-swap-global --seed $seed --refine swap --global-swaps 16 --no-compare
+    for score in wanda sparsegpt; do
+        run seed$seed-$score-swap-refit --seed $seed --score $score --refine swap --refit --no-compare
+    done
+    run seed$seed-wanda-swap-refit-global --seed $seed --refine swap --refit --global-swaps 16 --no-compare
+}
 each() {  # ROWS AMOUNT...: those runs for each amount
     for amount in "${@:2}"; do
         case $amount in *:*) option=--pattern ;; *) option=--sparsity ;; esac
         $1
     done
 }
+if [ "$name" = seeds ]; then
+    for seed in 1 2; do each seeded 2:4 0.7; done
+    finish
+    exit
+fi
 each pictured 2:4 0.7 0.5
 each shown 2:4 0.7
 if [ -z "$only" ]; then
