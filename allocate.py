@@ -29,7 +29,7 @@ def allocation(model, where, hidden, sparsity, kind, whole=False):
                    scaled by the layer's squared error as if its inputs were uncorrelated: the sum of the squared Wanda
                    scores that are pruned. Of the shares from 0.1 below `sparsity` to 0.09 above those with the least
                    total damage are taken.
-    whole: every row of a layer loses as many weights, see whole_weights."""
+    whole: every row of a layer loses the same whole number of weights, see whole_weights."""
     layers = all_prunable(model)
     if kind == "uniform":
         return dict.fromkeys(layers, sparsity)

@@ -23,9 +23,9 @@ have ours): every linear layer is refined unless you ask for `--refine-layers at
 row of 4096 inputs makes 50 swaps, one of 11008 inputs 134, one of 256 three (theirs make 50 whatever the width); the
 sign check is an option, on by default (theirs is on with a pattern, off without one, whatever its flag says); a row
 without candidates stops instead of running off its lists, so layers of any size work; fifty swaps need only the fifty
-best candidates of each kind, so a row is sorted only where candidates tie; SparseGPT as the starting mask corrects the
-weights for the refined mask, by its Hessian; on its n:m masks, too, weights are pruned by the lowest Wanda score
-(theirs: w^2 over the diagonal of the inverse Hessian).
+best candidates of each kind, so a row is sorted only where candidates tie; with SparseGPT as the start the
+kept weights are corrected anew, for the refined mask; on its n:m masks, too, weights are pruned by the lowest Wanda
+score (theirs: w^2 over the diagonal of the inverse Hessian).
 The threshold is in units of s, so its meaning depends on the sequence length, as in the paper.
 
     python dsnot.py                                             (the model that ships, 70 %)
@@ -318,7 +318,7 @@ def main():
         check(args, config)
         amount, title = fill_in(args, config, usual_text(folder, None))
         method = {name: getattr(args, name) for name in METHOD}
-        method |= dict(pattern=args.pattern and parse_pattern(args.pattern))
+        method |= dict(pattern=parse_pattern(args.pattern), sparsity=None) if args.pattern else {}
         plain = method | USUAL | dict(refine="none", refit=False, propagate=False)
         method |= dict(global_swaps=args.global_swaps) if args.global_swaps else {}
         if args.dry_run:

@@ -25,8 +25,8 @@ from data.command import InputError
 from data.processes import add_up, processes, progress_bar
 from gpt import GPT, all_prunable
 
-ROUND = 8192  # tokens of a round
-DAMPING = 16.0  # of the first round
+ROUND = 8192  # tokens of a round: with fewer, gradients are noisier
+DAMPING = 16.0  # of the first round: above 1, as all rows change at once and each promises as if it were alone
 
 
 @torch.inference_mode(False)  # a caller may be in it, and gradients are not
@@ -37,8 +37,8 @@ def swap_globally(model: GPT, dense: GPT, samples: Tensor, rounds: int, pattern:
     samples [n, seqlen]: calibration ids, ROUND tokens a round by turns, which processes share. Both models are whole in
     memory, on one device; tokens are drawn by PyTorch's global random numbers. pattern: (n, m) of the masks, which
     stays; None: each row keeps as many as it has. Raises InputError for a streamed model."""
-    if model.streams:
-        raise InputError("global swaps change a model in memory: load it without stream=True")
+    if model.streams or dense.streams:
+        raise InputError("global swaps need both models in memory: load them without stream=True")
     rank, world = processes()
     layers, originals = all_prunable(model), all_prunable(dense)
     seqlen = samples.shape[1]
@@ -106,8 +106,8 @@ def mean_loss(total, text):
 
 
 def output_gradients(model, layers, text, expected, loss):
-    """The mean of loss(logits, expected) over the tokens of a text, a list of ids [B, T], and {layer's name: its
-    gradient (dL/dW [out, in], f [out], q [in])}, as above (f and q are for curvature_of)."""
+    """The mean of loss(logits, expected) over the tokens of a text, a list of ids [B, T], and {layer's name:
+    (dL/dW [out, in], f [out], q [in])}, as above (f and q are for curvature_of)."""
     found, total = {}, torch.zeros((), device=text[0].device)
 
     def seen(name, x, g):
@@ -144,5 +144,5 @@ def swap_one(W, dense, gradient, f, q, damping, pattern):
     j, i = (x[row, group[row]] + group[row] * m for x in (j, i))
     at = torch.cat([row, row]), torch.cat([j, i])
     values = W[at]
-    W[at] = torch.cat([torch.zeros_like(dense[row, j]), dense[row, i]])
+    W[row, j], W[row, i] = 0, dense[row, i]
     return at, values

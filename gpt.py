@@ -137,7 +137,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, c, layer=0):
         super().__init__()
-        self.self_attn = Attention(c, c.windows[layer] if c.windows else None)
+        self.self_attn = Attention(c, c.reaches[layer] if c.reaches else None)
         self.mlp = MLP(c)
         self.input_layernorm = norm(c)
         self.post_attention_layernorm = norm(c)
@@ -292,8 +292,9 @@ class GPT(nn.Module, Pretrained):
             if new == 1 and ids.is_cuda and not self.streams:
                 step = graphed(step, ids, positions)
             logits = step(ids, positions)  # [B, vocab]
-            if new == 0 and logits.isnan().any():
-                raise InputError("the model's output is NaN: its weights are ruined, or too large for its dtype")
+            if new == 0 and not logits.isfinite().all():
+                raise InputError("the model's output is NaN or infinite: its weights are ruined, or too large for its "
+                                 "dtype")
             if top_k is not None:
                 logits[logits < logits.topk(min(top_k, logits.shape[-1]))[0][:, -1:]] = -math.inf
             if temperature == 0:

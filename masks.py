@@ -6,8 +6,11 @@ A score says for each weight how much it matters, and a mask keeps the highest o
     Wanda       |W| sqrt(q), where sqrt(q) is the norm of the weight's input but for a factor that all share
                 (Sun et al. 2023, arXiv 2306.11695)
 
-SparseGPT (Frantar & Alistarh 2023, arXiv 2301.00774) goes through the columns of a weight, and corrects what remains
-for each weight that it prunes.
+SparseGPT (Frantar & Alistarh 2023, arXiv 2301.00774) goes through the columns k of a weight from the left, prunes where
+w_k^2 / U_kk^2 is low, and corrects what is to the right of it. With H the Gram matrix of the inputs and H^-1 = U^T U (U
+upper triangular), every row does for each k that it prunes
+
+    w_l <- w_l - w_k / U_kk U_kl    for all l >= k
 
 Shapes: a weight W, its scores and masks are [out, in]; True in a mask = keep.
 """

@@ -166,7 +166,7 @@ def prune(model, samples, out, made, prune_layer, *, batch=8, propagate=False, s
                                        sparsity=shares, propagate=propagate, **options)
                 if rank == 0:
                     writer.note(run=made, seconds=seconds + time.perf_counter() - begin, layers=records)
-                    writer.save(file, block, prefix, source.stored)
+                    writer.save(file, block, prefix, source)
             del block  # before the next one is read
         if versions(source.paths) != files:
             raise DeadEnd(f"{source.folder} was changed while it was being pruned: give the command again")
@@ -178,8 +178,8 @@ def prune(model, samples, out, made, prune_layer, *, batch=8, propagate=False, s
 
 
 def prune_globally(model, samples, out, made, prune_layer, *, global_swaps, pattern=None, **options):
-    """`prune` into the folder of blocks_of, which goes when `out` is there, then so many rounds of `swap_globally`, for
-    which the dense and the pruned model are held whole in memory. The arguments are those of `prune`."""
+    """`prune` into the folder of blocks_of, which is removed once `out` is there, then so many rounds of
+    `swap_globally`, for which the dense and the pruned model are held whole in memory. Arguments as in `prune`."""
     (start, local), first, source = blocks_of(out, made), processes()[0] == 0, model.source
     if done := finished(out, made):
         if first and (finished(start, local) or not start.exists()):  # a run was killed before or while it was removed
@@ -194,9 +194,8 @@ def prune_globally(model, samples, out, made, prune_layer, *, global_swaps, patt
         if first:
             seconds = before["seconds"] + time.perf_counter() - begin
             writer.note(run=made, seconds=seconds, losses=losses, layers=records)
-            tensors = {name: W.to(source.stored(name)) for name, W in pruned.tensors().items()}
-            writer.write("model.safetensors", tensors | source.rest())
-    dense = pruned = tensors = None  # mapped files would keep Windows from removing them
+            writer.write("model.safetensors", source.as_stored(pruned.tensors()) | source.rest())
+    dense = pruned = None  # mapped files would keep Windows from removing them
     if first:
         remove(start)
     wait()

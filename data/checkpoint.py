@@ -211,6 +211,11 @@ class Checkpoint:
             raise InputError(f"{path}: {theirs} holds NaN or infinite values")
         return value
 
+    def as_stored(self, tensors):
+        """Tensors {our name: tensor} of a model that was read from here, in the dtypes on disk. Norms and biases, which
+        no pruning changes, are as they are there, even where the model holds them in a shorter dtype."""
+        return {name: W.to(self.stored(name)) if W.dim() > 1 else self.tensor(name) for name, W in tensors.items()}
+
     def rest(self):
         """{our name: tensor} of everything outside the blocks."""
         return {name: self.tensor(name) for name in self.files if not name.startswith("model.layers.")}

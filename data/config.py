@@ -1,7 +1,7 @@
 """What a config.json says of a model, whatever its family: the fields of `Config`.
 
-FAMILIES puts a file into the words of LLaMA's; `described` makes the fields of it, where an older file leaves something
-out by the Hub's default; `check` refuses what gpt.py does not compute, above all what would run and be wrong.
+FAMILIES puts a file into the words of LLaMA's; `described` makes the fields of it, with the Hub's default for what an
+older file leaves out; `check` refuses what gpt.py does not compute, above all what would run and be wrong.
 """
 
 import json
@@ -41,7 +41,7 @@ class Config:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False  # RMSNorm of every query and key head
-    windows: tuple = ()  # for every layer, to how many tokens attention reaches, itself included; None: to all
+    reaches: tuple = ()  # for every layer, to how many tokens attention reaches, itself included; None: to all
     activation: str = "silu"
     gated: bool = True  # down(act(gate(x)) * up(x)), else down(act(up(x)))
     layer_norm: bool = False  # LayerNorm with a bias instead of RMSNorm
@@ -157,7 +157,7 @@ def described(raw):
         rope_theta=rope.get("rope_theta") or said.get("rope_theta") or 10000.0, rope_scaling=rope,
         tie_word_embeddings=said.get("tie_word_embeddings", False),
         qkv_bias=ours.get("qkv_bias", bias), o_bias=bias, mlp_bias=said.get("mlp_bias", False),
-        windows=tuple(reach if kind == "sliding_attention" else None for kind in kinds),
+        reaches=tuple(reach if kind == "sliding_attention" else None for kind in kinds),
         activation=said["hidden_act"], slorb_k=raw.get("slorb_k", 0))
 
 
@@ -180,9 +180,9 @@ def check(config):
     if config.num_attention_heads % config.num_key_value_heads:
         raise InputError(f"config.json: {config.num_attention_heads} attention heads can't share "
                          f"{config.num_key_value_heads} key/value heads evenly")
-    if config.windows and len(config.windows) != config.num_hidden_layers:
-        raise InputError(f"config.json: layer_types names {len(config.windows)} of {config.num_hidden_layers} layers")
-    for reach in set(config.windows) - {None}:
+    if config.reaches and len(config.reaches) != config.num_hidden_layers:
+        raise InputError(f"config.json: layer_types names {len(config.reaches)} of {config.num_hidden_layers} layers")
+    for reach in set(config.reaches) - {None}:
         check_whole("sliding_window", reach, 8)
     if config.activation not in ACTIVATIONS:
         raise InputError(f"config.json: activation {config.activation!r} is not supported ({', '.join(ACTIVATIONS)} "

@@ -20,7 +20,7 @@ from data.writer import CheckpointWriter
 class Pretrained:
     """What gpt.py's GPT does with checkpoints. A model that comes from one knows `source`, the folder opened for
     reading, and `place`, the device and dtype of what is read; `streams`: its blocks stay on disk; `sparse`: its 2:4
-    layers are compressed."""
+    layers are compressed as they are read."""
 
     source, place, streams, sparse = None, {}, False, False
 

@@ -110,6 +110,8 @@ class CheckpointWriter:
         self.partial = self.folder.with_name((self.folder.name or "root") + ".partial")
         self.marker, self.tokenizer_from = self.partial / "run.json", tokenizer_from
         self.before = self.folder.with_name(f".{self.folder.name}.before")  # a name that nobody else picks
+        if tokenizer_from and not Path(tokenizer_from).is_dir():
+            raise InputError(f"{tokenizer_from}, whose tokenizer belongs to {folder}, is no folder")
         try:
             if self.before.is_dir() and not self.folder.exists():  # a run was killed between the renames of `finish`
                 with suppress(FileNotFoundError):  # another process has just done it
@@ -203,10 +205,9 @@ class CheckpointWriter:
         held, names = read_tensors(self.partial / file), {k: f"{prefix}.{k}" for k in module.state_dict()}
         module.load_state_dict({k: self.layout.ours(name, held[self.layout.name(name)]) for k, name in names.items()})
 
-    def save(self, file, module, prefix, stored):
-        """Write what `load` reads: the tensors of a module below `prefix`, each in the dtype stored(our name)."""
-        tensors = {f"{prefix}.{k}": v for k, v in module.state_dict().items()}
-        self.write(file, {name: v.to(stored(name)) for name, v in tensors.items()})
+    def save(self, file, module, prefix, source):
+        """Write what `load` reads: the tensors of a pruned module below `prefix`, as in the Checkpoint `source`."""
+        self.write(file, source.as_stored({f"{prefix}.{k}": v for k, v in module.state_dict().items()}))
 
     def write(self, file, tensors):
         """Write {our name: tensor} as one safetensors file under the family's names, whole or not at all."""

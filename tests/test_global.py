@@ -218,9 +218,11 @@ def test_the_model_is_left_as_it_was(pair):
     assert found[0][1] < found[0][0]
     pruned(ids).sum().backward()
     assert pruned.block(0).mlp.up_proj.weight.grad is not None
-    pruned.streams = True
-    with pytest.raises(InputError, match="load it without stream=True"):
-        swap_globally(pruned, dense, ids, 1)
+    streamed = copy.deepcopy(pruned)
+    streamed.streams = True
+    for models in (streamed, dense), (pruned, streamed):
+        with pytest.raises(InputError, match="load them without stream=True"):
+            swap_globally(*models, ids, 1)
 
 
 def test_memory_is_asked_for_first(monkeypatch, capsys, model, tmp_path):

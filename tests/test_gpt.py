@@ -237,9 +237,10 @@ def test_what_cannot_be_sampled_gets_a_sentence(tmp_path):
     model = GPT.from_pretrained(tmp_path)
     with pytest.raises(InputError, match="the keys and values of 1000000000000000001 tokens take .* GB"):
         model.generate(torch.tensor([[1]]), 10**18)
-    model.lm_head.weight.data[:] = math.inf
-    with pytest.raises(InputError, match="the model's output is NaN"):
-        model.generate(torch.tensor([[1]]), 2)
+    for ruined in math.nan, 3e38:  # the second makes numbers that are too large for float32
+        model.lm_head.weight.data[:] = ruined
+        with pytest.raises(InputError, match="the model's output is NaN or infinite"):
+            model.generate(torch.tensor([[1]]), 2, temperature=0)
 
 
 @pytest.mark.parametrize("vocabulary, words", [(300, "tokens are too many"), (96, "none of the model's 96")])
@@ -352,9 +353,9 @@ def test_what_a_config_leaves_out_is_the_default_of_the_hub(family, said):
     assert config.num_key_value_heads == getattr(theirs, "num_key_value_heads", theirs.num_attention_heads)
     assert config.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
     assert config.mlp_bias == getattr(theirs, "enable_bias", family == "gpt2")
-    kinds = getattr(theirs, "layer_types", None) or len(config.windows) * [
+    kinds = getattr(theirs, "layer_types", None) or len(config.reaches) * [
         "sliding_attention" if family == "mistral" else "full_attention"]
-    assert config.windows == tuple(theirs.sliding_window if kind == "sliding_attention" else None for kind in kinds)
+    assert config.reaches == tuple(theirs.sliding_window if kind == "sliding_attention" else None for kind in kinds)
 
 
 def test_lengths_that_a_model_is_made_for():

@@ -21,6 +21,22 @@ from test_gpt import ALL, ids_for, theirs
 from test_prune import command, tensors
 
 
+@pytest.mark.parametrize("make, how", [(walk.prune, {}), (walk.prune_globally, {"global_swaps": 1})])
+def test_what_is_not_pruned_stays_as_it_is_on_disk(model, tmp_path, make, how):
+    """Would catch norms and biases that are rounded to the dtype in which a model runs."""
+    fine = GPT.from_pretrained(model / "m")
+    for W in fine.parameters():
+        if W.dim() == 1:
+            W.data.normal_()
+    fine.save_pretrained(tmp_path / "fine", tokenizer_from=model / "m")
+    coarse = GPT.from_pretrained(tmp_path / "fine", dtype=torch.bfloat16, stream=True)
+    make(coarse, torch.randint(0, 64, (4, 32)), tmp_path / "out", {}, dsnot.prune_layer, score="wanda", refine="none",
+         sparsity=0.5, **how)
+    before, after = tensors(tmp_path / "fine"), tensors(tmp_path / "out")
+    for name, W in before.items():
+        assert after[name].dtype == W.dtype and ("proj" in name) != torch.equal(after[name], W), name
+
+
 @pytest.mark.parametrize("after,method", [(1, ["--score", "sparsegpt"]), (8, ["--score", "sparsegpt"]),
                                           (13, ["--refine", "swap"])])
 def test_interrupted_run_goes_on(monkeypatch, capsys, model, tmp_path, after, method):

@@ -250,6 +250,17 @@ def test_all_files_of_a_tokenizer_come_along(tmp_path):
     assert names < {path.name for path in (tmp_path / "b").iterdir()}
 
 
+def test_a_tokenizer_that_is_gone_is_asked_for_first(tmp_path):
+    """Would catch a model that is saved without one, as if it had none."""
+    make_checkpoint(tmp_path / "a")
+    model = GPT.from_pretrained(tmp_path / "a")
+    (tmp_path / "a").rename(tmp_path / "b")
+    with pytest.raises(InputError, match="a, whose tokenizer belongs to .*c, is no folder"):
+        model.save_pretrained(tmp_path / "c")
+    model.save_pretrained(tmp_path / "c", tokenizer_from=tmp_path / "b")
+    assert (tmp_path / "c" / "tokenizer.model").is_file()
+
+
 def test_a_model_that_is_read_by_another_name_is_not_replaced(tmp_path, monkeypatch):
     """Would catch a folder that is replaced by what is made of it, where a link or a relative path leads to it."""
     make_checkpoint(tmp_path / "a")
