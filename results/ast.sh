@@ -2,7 +2,7 @@
 # Every number on AST, from scratch (what is measured already is skipped; where a run fails, the others go on):
 #     bash results/ast.sh
 #     bash results/ast.sh readme                            (the tables and pictures of README.md alone)
-#     JOBS=2 OMP_NUM_THREADS=1 bash results/ast.sh          (two runs at a time: three quarters of an hour on two cores)
+#     JOBS=2 OMP_NUM_THREADS=1 bash results/ast.sh          (two runs at a time: an hour on two cores with bf16, else two)
 # Then `python results/readme.py` puts them into README.md and results/README.md.
 set -euo pipefail
 only=${1:-}

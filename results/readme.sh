@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # README.md's tables and pictures of tiny, two runs at a time. What study.sh and ast.sh have measured is not measured
-# again. From scratch, which takes about an hour on two cores (what results/README.md alone shows of tiny is lost):
+# again. From scratch, in an hour and a quarter on two cores with bf16, else in two hours (what results/README.md alone
+# shows of tiny is lost):
 #     rm -rf results/tiny results/ast-[!f]*.json results/ast-fixed*.json out/ast-* out/models
 #     bash results/readme.sh
 set -euo pipefail
-[ $# = 0 ] || { sed -n '2,5s/^# //p' "$0" >&2; exit 2; }
+[ $# = 0 ] || { sed -n '2,6s/^# //p' "$0" >&2; exit 2; }
 cd "$(dirname "$0")/.."
 export JOBS=${JOBS:-2} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 bash results/study.sh tiny readme

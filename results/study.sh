@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The tables of pruned models. A run whose file is there is not made again: delete results/NAME to measure all anew.
-#     bash results/study.sh tiny                       (the model that ships; an hour on two cores by JOBS=2)
+#     bash results/study.sh tiny                       (the model that ships; two hours on two cores by JOBS=2)
 #     bash results/study.sh tiny readme                (the rows of README.md alone)
 #     bash results/study.sh settings                   (DSnoT's own settings, on the validation text of tiny)
 #     bash results/study.sh seeds                      (some rows of tiny by two other seeds)
