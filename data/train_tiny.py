@@ -11,7 +11,6 @@ The validation text is read while training, the test text never.
 
 import io
 import json
-import math
 import pickle
 import shutil
 import time
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ast_method import learning_rate
 from data.command import InputError, at_least, parser, record, run, start, write_atomically
 from data.device import fast_in_bf16
 from data.stdlib import package_source, stdlib_source, stdlib_text
@@ -53,12 +53,6 @@ def train_tokenizer(path, text, vocab_size):
         vocab_size=vocab_size, byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
         split_digits=True, allow_whitespace_only_pieces=True, max_sentence_length=20000, num_threads=1, minloglevel=2)
     write_atomically(path, lambda beside: beside.write_bytes(model.getvalue()))
-
-
-def learning_rate(step, steps, peak, warmup):
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 @torch.no_grad()
@@ -169,7 +163,7 @@ def train(args, model, streams, held_out, state_file):
     for step in range(first, args.steps):
         ids = draw(streams, share, args.seed, step, args.batch, args.seqlen).to(args.device)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.lr, warmup=100)
+            group["lr"] = learning_rate(step, args.steps, args.lr, warmup=100, end=0.0)
         with arithmetic():
             loss = F.cross_entropy(model(ids[:, :-1]).float().flatten(0, 1), ids[:, 1:].flatten())
         loss.backward()

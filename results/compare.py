@@ -166,11 +166,16 @@ def before(row, known):
     return known.get(key(row, start + bracket + said)) or plain
 
 
+def tasks_of(rows):
+    """The zero-shot tasks that rows have; "mean" only where it is of the same tasks in each."""
+    tested = [row["tasks"] for row in rows if row.get("tasks")]
+    return [task for task in dict.fromkeys(task for tasks in tested for task in tasks)
+            if task != "mean" or len({*map(frozenset, tested)}) == 1]
+
+
 def table(rows):
     """The rows as a markdown table. By refinement: the change of the perplexity, relative to the same mask before."""
-    tested = {frozenset(row["tasks"]) for row in rows if row.get("tasks")}  # a mean of others is no number beside it
-    tasks = [task for task in dict.fromkeys(task for row in rows for task in row.get("tasks") or {})
-             if task != "mean" or len(tested) == 1]
+    tasks = tasks_of(rows)
     timed = ["decode (tokens/s)", "weights (GB)"] if any("speed" in row for row in rows) else []
     head = ["model", "data (seqlen)", "method", "sparsity", "perplexity", "by refinement", "seconds", *tasks, *timed]
     lines = []
@@ -305,7 +310,7 @@ def perplexity_panel(axis, what):
 
 def accuracy_panel(axis, rows):
     """Accuracy of every task, a bar for each row, with standard errors."""
-    tasks = list(dict.fromkeys(task for r in rows for task in r["tasks"]))
+    tasks = tasks_of(rows)
     width = 0.8 / len(rows)
     for i, (r, colour) in enumerate(zip(rows, COLOURS * len(rows))):
         own = [(t, r["tasks"][task]) for t, task in enumerate(tasks) if task in r["tasks"]]

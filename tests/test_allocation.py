@@ -19,6 +19,7 @@ def test_allocation(monkeypatch, checkpoint, kind):
     damage, cheapest = allocate.damage, allocate.cheapest
     monkeypatch.setattr(allocate, "damage", lambda *args: found.append(damage(*args)) or found[0])
     monkeypatch.setattr(allocate, "cheapest", lambda *args: found.append(args) or cheapest(*args))
+    assert (allocate.REACH, allocate.OUTLIER) == (0.08, 5)  # as published
     monkeypatch.setattr(allocate, "OUTLIER", 2)  # a random model has none above 5 times the mean
     positions = torch.arange(32)
     with torch.inference_mode():

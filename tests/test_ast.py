@@ -1,6 +1,7 @@
 """AST against its formulas: mask, gradient, optimizer, schedules, loss, SLoRB."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -123,7 +124,7 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def test_the_loss_is_the_written_out_divergence():
+def test_the_loss_is_the_written_out_divergence(monkeypatch):
     student, teacher = (torch.randn(2, 7, 11, dtype=torch.float32) * 3 for _ in range(2))
     a, b = student.clone().requires_grad_(), student.clone().requires_grad_()
     p, q = (teacher / 2).softmax(-1), (b / 2).softmax(-1)
@@ -136,6 +137,10 @@ def test_the_loss_is_the_written_out_divergence():
     task = F.cross_entropy(student.flatten(0, 1), targets.flatten())
     assert (training_loss(student, teacher, targets, 0.7, 2.0) - (0.7 * loss + 0.3 * task)).abs() < 1e-5
     assert (training_loss(student, None, targets, 0.7, 2.0) - task).abs() < 1e-6
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # needs no C++ compiler
+    ast_method.compiled_mixed_loss.cache_clear()
+    assert (training_loss(student, teacher, targets, 0.7, 2.0, compiled=True) - (0.7 * loss + 0.3 * task)).abs() < 1e-5
+    ast_method.compiled_mixed_loss.cache_clear()
     with torch.inference_mode():
         assert (distillation_loss(student, teacher, 2.0) - loss).abs() < 1e-6
     assert torch.autograd.gradcheck(lambda x: distillation_loss(x, teacher.double(), 2.0), b.detach().double()

@@ -17,6 +17,7 @@ from data import load_tokenizer, windows
 from data.calibration import watch
 from data.stream import Mixture, evaluation_tokens
 from dsnot import keep_mask, wanda_score
+from eval import perplexity
 from gpt import GPT, all_prunable
 from test_ast_train import command, files, train  # noqa: F401
 from test_dsnot import stats_of
@@ -67,6 +68,7 @@ def plain_training(files, every):  # noqa: F811
 def test_training_is_the_plain_loop(files, tmp_path, train, monkeypatch, average, every):  # noqa: F811
     """Would catch an option that the loop does not hear, a mask that is chosen too early, late or never, a gradient
     that is not clipped or not forgotten, a mean of other steps, and masks that don't fit it."""
+    assert ast_loop.CLIP == 1  # as published
     monkeypatch.setattr(ast_loop, "CLIP", CLIP)
     found = train(tmp_path, "--steps", STEPS, "--save-every", STEPS, "--lr", LR, "--lr-end", END, "--warmup", WARMUP,
                   "--decay", DECAY, "--decay-steps", T0, "--mask-every", every, "--kl-weight", KL, "--temperature", T,
@@ -101,12 +103,25 @@ def test_masks_by_wanda(files, micro_batch):  # noqa: F811
 
 
 def test_the_best_model_by_validation_is_kept(tmp_path, train, monkeypatch):  # noqa: F811
-    """Would catch the last model, or the worst, in place of the best."""
-    found, saved, save = iter([5.0, 3.0, 4.0, 2.5]), [], ast_loop.save_model
+    """Would catch the last model in place of the best, also where it is better than the one before."""
+    found, saved, save = iter([5.0, 3.0, 4.0, 3.5]), [], ast_loop.save_model
     monkeypatch.setattr(ast_loop, "validation_perplexity", lambda *_: next(found))
     monkeypatch.setattr(ast_loop, "save_model", lambda *args: (saved.append(args[0]), save(*args)))
     train(tmp_path)
-    assert saved == 3 * [tmp_path / "ast"]
+    assert saved == 2 * [tmp_path / "ast"]
+
+
+def test_the_table_is_of_the_test_text_and_of_what_is_saved(files, tmp_path, train):  # noqa: F811
+    """Would catch text that was trained on, and a folder that holds another model or twice its bytes."""
+    GPT.from_pretrained(files / "model").bfloat16().save_pretrained(tmp_path / "half", tokenizer_from=files / "model")
+    options = "--model", tmp_path / "half", "--steps", 1, "--methods", "ast-slorb", "--slorb-k", 8
+    text, table = str(files / "text.txt"), train(tmp_path / "out", *options)["table"]
+    ids = evaluation_tokens(text, "test", [text], load_tokenizer(files / "model"), 32)
+    for name, folder in ("dense", "half"), ("AST + SLoRB", "out/ast-slorb"):
+        expected = perplexity(GPT.from_pretrained(tmp_path / folder), ids, 32)
+        assert table[name]["perplexity"] == pytest.approx(expected, rel=1e-5)
+    tensors = load_file(tmp_path / "out/ast-slorb/model.safetensors").values()
+    assert {W.dtype for W in tensors} == {torch.bfloat16}
 
 
 def test_where_the_first_weights_come_from(files, tmp_path, train):  # noqa: F811

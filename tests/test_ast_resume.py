@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -230,6 +232,40 @@ def test_methods_side_by_side_end_together(files, tmp_path):
     _, said = begun.communicate(timeout=60)
     assert begun.returncode == 130 and said.startswith("interrupted: the same command goes on"), said
     assert len(said.splitlines()) == 1, said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_methods_side_by_side_end_with_the_one_that_began_them(tmp_path):
+    """Would catch processes that train on after theirs was killed, where the next run of the command waits for them."""
+    (tmp_path / "begin.py").write_text(f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from data.processes import side_by_side
+def work(name):
+    print(os.getpid(), flush=True)
+    time.sleep(300)
+if __name__ == "__main__":
+    list(side_by_side(work, ["a", "b"], 1))
+""")
+    begun = subprocess.Popen([sys.executable, tmp_path / "begin.py"], stdout=subprocess.PIPE, text=True)
+    workers = [int(begun.stdout.readline()) for _ in "ab"]
+    begun.kill()
+    begun.wait()
+    end = time.monotonic() + 30
+    while left := [pid for pid in workers if running(pid)]:
+        if time.monotonic() > end:
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+            raise AssertionError("they go on")
+        time.sleep(0.1)
+
+
+def running(pid):
+    """Whether a process is there and no zombie, which nobody may collect in a container."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_state(tmp_path, train, monkeypatch):

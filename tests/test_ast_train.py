@@ -172,12 +172,19 @@ sys.path[:0] = [{root!r}]
 import ast_loop
 import ast_train
 import dsnot
-import sparse_matmul
+from ast_loop import backward, fully_shard
 from ast_method import decay_at
 def stop(step, *rest):
     if step == 12:
         raise SystemExit
     return decay_at(step, *rest)
+def half(student, teacher, ids, args):
+    assert len(ids) == args.batch // 2
+    return backward(student, teacher, ids, args)
+def spread(module, mesh, **how):
+    assert tuple(mesh.shape) == ((2, 1) if shard == "1" else (2,)), mesh
+    return fully_shard(module, mesh=mesh, **how)
+ast_loop.backward, ast_loop.fully_shard = half, spread
 runs = [({parts!r}, "0", False), ({copies!r}, "1", False), ({stopped!r}, "0", True), ({swapped!r}, "0", False)]
 for port, (out, shard, stops) in zip({ports}, runs):
     os.environ["MASTER_PORT"] = str(port)
@@ -193,8 +200,8 @@ for port, (out, shard, stops) in zip({ports}, runs):
 
 
 def test_two_processes_follow_one(files, tmp_path, train):
-    """Sharded (FSDP2) and data-parallel, from dense and from swapped weights; then one process goes on where two were
-    stopped."""
+    """Sharded (FSDP2) and data-parallel, each on half of a batch, from dense and from swapped weights; then one process
+    goes on where two were stopped."""
     options = ["--steps", "20", "--save-every", "10"]
     names = {name: str(tmp_path / name) for name in ("parts", "copies", "stopped", "swapped")}
     with ExitStack() as stack:
@@ -211,6 +218,9 @@ def test_two_processes_follow_one(files, tmp_path, train):
         two = json.loads((tmp_path / f"{name}.json").read_text())["results"]["runs"]["ast"]
         assert all(abs(a["loss"] - b["loss"]) < 1e-4 for a, b in zip(one["history"], two["history"], strict=True)), name
         assert all(abs(a / b - 1) < 1e-3 for (_, a), (_, b) in zip(one["validation"], two["validation"], strict=True))
+        for key in "flips", "flips_all":
+            flips = [row[key] for row in one["history"]]
+            assert [row[key] for row in two["history"]] == pytest.approx(flips, abs=1e-3) and max(flips) > 5e-3
         check_sparse(tmp_path / name / "ast", files / "model")
         assert not list((tmp_path / name).rglob("*.partial"))  # by the slower process
     alone = train(tmp_path / "alone", "--start-from", "swap", "--steps", 2, "--save-every", 2)["runs"]["ast"]

@@ -254,15 +254,6 @@ def test_a_few_damaged_inputs_and_interruptions():
     assert ended.returncode == 0 and "21 trials, 0 defects" in ended.stdout, ended.stdout + ended.stderr
 
 
-@pytest.mark.parametrize("goes_on", [False, True])
-def test_an_interruption_says_whether_the_command_goes_on(capsys, goes_on):
-    def main():
-        raise KeyboardInterrupt
-    with pytest.raises(SystemExit) as stopped:
-        run(main, goes_on)
-    assert stopped.value.code == 130 and ("goes on" in capsys.readouterr().err) == goes_on
-
-
 def test_letters_that_the_terminal_lacks_are_replaced():
     """Would catch a traceback in the middle of a text."""
     words = [sys.executable, "gpt.py", "--max-new-tokens", "1", "--prompt", "Zoë"]

@@ -250,6 +250,10 @@ def test_pictures_show_the_numbers():
     accuracy_panel(axis, rows)
     assert [bar.get_height() for bar in axis.patches] == pytest.approx([5, 7, 6, 9])
     axis = Figure().subplots()
+    others = {"tasks": {task: dict(acc=0.4) for task in ("rte", "piqa", "mean")}}
+    accuracy_panel(axis, [rows[0], rows[1] | others])
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["rte", "piqa"]
+    axis = Figure().subplots()
     layer_panel(axis, (rows[1], rows))
     assert axis.images[0].get_array().flatten().tolist() == pytest.approx([50, 60, 70, 51, 61, 71])
     assert [text.get_text() for text in axis.get_yticklabels()] == ["up_proj", "down_proj"]

@@ -112,6 +112,19 @@ def test_command(checkpoint, tmp_path):
     assert row["data"] == "text.txt" and row["seqlen"] == 64 and row["amount"] == "0%"
 
 
+def test_the_command_measures_all_windows_of_a_split(model, tmp_path):
+    """Would catch another text than the one that is named, and a part of it."""
+    text = model / "text.txt"
+    done = run_eval("--model", model / "m", "--data", text, "--split", "test", "--seqlen", 32, "--json",
+                    tmp_path / "r.json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "r.json").read_text())["results"]
+    ids = load_tokenizer(model / "m").encode(load_text(str(text), "test"))
+    expected = perplexity(GPT.from_pretrained(model / "m"), ids, 32)
+    assert found["rows"][0]["perplexity"] == pytest.approx(expected, rel=1e-5)
+    assert found["tokens"] == len(ids) // 32 * 32 < len(ids)
+
+
 def test_speed_of_a_model_with_few_positions(tmp_path):
     make_checkpoint(tmp_path / "m", model_type="gpt2", n_embd=32, n_layer=2, n_head=4, n_positions=20)
     done = run_eval("--model", tmp_path / "m", "--speed", "--json", tmp_path / "r.json")
@@ -133,7 +146,7 @@ def test_speed_of_a_model_with_few_positions(tmp_path):
     (["--compare", "x.json", "--speed"], "leave out --model"), (["--compare", "x.json", "--seqlen", "9"], "leave out"),
     (["--speed", "--split", "validation"], "--split validation is for perplexity"),
     (["--tasks", "--seqlen", "9"], "--seqlen 9 is for perplexity"), (["--batch", "0"], "batch 0"),
-    (["--tasks", "--limit", "-1"], "limit -1"),
+    (["--tasks", "--limit", "-1"], "limit -1"), (["--sparse"], "no linear layer of the blocks is 2:4"),
 ])
 def test_bad_input_is_one_sentence(arguments, said, monkeypatch, capsys, tmp_path):
     """On stderr, with exit code 2 and nothing written."""

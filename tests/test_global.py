@@ -273,9 +273,21 @@ def test_rounds_read_texts_by_turns_and_curvature_the_models_own_tokens(pair, mo
         logits = pruned(ids[:4])
     drawn = torch.distributions.Categorical(logits=logits).sample()
     torch.manual_seed(5)
-    swap_globally(pruned, dense, ids, 4, (2, 4))
+    swap_globally(copy.deepcopy(pruned), dense, ids, 4, (2, 4))
     assert [torch.cat(text).tolist() for text, _ in read] == [ids[a:a + 4].tolist() for a in (0, 0, 4, 8, 0)]
     assert torch.equal(torch.cat(read[0][1]), drawn) and not torch.equal(drawn, logits.argmax(-1))
+    read.clear()
+    monkeypatch.setattr(global_swaps, "processes", lambda: (1, 2))
+    swap_globally(pruned, dense, ids, 3, (2, 4))
+    assert [torch.cat(text).tolist() for text, _ in read[1:]] == [ids[1::2][a:a + 2].tolist() for a in (0, 2, 4)]
+
+
+def test_damping_falls_while_all_swaps_help(pair, monkeypatch):
+    """Would catch rounds that go on as carefully as the first."""
+    tried, swap = [], global_swaps.swap_one
+    monkeypatch.setattr(global_swaps, "swap_one", lambda *args: tried.append(args[5]) or swap(*args))
+    swap_globally(*pair, 3, (2, 4))
+    assert list(dict.fromkeys(tried)) == pytest.approx([16, 16 / 1.5, 16 / 1.5 ** 2])
 
 
 def test_a_weight_that_was_zero_does_not_come_back():

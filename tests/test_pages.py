@@ -3,7 +3,7 @@
 import re
 
 from conftest import ROOT
-from results.readme import PAGES, pages, tables
+from results.readme import PAGES, draw_ast, pages, tables
 
 
 def test_pages_show_the_results():
@@ -12,6 +12,11 @@ def test_pages_show_the_results():
     for page, text in shown.items():
         assert page.read_text() == text, f"run results/readme.py: {page} has changed"
     assert sum(text.count("<!-- end -->") for text in shown.values()) == len(tables())
+
+
+def test_the_picture_of_training_can_be_drawn(tmp_path):
+    draw_ast(tmp_path / "ast.png")
+    assert (tmp_path / "ast.png").stat().st_size > 10_000
 
 
 def test_links_lead_somewhere():

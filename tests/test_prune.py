@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 
 import dsnot
 from conftest import ROOT, make_checkpoint
+from data import load_text, load_tokenizer
 from data.command import run
 from data.method import shared_by
 from data.writer import alone_in
+from eval import perplexity
 from gpt import GPT, Config, layer_inputs, prunable
 from test_gpt import theirs
 
@@ -60,6 +62,15 @@ def test_command(monkeypatch, capsys, model, tmp_path, options):
     ids = torch.randint(0, 64, (1, 20))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)(ids).logits
     torch.testing.assert_close(GPT.from_pretrained(tmp_path / "out")(ids), theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_each_row_is_the_perplexity_of_its_model(monkeypatch, model, tmp_path):
+    """Would catch the dense model measured in another's place, and text that calibration has read."""
+    command(monkeypatch, model, tmp_path / "out", "--sparsity", "0.6", "--compare", "--json", str(tmp_path / "r.json"))
+    ids = load_tokenizer(model / "m").encode(load_text(str(model / "text.txt"), "held-out"))
+    rows = json.loads((tmp_path / "r.json").read_text())["results"]["rows"]
+    for folder, row in zip((model / "m", tmp_path / "out.unrefined", tmp_path / "out"), rows, strict=True):
+        assert row["perplexity"] == pytest.approx(perplexity(GPT.from_pretrained(folder), ids, 32), rel=1e-5)
 
 
 BAD = {

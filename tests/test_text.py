@@ -9,6 +9,7 @@ import pytest
 
 from data import calibration_windows, load_text, stdlib
 from data.command import InputError
+from data.stream import evaluation_tokens
 from data.text import documents, evaluation_ids, told
 from test_eval import run_eval
 
@@ -36,12 +37,13 @@ def test_sources_of_the_hub(monkeypatch):
     assert evaluation_ids("c4", "test", Words, 4) == rows[:1024]
     assert evaluation_ids("c4", "test", Words, 8) == rows[:1100]
     assert evaluation_ids("c4", "validation", Words, 4) == rows[1100:]  # no text of the test
+    assert evaluation_tokens("c4", "test", ["a.txt"], Words, 4) == rows[:1024]  # ast_train.py measures the same
     ptb = [("parquet", dict(split="train", data_files=(
         "ptb-text-only/ptb_text_only", f"penn_treebank/{split}/0000.parquet", "dataset", "refs/convert/parquet")))
            for split in ("test", "validation", "test")]
     c4 = "allenai/c4", "en/c4-validation.00000-of-00008.json.gz", "dataset", None
     assert asked == [("Salesforce/wikitext", "wikitext-2-raw-v1", dict(split="test")), *ptb,
-                     *[("json", dict(split="train", data_files=c4))] * 3]
+                     *[("json", dict(split="train", data_files=c4))] * 4]
 
 
 def test_what_was_fetched_is_found_without_a_network(monkeypatch, tmp_path):
