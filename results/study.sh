@@ -88,7 +88,9 @@ pictured() {  # in README.md's picture of tiny
 shown() {  # in its tables and its map of layers, too
     sign=$([ $option = --pattern ] && echo --sign-check || echo --no-sign-check)  # as the published code has it
     run wanda-published --refine dsnot --refine-layers attn --cycles 50 $sign --no-compare
-    run wanda-swap-refit-global --refine swap --refit --global-swaps 16 --no-compare
+    for score in wanda sparsegpt; do
+        run $score-swap-refit-global --score $score --refine swap --refit --global-swaps 16 --no-compare
+    done
     [ $option = --sparsity ] || return 0
     run wanda-swap-refit-owl --refine swap --refit --allocate owl --no-compare
 }
@@ -99,6 +101,8 @@ others() {  # in results/README.md
     run wanda-swap-no-propagate --refine swap --no-propagate --no-compare
     run sparsegpt-refit --score sparsegpt --refine none --refit --no-compare
     [ $option = --sparsity ] || return 0
+    run sparsegpt-swap-refit-sensitivity-global --score sparsegpt --refine swap --refit --allocate sensitivity \
+        --global-swaps 16 --no-compare
     run wanda-swap-sensitivity --refine swap --allocate sensitivity --no-compare
     run wanda-swap-sensitivity-global --refine swap --allocate sensitivity --global-swaps 16 --no-compare
 }
