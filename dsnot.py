@@ -23,9 +23,9 @@ have ours): every linear layer is refined unless you ask for `--refine-layers at
 row of 4096 inputs makes 50 swaps, one of 11008 inputs 134, one of 256 three (theirs make 50 whatever the width); the
 sign check is an option, on by default (theirs is on with a pattern, off without one, whatever its flag says); a row
 without candidates stops instead of running off its lists, so layers of any size work; fifty swaps need only the fifty
-best candidates of each kind, so a row is sorted only where candidates tie; with SparseGPT as the start the
-kept weights are corrected anew, for the refined mask; on its n:m masks, too, weights are pruned by the lowest Wanda
-score (theirs: w^2 over the diagonal of the inverse Hessian).
+best candidates of each kind, so a row is sorted only where candidates tie; with SparseGPT as the start the kept weights
+are corrected anew, for the refined mask; on its n:m masks, too, weights are pruned by the lowest Wanda score (theirs:
+w^2 over the diagonal of the inverse Hessian).
 The threshold is in units of s, so its meaning depends on the sequence length, as in the paper.
 
     python dsnot.py                                             (the model that ships, 70 %)
