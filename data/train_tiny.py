@@ -42,6 +42,7 @@ DOCUMENTATION, MOST_READ = 0.3, 10  # its share of the windows, and how often it
 OURS = ("tokenizer.model", "tokenizer_config.json", "source.bin", "source.bin.partial", "packages.bin",
         "packages.bin.partial", "state.pt")  # what there is of a model while it is trained
 MOST_SOURCE = 200_000_000  # characters of packages that are read: a longer training than ours needs no more
+schedule = partial(learning_rate, warmup=100, end=0.0)
 
 
 def train_tokenizer(path, text, vocab_size):
@@ -163,7 +164,7 @@ def train(args, model, streams, held_out, state_file):
     for step in range(first, args.steps):
         ids = draw(streams, share, args.seed, step, args.batch, args.seqlen).to(args.device)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.lr, warmup=100, end=0.0)
+            group["lr"] = schedule(step, args.steps, args.lr)
         with arithmetic():
             loss = F.cross_entropy(model(ids[:, :-1]).float().flatten(0, 1), ids[:, 1:].flatten())
         loss.backward()

@@ -110,7 +110,7 @@ class CheckpointWriter:
         self.partial = self.folder.with_name((self.folder.name or "root") + ".partial")
         self.marker, self.tokenizer_from = self.partial / "run.json", tokenizer_from
         self.before = self.folder.with_name(f".{self.folder.name}.before")  # a name that nobody else picks
-        if tokenizer_from and not Path(tokenizer_from).is_dir():
+        if tokenizer_from and not os.path.isdir(tokenizer_from):
             raise InputError(f"{tokenizer_from}, whose tokenizer belongs to {folder}, is no folder")
         try:
             if self.before.is_dir() and not self.folder.exists():  # a run was killed between the renames of `finish`

@@ -102,13 +102,14 @@ def test_masks_by_wanda(files, micro_batch):  # noqa: F811
         assert torch.equal(layer.mask, keep_mask(wanda_score(layer.weight, expected[name]), pattern=(2, 4)))
 
 
-def test_the_best_model_by_validation_is_kept(tmp_path, train, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize("last, times", [(2.5, 3), (3.5, 2)])
+def test_the_best_model_by_validation_is_kept(tmp_path, train, monkeypatch, last, times):  # noqa: F811
     """Would catch the last model in place of the best, also where it is better than the one before."""
-    found, saved, save = iter([5.0, 3.0, 4.0, 3.5]), [], ast_loop.save_model
+    found, saved, save = iter([5.0, 3.0, 4.0, last]), [], ast_loop.save_model
     monkeypatch.setattr(ast_loop, "validation_perplexity", lambda *_: next(found))
     monkeypatch.setattr(ast_loop, "save_model", lambda *args: (saved.append(args[0]), save(*args)))
     train(tmp_path)
-    assert saved == 2 * [tmp_path / "ast"]
+    assert saved == times * [tmp_path / "ast"]
 
 
 def test_the_table_is_of_the_test_text_and_of_what_is_saved(files, tmp_path, train):  # noqa: F811

@@ -237,10 +237,10 @@ def test_what_cannot_be_sampled_gets_a_sentence(tmp_path):
     model = GPT.from_pretrained(tmp_path)
     with pytest.raises(InputError, match="the keys and values of 1000000000000000001 tokens take .* GB"):
         model.generate(torch.tensor([[1]]), 10**18)
-    for ruined in math.nan, 3e38:  # the second makes numbers that are too large for float32
+    for ruined, temperature in (math.inf, 1), (3e38, 1), (3e38, 0):  # of 3e38 come numbers too large for float32
         model.lm_head.weight.data[:] = ruined
         with pytest.raises(InputError, match="the model's output is NaN or infinite"):
-            model.generate(torch.tensor([[1]]), 2, temperature=0)
+            model.generate(torch.tensor([[1]]), 2, temperature)
 
 
 @pytest.mark.parametrize("vocabulary, words", [(300, "tokens are too many"), (96, "none of the model's 96")])

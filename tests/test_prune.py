@@ -48,6 +48,8 @@ def test_command(monkeypatch, capsys, model, tmp_path, options):
     printed = capsys.readouterr().out
     assert all(f"{row['perplexity']:.2f}" in printed and math.isfinite(row["perplexity"]) for row in result["rows"])
     assert len(result["rows"]) == 2 + ("--compare" in options)
+    made = json.loads((tmp_path / "out" / "pruning.json").read_text())["run"]
+    assert (made["sparsity"] is None) == ("--pattern" in options)
     before, after = tensors(model / "m"), tensors(tmp_path / "out")
     assert before.keys() == after.keys()
     for name, W in after.items():

@@ -123,6 +123,12 @@ def test_a_loss_that_is_not_finite_ends_the_training(tmp_path, train, monkeypatc
     assert not (tmp_path / "out").exists()
 
 
+def test_the_schedule():
+    """Would catch a warm-up that begins with nothing, and a rate that does not fall to 0."""
+    found = [train_tiny.schedule(step, 1100, 2.0) for step in (0, 99, 100, 350, 600, 1100)]
+    assert found == pytest.approx([0.02, 2, 2, 1 + 0.5 ** 0.5, 1, 0])
+
+
 def test_windows_are_drawn_by_share_and_by_step():
     """Would catch source code in the place of documentation, a text's end that is never read, and a seed that nothing
     hears."""

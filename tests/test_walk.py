@@ -150,7 +150,8 @@ def test_layers_aim_at_the_dense_model(monkeypatch, family, changes, refit, tmp_
     with the wrong sign: all aim a part of the way; with refit, a layer that adds to it also at half of what it lacks.
     """
     pytest.importorskip("transformers")
-    monkeypatch.setattr(walk, "AIM", {"mask": (0.25, 0.0), "weights": (0.25, 0.5)})
+    assert walk.AIM == {"mask": (0.5, 0.0), "weights": (0.5, 0.5)}
+    monkeypatch.setattr(walk, "AIM", {"mask": (0.25, 0.0), "weights": (0.25, 0.5)})  # by half, both targets look alike
     theirs(family, changes).save_pretrained(tmp_path)
     model, goals = GPT.from_pretrained(tmp_path), []
     block, ids = model.model.layers[1], ids_for(batch=4)
