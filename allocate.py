@@ -7,7 +7,7 @@ output loses when a layer alone is pruned.
 import torch
 import torch.nn.functional as F
 
-from data.calibration import divergence, input_stats, move, probe_tokens, readers, steps
+from data.calibration import divergence, input_stats, move, readers, steps
 from data.method import ALLOCATIONS
 from data.processes import add_up, progress_bar
 from gpt import all_prunable, prunable
@@ -15,6 +15,11 @@ from masks import keep_mask, wanda_score
 
 MOST = 0.99  # the largest share of a layer that an allocation prunes
 REACH, OUTLIER = 0.08, 5  # OWL's lambda and M, as published
+
+
+def probe_tokens(seqlen):
+    """The most tokens that "sensitivity" looks at: more of them find no better shares."""
+    return max(512, seqlen)
 
 
 @torch.no_grad()
@@ -25,10 +30,10 @@ def allocation(model, where, hidden, sparsity, kind, whole=False):
                    sparsity - REACH; then all are moved to the right mean. An outlier is a Wanda score above OUTLIER
                    times the block's mean (Yin et al. 2024, arXiv 2310.05175)
     "sensitivity"  each layer alone is pruned by Wanda; its damage is the KL divergence of the model's output on up to
-                   2048 tokens of each process's first batch (one window, if that is longer). For other shares it is
+                   512 tokens of each process's first batch (one window, if that is longer). For other shares it is
                    scaled by the layer's squared error as if its inputs were uncorrelated: the sum of the squared Wanda
-                   scores that are pruned. Of the shares from 0.1 below `sparsity` to 0.09 above those with the least
-                   total damage are taken.
+                   scores that are pruned. Of the shares within 0.15 of `sparsity` those with the least total damage
+                   are taken.
     whole: every row of a layer loses the same whole number of weights, see whole_weights."""
     layers = all_prunable(model)
     if kind == "uniform":
@@ -36,7 +41,7 @@ def allocation(model, where, hidden, sparsity, kind, whole=False):
     assert kind in ALLOCATIONS and sparsity is not None, (kind, sparsity)
     sizes = torch.tensor([layer.weight.numel() for layer in layers.values()], dtype=torch.double)
     hidden, trials, measured = list(hidden), [], []
-    grid = sparsity + torch.arange(-10, 10, dtype=torch.double) / 100
+    grid = sparsity + torch.arange(-15, 16, dtype=torch.double) / 100
     grid = grid[(grid > -1e-9) & (grid < MOST + 0.005)].clamp(min=0)
     seqlen = hidden[0].shape[1]
     probe = hidden[0][:probe_tokens(seqlen) // seqlen]
@@ -113,7 +118,7 @@ def cheapest(cost, grid, sizes, sparsity):
     """For every layer the share of `grid` [shares] that makes the sum of cost [layers, shares] least, where they prune
     about `sparsity` of all weights: at a price per weight (a Lagrange multiplier) that is found by bisection."""
     low, high = 0.0, cost.max().item() * 1e3
-    for _ in range(100):
+    for _ in range(200):  # costs may differ by more than 1e30, of layers that so far have lost nothing
         price = (low + high) / 2
         shares = grid[(cost - price * sizes[:, None] / sizes.mean() * grid).argmin(1)]
         low, high = (low, price) if (shares * sizes).sum() > sparsity * sizes.sum() else (price, high)

@@ -20,13 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from data.calibration import add_product, divergence, probe_tokens, watch_gradients
+from data.calibration import add_product, divergence, watch_gradients
 from data.command import InputError
 from data.processes import add_up, processes, progress_bar
 from gpt import GPT, all_prunable
 
 ROUND = 8192  # tokens of a round: with fewer, gradients are noisier
 DAMPING = 16.0  # of the first round: above 1, as all rows change at once and each promises as if it were alone
+
+
+def tokens_at_a_time(seqlen):
+    """The most tokens that go through the models at a time."""
+    return max(2048, seqlen)
 
 
 @torch.inference_mode(False)  # a caller may be in it, and gradients are not
@@ -43,7 +48,7 @@ def swap_globally(model: GPT, dense: GPT, samples: Tensor, rounds: int, pattern:
     layers, originals = all_prunable(model), all_prunable(dense)
     seqlen = samples.shape[1]
     texts = samples[rank::world].split(max(1, ROUND // seqlen // world))
-    texts = [[ids.to(model.device) for ids in text.split(probe_tokens(seqlen) // seqlen)] for text in texts]
+    texts = [[ids.to(model.device) for ids in text.split(tokens_at_a_time(seqlen) // seqlen)] for text in texts]
     curvature, damping, losses = curvature_of(model, layers, texts[0]), DAMPING, []
     for i in progress_bar(range(rounds), desc="global swaps", unit="round"):
         text = texts[i % len(texts)]

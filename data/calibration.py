@@ -165,11 +165,6 @@ def move(step, hidden):
         hidden[i] = step(x)
 
 
-def probe_tokens(seqlen):
-    """The most tokens that "sensitivity" looks at, and that global swaps take through the model at a time."""
-    return max(2048, seqlen)
-
-
 def place_for(config, states, device, dtype):
     """Where so many hidden states fit beside everything else: on the device if they take less than half of what is
     free there, else in the computer's memory."""

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 
-from data.calibration import divergence, input_stats, probe_tokens, readers, steps
+from allocate import probe_tokens
+from data.calibration import divergence, input_stats, readers, steps
 from data.command import InputError, check_disk, record, told_bytes
 from data.device import free_memory, timed
 from data.method import LAYER, blocks_of, has_goal, needs_gram, refine_of, rows_apart
 from data.processes import processes, say
 from data.writer import CheckpointWriter, alone_in, finished
-from global_swaps import ROUND
+from global_swaps import ROUND, tokens_at_a_time
 from gpt import GPT, Block, all_prunable, prunable, rotary
 from swaps import CHUNK
 
@@ -88,10 +89,10 @@ def check_folders(args, model, passes, same):
 
 def whole_memory(args, model):
     """{what for: bytes of memory} that global swaps take at most: the dense and the pruned model, the gradient in
-    float32, what probe_tokens leave behind in each block and in the one that is computed again, their logits and those
+    float32, what tokens_at_a_time leave behind in each block and in the one that is computed again, their logits and those
     that a round compares with."""
     config, weights = model.config, sum(layer.weight.numel() for layer in all_prunable(model).values())
-    C, M, tokens = config.hidden_size, config.intermediate_size, probe_tokens(args.seqlen)
+    C, M, tokens = config.hidden_size, config.intermediate_size, tokens_at_a_time(args.seqlen)
     itemsize = held_dtype(args, config).itemsize
     kept = 3 if args.device == "cpu" else 1  # as measured: malloc does not give everything back at once
     return {"two models": 2 * sum(p.numel() for p in model.parameters()) * itemsize,

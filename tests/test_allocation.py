@@ -57,7 +57,7 @@ def test_allocation(monkeypatch, checkpoint, kind):
 
 
 @pytest.mark.parametrize("kind, sparsity, lowest", [
-    ("owl", 0.95, 0.9), ("sensitivity", 0.03, 0), ("sensitivity", 0.6, 0.49), ("sensitivity", 0.97, 0.86)])
+    ("owl", 0.95, 0.9), ("sensitivity", 0.05, 0), ("sensitivity", 0.6, 0.44), ("sensitivity", 0.97, 0.81)])
 def test_shares_have_bounds(monkeypatch, checkpoint, kind, sparsity, lowest):
     """Would catch shares below 0, above MOST, or whose mean the bounds have moved."""
     monkeypatch.setattr(allocate, "OUTLIER", 2)
@@ -67,7 +67,7 @@ def test_shares_have_bounds(monkeypatch, checkpoint, kind, sparsity, lowest):
                                   sparsity, kind)
     sizes = {name: layer.weight.numel() for name, layer in all_prunable(model).items()}
     assert sum(shares[name] * sizes[name] for name in sizes) / sum(sizes.values()) == pytest.approx(sparsity, abs=1e-6)
-    assert lowest <= min(shares.values()) < sparsity < max(shares.values()) <= min(allocate.MOST, sparsity + 0.1)
+    assert lowest <= min(shares.values()) < sparsity < max(shares.values()) <= min(allocate.MOST, sparsity + 0.16)
 
 
 @pytest.mark.parametrize("sparsity", [0.03, 0.5, 0.7, 0.97])
@@ -90,11 +90,13 @@ def test_layers_that_differ_lose_as_many_weights_as_equal_ones(sparsity):
             assert abs(count - before - (share - sparsity) * layer.in_features) < 2.2  # half of 100 rows on 32
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (1, 4, 1, 2)])
-def test_shares_are_the_cheapest(sizes):
-    """Every other choice of shares that prunes as much, of layers of several sizes, costs at least as much."""
+@pytest.mark.parametrize("sizes, dear", [((1, 1, 1, 1), 0), ((1, 4, 1, 2), 0), ((1, 4, 1, 2), 1e30)])
+def test_shares_are_the_cheapest(sizes, dear):
+    """Every other choice of shares that prunes as much, of layers of several sizes, costs at least as much; also where
+    one layer is dear beyond all others, because what it has pruned so far was never used."""
     grid, sizes = torch.arange(5).double() / 10, torch.tensor(sizes).double()
     cost = torch.rand(4, 5, generator=torch.Generator().manual_seed(0)).double().cumsum(1).cumsum(1)  # convex
+    cost[0, 1:] += dear
     shares = allocate.cheapest(cost, grid, sizes, 0.2)
     choices = torch.cartesian_prod(*[torch.arange(5)] * 4)
     pruned, total = grid[choices] @ sizes, shares @ sizes

@@ -52,7 +52,7 @@ def test_dry_run_counts_all_that_takes_time(monkeypatch, model, tmp_path, option
     monkeypatch.setattr(estimate, "timed", lambda work, device: (1.0, work()))
     command(monkeypatch, model, tmp_path / "out", "--dry-run", "--json", str(tmp_path / "r.json"), *options)
     layers = all_prunable(GPT.from_pretrained(model / "m"))
-    blocks, samples, tried = 2, 4 * 32 / 32, 2048 / 32  # of calibration text and of a trial, each a second
+    blocks, samples, tried = 2, 4 * 32 / 32, 512 / 32  # of calibration text and of a trial, each a second
     expected = sum(max(1, len(layer.weight) / 64) for layer in layers.values())
     expected += blocks * (2 + goal) * samples * (1 + trials)  # through a block, to its statistics; again to allocate
     expected += trials * len(layers) * tried * (blocks + 1) / 2 + trials * len(layers) * tried  # blocks, and the head
@@ -127,7 +127,7 @@ def test_the_limits_of_a_container_count_and_cached_files_do_not(monkeypatch, tm
 
 @pytest.mark.parametrize("world, allocate, propagate, tokens", [
     (1, "uniform", False, 5 * 32), (1, "uniform", True, 2 * 5 * 32), (2, "uniform", False, 3 * 32),
-    (1, "sensitivity", False, 5 * 32 + 14 * 2048), (2, "sensitivity", True, 3 * 32 + 14 * 2048)])
+    (1, "sensitivity", False, 5 * 32 + 14 * 512), (2, "sensitivity", True, 3 * 32 + 14 * 512)])
 def test_hidden_states_are_counted(monkeypatch, model, world, allocate, propagate, tokens):
     """Would catch a run that is let in without room for the dense model's states, trials or a process's odd sequence;
     processes that each count all memory as theirs; a dtype that is not the one they are held in."""
@@ -150,5 +150,6 @@ def test_hidden_states_are_counted(monkeypatch, model, world, allocate, propagat
 
 
 def test_tokens_at_a_time():
-    """Would catch windows longer than 2048 tokens of which none is looked at."""
-    assert [estimate.probe_tokens(seqlen) for seqlen in (1, 2048, 4096)] == [2048, 2048, 4096]
+    """Would catch windows longer than a pass of which none is looked at."""
+    assert [estimate.probe_tokens(seqlen) for seqlen in (1, 512, 4096)] == [512, 512, 4096]
+    assert [estimate.tokens_at_a_time(seqlen) for seqlen in (1, 2048, 4096)] == [2048, 2048, 4096]
