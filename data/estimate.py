@@ -89,8 +89,8 @@ def check_folders(args, model, passes, same):
 
 def whole_memory(args, model):
     """{what for: bytes of memory} that global swaps take at most: the dense and the pruned model, the gradient in
-    float32, what tokens_at_a_time leave behind in each block and in the one that is computed again, their logits and those
-    that a round compares with."""
+    float32, what tokens_at_a_time leave behind in each block and in the one that is computed again, their logits and
+    those that a round compares with."""
     config, weights = model.config, sum(layer.weight.numel() for layer in all_prunable(model).values())
     C, M, tokens = config.hidden_size, config.intermediate_size, tokens_at_a_time(args.seqlen)
     itemsize = held_dtype(args, config).itemsize

@@ -53,6 +53,9 @@ CHOICES = [  # what is done, the command that does it, and its names in compare.
     ("swaps, refit, global swaps", "dsnot.py --refine swap --refit --global-swaps 16", "wanda + swap + refit + global"),
     ("from SparseGPT's mask: swaps, refit, global swaps",
      "dsnot.py --score sparsegpt --refine swap --refit --global-swaps 16", "sparsegpt + swap + refit + global"),
+    ("the same, by sensitivity",
+     "dsnot.py --score sparsegpt --refine swap --refit --allocate sensitivity --global-swaps 16",
+     "sparsegpt + swap + refit + global (allocate sensitivity)"),
     ("AST", "ast_train.py --methods ast", "AST"), ("AST + SLoRB", "ast_train.py --methods ast-slorb", "AST + SLoRB")]
 PARTS = {  # of AST: what a run without one, or with another, is called; its file and the row of its table
     "AST": ("seed0", "AST"), "no distillation": ("no-distillation", "AST"), "static decay": ("static-decay", "AST"),

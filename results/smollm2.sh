@@ -42,6 +42,7 @@ done
 globally=(--score sparsegpt --refine swap --refit --global-swaps 8)
 prune 2of4-sparsegpt-swap-refit-global --pattern 2:4 "${globally[@]}"
 prune 0.7-sparsegpt-swap-refit-global --sparsity 0.7 "${globally[@]}"
+prune 0.7-sparsegpt-swap-refit-sensitivity-global --sparsity 0.7 "${globally[@]}" --allocate sensitivity
 wait
 check_measured
 

@@ -92,6 +92,8 @@ shown() {  # in its tables and its map of layers, too
         run $score-swap-refit-global --score $score --refine swap --refit --global-swaps 16 --no-compare
     done
     [ $option = --sparsity ] || return 0
+    run sparsegpt-swap-refit-sensitivity-global --score sparsegpt --refine swap --refit --allocate sensitivity \
+        --global-swaps 16 --no-compare
     run wanda-swap-refit-owl --refine swap --refit --allocate owl --no-compare
 }
 others() {  # in results/README.md
@@ -101,8 +103,6 @@ others() {  # in results/README.md
     run wanda-swap-no-propagate --refine swap --no-propagate --no-compare
     run sparsegpt-refit --score sparsegpt --refine none --refit --no-compare
     [ $option = --sparsity ] || return 0
-    run sparsegpt-swap-refit-sensitivity-global --score sparsegpt --refine swap --refit --allocate sensitivity \
-        --global-swaps 16 --no-compare
     run wanda-swap-sensitivity --refine swap --allocate sensitivity --no-compare
     run wanda-swap-sensitivity-global --refine swap --allocate sensitivity --global-swaps 16 --no-compare
 }
