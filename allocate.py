@@ -15,10 +15,11 @@ from masks import keep_mask, wanda_score
 
 MOST = 0.99  # the largest share of a layer that an allocation prunes
 REACH, OUTLIER = 0.08, 5  # OWL's lambda and M, as published
+SPAN = 15  # hundredths: how far from the asked share "sensitivity" looks
 
 
 def probe_tokens(seqlen):
-    """The most tokens that "sensitivity" looks at: more of them find no better shares."""
+    """The most tokens that "sensitivity" looks at, one window at least: more of them find no better shares."""
     return max(512, seqlen)
 
 
@@ -30,10 +31,9 @@ def allocation(model, where, hidden, sparsity, kind, whole=False):
                    sparsity - REACH; then all are moved to the right mean. An outlier is a Wanda score above OUTLIER
                    times the block's mean (Yin et al. 2024, arXiv 2310.05175)
     "sensitivity"  each layer alone is pruned by Wanda; its damage is the KL divergence of the model's output on up to
-                   512 tokens of each process's first batch (one window, if that is longer). For other shares it is
-                   scaled by the layer's squared error as if its inputs were uncorrelated: the sum of the squared Wanda
-                   scores that are pruned. Of the shares within 0.15 of `sparsity` those with the least total damage
-                   are taken.
+                   probe_tokens of each process's first batch. For other shares it is scaled by the layer's squared
+                   error as if its inputs were uncorrelated: the sum of the squared Wanda scores that are pruned. Of the
+                   shares within SPAN of `sparsity` those with the least total damage are taken.
     whole: every row of a layer loses the same whole number of weights, see whole_weights."""
     layers = all_prunable(model)
     if kind == "uniform":
@@ -41,7 +41,7 @@ def allocation(model, where, hidden, sparsity, kind, whole=False):
     assert kind in ALLOCATIONS and sparsity is not None, (kind, sparsity)
     sizes = torch.tensor([layer.weight.numel() for layer in layers.values()], dtype=torch.double)
     hidden, trials, measured = list(hidden), [], []
-    grid = sparsity + torch.arange(-15, 16, dtype=torch.double) / 100
+    grid = sparsity + torch.arange(-SPAN, SPAN + 1, dtype=torch.double) / 100
     grid = grid[(grid > -1e-9) & (grid < MOST + 0.005)].clamp(min=0)
     seqlen = hidden[0].shape[1]
     probe = hidden[0][:probe_tokens(seqlen) // seqlen]
