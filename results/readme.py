@@ -30,8 +30,9 @@ OPENING = {  # the methods of README.md's first pictures, as compare.py names th
     "wanda + dsnot": "Wanda + DSnoT",
     "wanda + swap + refit": "Wanda + swaps + refit",
     "wanda + swap + refit (allocate sensitivity)": "Wanda + swaps + refit, by sensitivity",
-    "wanda + swap + refit + global (allocate sensitivity)": "Wanda + swaps + refit + global swaps, by sensitivity",
     "sparsegpt + swap + refit (allocate sensitivity)": "SparseGPT + swaps + refit, by sensitivity",
+    "sparsegpt + swap + refit + global (allocate sensitivity)":
+        "SparseGPT + swaps + refit + global swaps, by sensitivity",
     "AST": "AST", "AST + SLoRB": "AST + SLoRB"}
 CHOICES = [  # what is done, the command that does it, and its names in compare.py's tables
     ("Wanda", "dsnot.py --refine none", "wanda"),

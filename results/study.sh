@@ -83,7 +83,8 @@ pictured() {  # in README.md's picture of tiny
     for score in wanda sparsegpt; do
         run $score-swap-refit-sensitivity --score $score --refine swap --refit --allocate sensitivity --no-compare
     done
-    run wanda-swap-refit-sensitivity-global --refine swap --refit --allocate sensitivity --global-swaps 16 --no-compare
+    run sparsegpt-swap-refit-sensitivity-global --score sparsegpt --refine swap --refit --allocate sensitivity \
+        --global-swaps 16 --no-compare
 }
 shown() {  # in its tables and its map of layers, too
     sign=$([ $option = --pattern ] && echo --sign-check || echo --no-sign-check)  # as the published code has it
@@ -92,8 +93,6 @@ shown() {  # in its tables and its map of layers, too
         run $score-swap-refit-global --score $score --refine swap --refit --global-swaps 16 --no-compare
     done
     [ $option = --sparsity ] || return 0
-    run sparsegpt-swap-refit-sensitivity-global --score sparsegpt --refine swap --refit --allocate sensitivity \
-        --global-swaps 16 --no-compare
     run wanda-swap-refit-owl --refine swap --refit --allocate owl --no-compare
 }
 others() {  # in results/README.md
@@ -105,6 +104,7 @@ others() {  # in results/README.md
     [ $option = --sparsity ] || return 0
     run wanda-swap-sensitivity --refine swap --allocate sensitivity --no-compare
     run wanda-swap-sensitivity-global --refine swap --allocate sensitivity --global-swaps 16 --no-compare
+    run wanda-swap-refit-sensitivity-global --refine swap --refit --allocate sensitivity --global-swaps 16 --no-compare
 }
 seeded() {  # by another seed
     run seed$seed-wanda --seed $seed --refine none
