@@ -22,7 +22,8 @@ QUIET = 60  # seconds between the lines of progress_bar where there is no termin
 def process_group(args):
     """Call `start` of data.command. Inside, torchrun's processes form a group, each with the GPU of its LOCAL_RANK;
     without torchrun there is none."""
-    torchrun, cuda = "RANK" in os.environ, args.device.startswith("cuda")
+    torchrun = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()  # a cluster may set some
+    cuda = args.device.startswith("cuda")
     if torchrun and cuda:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     start(args, together=True)

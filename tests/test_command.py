@@ -223,20 +223,22 @@ def test_the_way_on_is_told_where_there_is_one(capsys):
 
 
 def test_a_process_of_many(monkeypatch, capsys):
-    """Would catch each of them saying everything, or taking the first one's GPU."""
+    """Would catch each of them saying everything, or taking the first one's GPU, and a RANK that something else than
+    torchrun has set."""
     made = []
     monkeypatch.setattr(processes, "start", lambda args, together: made.append((args.device, together)))
     monkeypatch.setattr(processes.dist, "init_process_group", made.append)
     monkeypatch.setattr(processes.dist, "destroy_process_group", lambda: made.append("gone"))
-    for rank, device, then in [(None, "cuda", "cuda"), ("1", "cpu", "cpu"), ("1", "cuda", "cuda:3")]:
-        if rank:
-            monkeypatch.setenv("RANK", rank)
-            monkeypatch.setenv("LOCAL_RANK", "3")
+    torchrun = dict(RANK="1", LOCAL_RANK="3", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+    for env, device, then in [({}, "cuda", "cuda"), (dict(RANK="1", WORLD_SIZE="1"), "cuda", "cuda"),
+                              (torchrun, "cpu", "cpu"), (torchrun, "cuda", "cuda:3")]:
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
         made.clear()
         with pytest.raises(KeyError), processes.process_group(given(device=device)):
             {}["an error inside"]
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        assert made == [(then, True)] + [backend, "gone"] * bool(rank)
+        assert made == [(then, True)] + [backend, "gone"] * (env is torchrun)
     assert processes.processes() == (0, 1)
     processes.say("first")
     monkeypatch.setattr(processes, "processes", lambda: (1, 2))
