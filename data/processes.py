@@ -21,8 +21,8 @@ QUIET = 60  # seconds between the lines of progress_bar where there is no termin
 @contextmanager
 def process_group(args):
     """Call `start` of data.command. Inside, torchrun's processes form a group, each with the GPU of its LOCAL_RANK;
-    without torchrun there is none."""
-    torchrun = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()  # a cluster may set some
+    without torchrun, of whose variables others may set some, there is none."""
+    torchrun = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ)
     cuda = args.device.startswith("cuda")
     if torchrun and cuda:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
