@@ -33,8 +33,7 @@ import torch.nn.functional as F
 
 from data import load_tokenizer, windows
 from data.command import InputError, at_least, parser, record, run, start, what_keeps_from_writing
-from data.device import free_memory
-from data.processes import processes, progress_bar
+from data.processes import free_share, progress_bar
 from data.tasks import SEVEN, TASKS, encode_pair, load_task
 from data.text import SOURCES, evaluation_ids, told, usual_text
 from gpt import GPT, rotary
@@ -59,8 +58,7 @@ def hidden_states(model, batches, label, progress):
     rope, together = rotary(c, positions), 1
     if model.streams:
         size = max(ids.numel() for ids in batches) * c.hidden_size * model.model.embed_tokens.weight.element_size()
-        sharing = 1 if device.type == "cuda" else processes()[1]  # each of torchrun's processes measures the whole text
-        together = max(1, free_memory(device) // sharing // 2 // size)
+        together = max(1, free_share(device) // 2 // size)  # each of torchrun's processes measures the whole text
     with progress_bar(total=sum(map(len, batches)) * c.num_hidden_layers, desc=label, unit="sequence-block",
                       disable=not progress) as bar:
         for i in range(0, len(batches), together):

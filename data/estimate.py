@@ -11,9 +11,9 @@ import torch
 from allocate import probe_tokens
 from data.calibration import divergence, input_stats, readers, steps
 from data.command import InputError, check_disk, record, told_bytes
-from data.device import free_memory, timed
+from data.device import timed
 from data.method import LAYER, blocks_of, has_goal, needs_gram, refine_of, rows_apart
-from data.processes import processes, say
+from data.processes import free_share, processes, say
 from data.writer import CheckpointWriter, alone_in, finished
 from global_swaps import ROUND, tokens_at_a_time
 from gpt import GPT, Block, all_prunable, prunable, rotary
@@ -55,9 +55,9 @@ def told_each(memory):
 def check_memory(args, model):
     """Raise InputError where the calibration text's activations don't fit into memory."""
     need, world, device = state_bytes(args, model), processes()[1], torch.device(args.device)
-    free = free_memory(torch.device("cpu")) / world
+    free = free_share(torch.device("cpu"))
     if device.type == "cuda":
-        free = max(free, free_memory(device) / 2)  # all are in one place: see place_for
+        free = max(free, free_share(device) / 2)  # all are in one place: see place_for
     if need > free:
         raise InputError(f"--nsamples {args.nsamples} of --seqlen {args.seqlen} make {told_bytes(world * need)} of "
                          f"activations, and {told_bytes(world * free)} of memory are free for them: give fewer or "
@@ -103,8 +103,8 @@ def whole_memory(args, model):
 
 def check_global_swaps(args, model):
     """Raise InputError where what global swaps hold does not fit into memory."""
-    memory, world, device = whole_memory(args, model), processes()[1], torch.device(args.device)
-    if (need := sum(memory.values())) > (free := free_memory(device) / (1 if device.type == "cuda" else world)):
+    memory = whole_memory(args, model)
+    if (need := sum(memory.values())) > (free := free_share(torch.device(args.device))):
         raise InputError(f"--global-swaps needs {told_bytes(need)} of memory ({told_each(memory)}), and "
                          f"{told_bytes(free)} are free on {args.device}: leave it out, or take a larger machine")
 

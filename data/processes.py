@@ -14,6 +14,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data.command import start
+from data.device import free_memory
 
 QUIET = 60  # seconds between the lines of progress_bar where there is no terminal
 
@@ -40,6 +41,11 @@ def processes():
     """(this process, how many there are); (0, 1) outside of `process_group`, too."""
     grouped = dist.is_available() and dist.is_initialized()  # some builds of PyTorch have no torch.distributed
     return (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
+
+
+def free_share(device):
+    """Bytes that are free on a device for this process: those of torchrun share a CPU's memory."""
+    return free_memory(device) // (1 if device.type == "cuda" else processes()[1])
 
 
 class Lines:

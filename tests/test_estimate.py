@@ -83,7 +83,7 @@ def test_memory_for_the_activations(monkeypatch, capsys, model, tmp_path):
     before, full = tensors(tmp_path / "done"), lambda device: 100
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(estimate, "free_memory", full)
+        patch.setattr("data.processes.free_memory", full)
         expect_refusal(patch, capsys, model, tmp_path / "out", [], "--nsamples 4 of --seqlen 32 make ")
         command(patch, model, tmp_path / "done")
     assert all(torch.equal(before[name], W) for name, W in tensors(tmp_path / "done").items())
@@ -94,8 +94,8 @@ def test_activations_lie_in_one_place(monkeypatch, gpu, cpu, fits):
     """Would catch a run of 150 GB that is let in because the GPU's memory and the computer's together have room."""
     def free(device):
         return 1e9 * (gpu if torch.device(device).type == "cuda" else cpu)
-    for module in estimate, calibration:
-        monkeypatch.setattr(module, "free_memory", free)
+    for module in "processes", "calibration":
+        monkeypatch.setattr(f"data.{module}.free_memory", free)
     monkeypatch.setattr(estimate, "state_bytes", lambda *_: 150e9)
     args = argparse.Namespace(device="cuda", nsamples=1, seqlen=1, global_swaps=0)
     with contextlib.nullcontext() if fits else pytest.raises(InputError, match="make 150.0 GB of activations"):
@@ -131,16 +131,17 @@ def test_the_limits_of_a_container_count_and_cached_files_do_not(monkeypatch, tm
 def test_hidden_states_are_counted(monkeypatch, model, world, allocate, propagate, tokens):
     """Would catch a run that is let in without room for the dense model's states, trials or a process's odd sequence;
     processes that each count all memory as theirs; a dtype that is not the one they are held in."""
-    monkeypatch.setattr(estimate, "processes", lambda: (0, world))
+    for where in "estimate", "processes":
+        monkeypatch.setattr(f"data.{where}.processes", lambda: (0, world))
     monkeypatch.setattr(estimate, "has_goal", lambda **_: propagate)
     dense = GPT.open(model / "m")
     dense.config.raw["dtype"] = "bfloat16"
     args = argparse.Namespace(device="cpu", nsamples=5, seqlen=32, allocate=allocate)
     need = tokens * 32 * 4  # float32 on a CPU whatever the checkpoint holds
     assert estimate.state_bytes(args, dense) == need
-    monkeypatch.setattr(estimate, "free_memory", lambda device: world * need)
+    monkeypatch.setattr("data.processes.free_memory", lambda device: world * need)
     estimate.check_memory(args, dense)
-    monkeypatch.setattr(estimate, "free_memory", lambda device: world * need - 1)
+    monkeypatch.setattr("data.processes.free_memory", lambda device: world * need - 1)
     with pytest.raises(InputError, match="of activations"):
         estimate.check_memory(args, dense)
     assert estimate.whole_memory(args, dense)["two models"] == 2 * 4 * sum(p.numel() for p in dense.parameters())

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, SHARED, make_checkpoint
 
 import eval as evaluation
-from data import load_text, load_tokenizer, pretrained
+from data import load_text, load_tokenizer
 from data.command import InputError, run
 from data.tasks import SEVEN
 from dsnot import keep_mask
@@ -60,8 +60,8 @@ def test_a_streamed_model_is_read_once_and_a_block_at_a_time(checkpoint, blocks_
     # five windows: together; two, two and one; the same by one of two processes; one by one
     for free, world, times in (10**9, 1, 1), (40_000, 1, 3), (80_000, 2, 3), (0, 1, 5):
         blocks_read.clear()
-        monkeypatch.setattr("eval.free_memory", lambda device: free)
-        monkeypatch.setattr("eval.processes", lambda: (0, world))
+        monkeypatch.setattr("data.processes.free_memory", lambda device: free)
+        monkeypatch.setattr("data.processes.processes", lambda: (0, world))
         found.append(perplexity(model, ids, 64, batch=1))
         assert blocks_read == ["model.layers.0", "model.layers.1"] * times
     assert len(set(found)) == 1
@@ -71,8 +71,8 @@ def test_a_model_that_does_not_fit_is_not_loaded_whole(checkpoint, monkeypatch, 
     """The command streams a model that is larger than memory, and refuses what would need all of it; a compressed one
     needs half."""
     (tmp_path / "text.txt").write_text("the model reads words and the words are few " * 40)
-    for module in evaluation, pretrained:
-        monkeypatch.setattr(module, "free_memory", lambda device: 100_000)  # of 145,024 bytes
+    for module in "processes", "pretrained":
+        monkeypatch.setattr(f"data.{module}.free_memory", lambda device: 100_000)  # of 145,024 bytes
     monkeypatch.setattr(sys, "argv", ["eval.py", "--model", str(checkpoint), "--data", str(tmp_path / "text.txt")])
     evaluation.main()
     assert "perplexity" in capsys.readouterr().out

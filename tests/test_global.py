@@ -15,7 +15,6 @@ import torch.nn.functional as F
 import global_swaps
 import walk
 from conftest import make_checkpoint
-from data import estimate
 from data.calibration import divergence
 from data.command import InputError
 from data.writer import alone_in
@@ -226,7 +225,7 @@ def test_the_model_is_left_as_it_was(pair):
 
 
 def test_memory_is_asked_for_first(monkeypatch, capsys, model, tmp_path):
-    monkeypatch.setattr(estimate, "free_memory", lambda _: 10**6)
+    monkeypatch.setattr("data.processes.free_memory", lambda _: 10**6)
     with pytest.raises(SystemExit) as end:
         command(monkeypatch, model, tmp_path / "out", "--global-swaps", "3")
     error = capsys.readouterr().err
