@@ -200,7 +200,9 @@ def with_pruned(new, keep, gram, goal):
 def dense_weights(W, gram, goal, damp=0.01):
     """The dense weights [out, in] that come closest to the goal, as in swap_refine: W + (goal - W G) G^-1, with G
     damped by that share of each input's own size. SparseGPT, which prunes towards the weights it gets, gets these."""
-    change, G = goal - W.float() @ gram, gram + (damp * own_scale(gram)).diag()
+    own = own_scale(gram)
+    own = own.clamp(min=0.03 * own.median())  # or what a norm has all but silenced gets huge weights
+    change, G = goal - W.float() @ gram, gram + (damp * own).diag()
     return W.float() + torch.cholesky_solve(change.T, torch.linalg.cholesky(G)).T
 
 

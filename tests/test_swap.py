@@ -159,15 +159,18 @@ def test_a_giant_input_does_not_weaken_others(with_cross):
 
 
 def test_an_input_that_is_all_but_silent_keeps_usual_weights():
-    """Would catch refit reading, by weights in the hundreds, what a norm's weight of 0.001 has hidden from the dense
-    layer: a scale that serves such a weight rounds its neighbours to 0."""
+    """Would catch refit, or the dense weights that SparseGPT prunes towards, reading by weights in the hundreds what a
+    norm's weight of 0.001 has hidden from the layer: a scale that serves such a weight rounds its neighbours to 0."""
     W, inputs, _, _, _, keep = swap_case(4, dict(sparsity=0.5), False, rows=10, width=64, tokens=64)
     x = inputs.flatten(0, 1)
     lost = torch.where(keep, 0, W)
-    x[:, 7] = 1e-3 * (x @ lost.T).sum(1)  # it holds what pruning takes away
+    hidden = (x @ lost.T).sum(1)  # what pruning takes away
+    x[:, 7] = 1e-3 * hidden
     keep[:, 7] = True
     new = dsnot.refit_weights(W, keep, x.T @ x)
     assert new[:, 7].abs().max() < 20 * W.abs().max()
+    new = dsnot.dense_weights(W, x.T @ x, (x @ W.T + 0.1 * hidden[:, None]).T @ x)
+    assert new[:, 7].abs().max() < W.abs().max()
 
 
 def test_swaps_and_refit_of_few_tokens_draw_the_weights_towards_the_dense_ones():
