@@ -64,7 +64,8 @@ PARTS = {  # of AST: what a run without one, or with another, is called; its fil
 SETTINGS = {  # likewise
     "mask by Wanda score": ("wanda", "AST"), "swap start": ("swap-start", "AST"),
     "temperature 2": ("temperature2", "AST"), "temperature 4": ("temperature4", "AST"),
-    "3 parts text, 7 parts code": ("code", "AST")}
+    "3 parts text, 7 parts code": ("code", "AST"), "with SLoRB, longer": ("long", "AST + SLoRB"),
+    "the dense model, trained on as long": ("control-long", "dense, trained on")}
 
 
 def made(name, key="results"):
@@ -221,20 +222,12 @@ def gap_closed(table, perplexity):
     return math.log(best / perplexity) / math.log(best / table["dense"]["perplexity"])
 
 
-def ast_tables():
-    """The tables of ast_train.py for seeds 0, 1, 2 as far as they have been run, with their controls; beside the first
-    the longer run and its control."""
+def retrained():
+    """Perplexity (mean and deviation over the seeds that have been run), share of the gap, size and tokens of training
+    of all rows of ast_train.py's table, and of its control's."""
     tables = [found["table"] | (made(f"ast-control{seed}") or {"table": {}})["table"]
               for seed in range(3) if (found := made(f"ast-seed{seed}"))]
-    for long in filter(None, map(made, ("ast-long", "ast-control-long"))):
-        tables[0] |= {f"{name}, longer": row for name, row in long["table"].items() if name != "dense"}
-    return tables
-
-
-def retrained():
-    """Perplexity (mean and deviation over seeds), share of the gap, size and tokens of training of all rows of
-    ast_train.py's table."""
-    lines, tables = [], ast_tables()
+    lines = []
     for name, row in tables[0].items():
         values = [found[name]["perplexity"] for found in tables if name in found]
         spread = f" ± {statistics.stdev(values):.3f}" if len(set(values)) > 1 else ""
@@ -247,12 +240,12 @@ def retrained():
 
 
 def ablation(variants):
-    """{variant: (its perplexity, its share of the gap)} of seed 0."""
+    """{variant: the row of its table, with the share of the gap that it has "closed"} of seed 0."""
     first, found = results("ast-seed0")["table"], {}
     for said, (name, row) in variants.items():
         if trained := made(f"ast-{name}"):
-            perplexity = trained["table"][row]["perplexity"]
-            found[said] = perplexity, gap_closed(first, perplexity)
+            row = trained["table"][row]
+            found[said] = row | {"closed": gap_closed(first, row["perplexity"])}
     return found
 
 
@@ -287,10 +280,9 @@ def streamed():
 
 
 def ablated():
-    tokens = results("ast-seed0")["table"]["AST"]["tokens"]
-    return markdown([f"AST, {tokens:,} tokens, seed 0", "test perplexity", "gap closed"], [
-        [said, f"{perplexity:.3f}", f"{closed:.1%}"]
-        for said, (perplexity, closed) in ablation(PARTS | SETTINGS).items()])
+    return markdown(["AST, seed 0", "test perplexity", "gap closed", "training tokens read"], [
+        [said, f"{row['perplexity']:.3f}", f"{row['closed']:.1%}", f"{row['tokens']:,}"]
+        for said, row in ablation(PARTS | SETTINGS).items()])
 
 
 def giant():
@@ -332,7 +324,7 @@ def draw_ast(path):
         left.set_xticks([200, 500, 1000, 2000], ["200", "500", "1,000", "2,000"])
         left.minorticks_off()
         left.legend(frameon=False, loc="lower left")
-        closed = {said: 100 * share for said, (_, share) in ablation(PARTS).items()}
+        closed = {said: 100 * row["closed"] for said, row in ablation(PARTS).items()}
         right.barh(list(closed), list(closed.values()))
         right.invert_yaxis()
         right.set(xlabel="gap closed on the test text (%)")

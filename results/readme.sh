@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # README.md's tables and pictures of tiny, two runs at a time. What study.sh and ast.sh have measured is not measured
-# again. From scratch, in an hour and a quarter on two cores with bf16, else in two hours (what results/README.md alone
-# shows of tiny is lost):
-#     rm -rf results/tiny results/ast-[!f]*.json results/ast-fixed*.json out/ast-* out/models
+# again. From scratch, in less than an hour on two cores with bf16, else in an hour and a half (what results/README.md
+# alone shows of the pruned tiny is lost):
+#     rm -rf results/tiny results/ast-seed*.json results/ast-control[0-2].json out/ast-* out/models
 #     bash results/readme.sh
 set -euo pipefail
 [ $# = 0 ] || { sed -n '2,6s/^# //p' "$0" >&2; exit 2; }
