@@ -28,12 +28,13 @@ def allocation(model, where, hidden, sparsity, kind, whole=False):
     """{layer's name: the share of it to prune}, over all weights `sparsity`, from one pass of `hidden`, batches
     [sequences, tokens, C], through the dense model. where: (positions, rope) for `steps`; kind:
     "owl"          a block's share falls linearly from sparsity + REACH, of the block with the fewest outliers, to
-                   sparsity - REACH; then all are moved to the right mean. An outlier is a Wanda score above OUTLIER
-                   times the block's mean (Yin et al. 2024, arXiv 2310.05175)
+                   sparsity - REACH. An outlier is a Wanda score above OUTLIER times the block's mean (Yin et al. 2024,
+                   arXiv 2310.05175)
     "sensitivity"  each layer alone is pruned by Wanda; its damage is the KL divergence of the model's output on up to
                    probe_tokens of each process's first batch. For other shares it is scaled by the layer's squared
                    error as if its inputs were uncorrelated: the sum of the squared Wanda scores that are pruned. Of the
                    shares within SPAN of `sparsity` those with the least total damage are taken.
+    In the end all shares are moved alike, within 0 and MOST, until they prune `sparsity` in all.
     whole: every row of a layer loses the same whole number of weights, see whole_weights."""
     layers = all_prunable(model)
     if kind == "uniform":

@@ -173,15 +173,15 @@ class AnnealedAdamW(torch.optim.AdamW):
 
 
 def add_to_mean(mean, model, count):
-    """mean {name: tensor} of a model's weights, of which this is the count-th."""
+    """Update a running mean {name: tensor}, in place, by a model's weights, the count-th that it takes."""
     for name, W in model.named_parameters():
         mean[name].lerp_(W.detach(), 1 / count)
 
 
 @contextmanager
 def averaged(model, mean, masks=True):
-    """Inside, `model` has the weights of `mean`, and where `masks` may change those that fit them. After an error it
-    keeps them."""
+    """Inside, `model` has the weights of `mean`, which holds the model's own, and with `masks` the masks that fit them.
+    Both come back at the end, but not after an error."""
     layers = sparse_layers(model).values() if masks else []
     before = [layer.mask.clone() for layer in layers]
     exchange(model, mean)

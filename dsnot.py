@@ -8,10 +8,12 @@ and lets pruned weights grow back while others are pruned in their place, one pa
     q_k   the same for x_k^2 (`.square`);  v_k: average over sequences of the variance of x_k inside one (`.variance`)
     D     = W * s                           what each weight contributes to the output, on average
     e     = sum of D over a row's pruned weights              the row's expected error, dense less sparse
-    grow  the pruned weight with the largest D / v^p if e > 0, else with the smallest (p: `var_power`, 1)
-    prune the kept weight with the lowest Wanda score |W| sqrt(q) among those whose D pushes e back towards zero
-          (n:m: the lowest score in the grown weight's own group of m, whatever its D)
-    e    <- e + D[pruned] - D[grown], until |e| <= threshold, `cycles` swaps are done or e would change its sign
+    grow  i: of the weights pruned at the start the one with the largest D / v^p if e > 0, else with the smallest
+          (p: `var_power`, 1)
+    prune j: of those kept at the start the one with the lowest Wanda score |W| sqrt(q) among those whose D pushes e
+          back towards zero (n:m: the one with the lowest score in i's group of m, whatever its D)
+    e    <- e + D_j - D_i, until |e| <= threshold, `cycles` swaps are done or e would change its sign; no weight moves
+          twice
 
 Starting masks: magnitude, Wanda and SparseGPT (`masks.py`). Beyond the paper: swaps by the exact error instead of its
 mean, and the best weights for a mask (`swaps.py`), targets that make up for a part of what earlier layers lost
@@ -68,7 +70,7 @@ def dsnot_refine(W: Tensor, keep: Tensor, stats: InputStats, score: Tensor, *, c
                  pattern: tuple[int, int] | None = None) -> Tensor:
     """Refine a mask by prune-and-grow (the rule at the top of this file); returns the new mask.
 
-    W, keep, score [out, in]: weights, starting mask and the scores that it came from (used for n:m).
+    W, keep, score [out, in]: weights, starting mask and the scores by which n:m prunes (else not used).
     cycles: swaps per row at most; threshold: a row stops once |e| is no larger, in units of s; var_power: p.
     sign_check: stop a row also when a swap would turn the sign of e; None is the published choice: only for n:m.
     These are the published defaults, for rows of 4096, and ruin narrow ones: give 50 cycles to 4096 inputs, three to
@@ -87,23 +89,23 @@ def dsnot_refine(W: Tensor, keep: Tensor, stats: InputStats, score: Tensor, *, c
         drop, droppable = map(torch.cat, zip(*(_prune_candidates(w.float(), k, stats, cycles) for w, k in chunks)))
     new, row = keep.clone(), torch.arange(len(W), device=W.device)
     active, start_sign = torch.ones_like(row, dtype=torch.bool), e.sign()
-    grown, pruned = W.new_zeros(2, len(W), 2, dtype=torch.long)  # how much of each list is used up
+    used_grow, used_drop = W.new_zeros(2, len(W), 2, dtype=torch.long)  # how much of each list is used up
     for _ in range(cycles):
         active &= e.abs() > threshold
         side = (e > 0).long()
-        i = grow[row, side, grown[row, side]]
-        active &= grown.sum(1) < growable
+        i = grow[row, side, used_grow[row, side]]
+        active &= used_grow.sum(1) < growable
         if pattern is None:
-            j = drop[row, side, pruned[row, side]]
-            active &= pruned[row, side] < droppable[row, side]
-            pruned[row, side] += 1
+            j = drop[row, side, used_drop[row, side]]
+            active &= used_drop[row, side] < droppable[row, side]
+            used_drop[row, side] += 1
         else:
             member = (i - i % pattern[1])[:, None] + torch.arange(pattern[1], device=W.device)  # [out, m]: its group
             kept = keep[row[:, None], member] & new[row[:, None], member]  # at the start and still
             least, at = score[row[:, None], member].float().masked_fill(~kept, torch.inf).min(1)
             j = member[row, at]
             active &= least < torch.inf
-        grown[row, side] += 1
+        used_grow[row, side] += 1
         after = e + W[row, j].float() * s[j] - W[row, i].float() * s[i]
         if sign_check:
             active &= after.sign() == start_sign
@@ -116,7 +118,8 @@ def dsnot_refine(W: Tensor, keep: Tensor, stats: InputStats, score: Tensor, *, c
 
 
 def _grow_candidates(W, keep, stats, cycles, var_power):
-    """The rows' error e [rows]; the best weights to grow for e <= 0 and for e > 0 [rows, 2, cycles]; their number."""
+    """The rows' error e [rows]; the best weights to grow for e <= 0 and for e > 0 [rows, 2, cycles]; how many a row can
+    grow, at most `cycles` [rows]: from both lists together, which are two ends of the same pruned weights."""
     D = W * stats.sum
     gain = D / (stats.variance ** var_power).clamp(min=1e-30)  # a dead input's gain is 0, not 0 / 0
     low, count = extremes(gain.masked_fill(keep, torch.inf), cycles)
@@ -146,14 +149,16 @@ def extremes(key, k, largest=False):
 
 # ---------------------------------------------------------------------------------------------------------- one layer
 
-DAMP = 0.01  # of refit, which else fits a weight too closely to the calibration text; float32 needs a hundredth of it
+DAMP = 0.01  # of refit; its default, a hundredth of this, is enough for float32 but fits the calibration too closely
 
 
 @torch.no_grad()
 def prune_layer(W, stats, *, score, refine, goal=None, sparsity=None, pattern=None, refit=False, cycles=None,
                 threshold=USUAL["threshold"], sign_check=USUAL["sign_check"]):
-    """One layer's pruned weight [out, in] in float32, from its InputStats and its goal as in swap_refine. score and
-    refine are of SCORES and REFINES."""
+    """One layer's pruned weight [out, in] in float32. stats: its InputStats, with a Gram matrix where needs_gram says
+    so; goal: as in swap_refine; score, refine: of SCORES and REFINES; sparsity or pattern: as in keep_mask; cycles:
+    the most swaps of a row, of DSnoT (None: 50 per 4096 inputs) and of each turn of exact swaps (None: until none
+    helps); threshold, sign_check: of DSnoT."""
     assert score in SCORES and refine in REFINES, (score, refine)
     W, amount = W.float(), dict(pattern=pattern) if pattern else dict(sparsity=sparsity)
     scores = magnitude_score(W) if score == "magnitude" else wanda_score(W, stats)

@@ -88,8 +88,8 @@ def perplexity(model: GPT, ids, seqlen: int, batch: int = 8, progress: bool = Fa
 
 @torch.inference_mode()
 def log_likelihoods(model, pairs, max_length, batch=8, progress=False):
-    """log P(continuation | context) in nats of every pair of ids (context, continuation), lists of which only the
-    second may be empty -> list of floats.
+    """log P(continuation | context) in nats of every pair of ids (context, continuation), lists of a token or more ->
+    list of floats.
 
     Of a pair longer than max_length + 1 tokens the left end is cut off; the last token is only predicted. Pairs that
     differ in nothing but the last token (" yes", " no") share one pass; long ones go first, `batch` at a time."""

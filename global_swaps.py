@@ -10,6 +10,8 @@ of the weight's input: the diagonal of K-FAC's curvature (arXiv 1503.05671), tak
 each row makes the swap that promises most, if one promises anything. Where all together don't lower the loss on the
 round's own text, they are taken back, and the damping doubles until they do, ten times at most; where they do at once,
 it falls by a third (Levenberg-Marquardt).
+
+Shapes: a weight W, its gradient and its mask are [out, in]; B texts of T tokens, V words of which P is the probability.
 """
 
 from contextlib import contextmanager
@@ -56,14 +58,14 @@ def swap_globally(model: GPT, dense: GPT, samples: Tensor, rounds: int, pattern:
             expected = [dense(ids).float().log_softmax(-1) for ids in text]
         before, found = output_gradients(model, layers, text, expected, divergence)
         for attempt in range(10):
-            undone = {name: swap_one(layer.weight, originals[name].weight, found[name][0], *curvature[name], damping,
-                                     pattern) for name, layer in layers.items()}
+            undo = {name: swap_one(layer.weight, originals[name].weight, found[name][0], *curvature[name], damping,
+                                   pattern) for name, layer in layers.items()}
             with torch.no_grad():
                 after = mean_loss(sum(divergence(model(ids), y) for ids, y in zip(text, expected)), text)
             if after < before:
                 damping /= 1.5 if attempt == 0 else 1
                 break
-            for name, (at, values) in undone.items():
+            for name, (at, values) in undo.items():
                 layers[name].weight.data[at] = values
             damping *= 2
         losses.append((before, min(before, after)))
@@ -104,7 +106,7 @@ def log_loss(logits, ids):
 
 
 def mean_loss(total, text):
-    """A total over the tokens of a text, by their number, over all processes."""
+    """A total over the tokens of a text, divided by how many these are; both summed over all processes."""
     both = torch.tensor([total, sum(ids.numel() for ids in text)], dtype=torch.double, device=total.device)
     add_up(both)
     return (both[0] / both[1]).item()

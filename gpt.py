@@ -86,9 +86,9 @@ def linear(c, in_features, out_features, bias):
 
 
 class Attention(nn.Module):
-    def __init__(self, c, window=None):
+    def __init__(self, c, reach=None):  # reach: over how many tokens, its own included; None: over all
         super().__init__()
-        self.c, self.window = c, window
+        self.c, self.reach = c, reach
         self.q_proj = linear(c, c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.qkv_bias)
         self.k_proj = linear(c, c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
         self.v_proj = linear(c, c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
@@ -107,11 +107,11 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = (old.index_copy_(2, positions, new) for old, new in zip(cache, (k, v)))  # [B, K, S, D]
         mask = None
-        if cache is not None or (self.window and T > self.window):
+        if cache is not None or (self.reach and T > self.reach):
             here, keys = positions[:, None], torch.arange(k.shape[2], device=x.device)
             mask = keys <= here  # [T, S]
-            if self.window:
-                mask &= keys > here - self.window
+            if self.reach:
+                mask &= keys > here - self.reach
         groups = self.c.num_attention_heads // self.c.num_key_value_heads
         if groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)  # [B, H, S, D]

@@ -23,9 +23,10 @@ times as fast is what to expect; int8 and int4 values read 5.125 and 3.125 bits 
 together takes time, too. An older version came to 1.6 to 1.8 and to 2 to 2.5 times on an H100. For one row of x no W is
 built: W x = sum v0 x[i0] + v1 x[i1]. For more rows W is put together in registers as the left operand of the tensor
 cores; K is split, so that a small N fills the GPU, too. Where many rows make arithmetic the limit, W is decompressed
-for the dense matmul. Which tile, or the dense way, is timed at the first call for each shape (so call once before
-capturing a CUDA graph). With more rows of x a dense W won there: 4096 x 4096 from 4 rows on at the latest, the largest
-ones in bf16 from 128, in int8 and int4 from 64 (results/sparse-matmul.json).
+for the dense matmul. Which tile, or the dense way, is timed at the first call for each shape of W and number of rows
+of x, rounded up to a power of two (so call once before capturing a CUDA graph). With more rows of x a W that was never
+compressed won on that H100: 4096 x 4096 from 4 rows on at the latest, the largest ones in bf16 from 128, in int8 and
+int4 from 64 (results/sparse-matmul.json).
 
     python sparse_matmul.py                                            # check the kernel and, on a GPU, measure it
     python sparse_matmul.py --model out/llama2-7b-wanda-dsnot-2of4 --bits 8 --out out/small
@@ -81,7 +82,7 @@ class Sparse24:
 
 # [16, 2]: the two places to store, by which of the four are non-zero (bit p: place p), filled up from the left. The
 # inner sort is stable: the places of non-zeros come first, then the others
-KEEP = torch.tensor([sorted(sorted(range(4), key=lambda p: not code >> p & 1)[:2]) for code in range(16)])
+PLACES = torch.tensor([sorted(sorted(range(4), key=lambda p: not code >> p & 1)[:2]) for code in range(16)])
 
 
 def crowded(W):
@@ -102,7 +103,7 @@ def compress(W: torch.Tensor, bits: int | None = None) -> Sparse24:
         row, g = wrong.nonzero()[0].tolist()
         held = groups[row, g].tolist()
         raise InputError(f"the weight is not 2:4: row {row}, columns {4 * g} to {4 * g + 3} hold {held}")
-    place = KEEP.to(W.device)[((groups != 0) * torch.tensor([1, 2, 4, 8], device=W.device)).sum(-1)]  # [N, K/4, 2]
+    place = PLACES.to(W.device)[((groups != 0) * torch.tensor([1, 2, 4, 8], device=W.device)).sum(-1)]  # [N, K/4, 2]
     nibble = (place[..., 0] | place[..., 1] << 2).view(N, K // 16, 4)
     meta = (nibble << torch.arange(0, 16, 4, device=W.device)).sum(-1).to(torch.int16)  # from 32768 on it wraps
     values = groups.gather(-1, place).view(N, K // 2)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from masks import check_pattern
 
-CHUNK = 2**26  # elements of the rows that swaps take at a time on a GPU, and of the systems that refit solves at a time
+CHUNK = 2**26  # elements at a time, at most: of what swaps on a GPU hold of a few rows, and of the systems of refit
 
 
 def relative_error(W, pruned, gram):
@@ -69,7 +69,7 @@ def swap_refine(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = 
             if not len(row):
                 new[rows] = mask
                 break
-            at, used, first = column[row, which], count // 2, count.cumsum(0) - count  # first: a row's flips in `at`
+            at, used, first = column[row, which], count // 2, count.cumsum(0) - count  # first: where a row's begin
             # to a row of g, for each of its flips, slope / 2 times that weight's row of G
             g += F.embedding_bag(at, G, first, mode="sum", per_sample_weights=slope[row, at] / 2)
             mask[row, at], slope[row, at] = ~mask[row, at], -slope[row, at]
@@ -150,12 +150,11 @@ def entries(G, i, j):
 def refit_weights(W: Tensor, keep: Tensor, gram: Tensor, *, goal: Tensor | None = None, damp: float = 1e-4) -> Tensor:
     """The weights that give the least squared error for a mask [out, in]: on each row's kept weights k they solve
     G_kk u = (G w)_k, or goal_k with `goal` [out, in] as in swap_refine. damp: each kept weight i is drawn towards that
-    of W with the strength damp * G_ii, or the median of these if that is more; rows whose Cholesky factor fails by that
-    in float32 are solved with a hundred times as much. Batched over rows."""
+    of W with the strength damp * G_ii, or damp times the median of all G_ii if that is more; rows whose Cholesky factor
+    fails by that in float32 are solved with a hundred times as much. Batched over rows. dsnot.py damps by 0.01."""
     W, gram = W.float(), gram.float()
     aim = W @ gram if goal is None else goal.float()
-    own, new, kept = own_scale(gram), torch.zeros_like(W), keep.sum(1)
-    own = own.clamp(min=own.median())  # what a norm has all but silenced would get weights in the thousands
+    own, new, kept = own_scale(gram, floor=1), torch.zeros_like(W), keep.sum(1)
 
     def system(rows, k, damp, **options):
         G = entries(gram, k[:, :, None], k[:, None, :])
@@ -198,16 +197,15 @@ def with_pruned(new, keep, gram, goal):
 
 
 def dense_weights(W, gram, goal, damp=0.01):
-    """The dense weights [out, in] that come closest to the goal, as in swap_refine: W + (goal - W G) G^-1, with G
-    damped by that share of each input's own size. SparseGPT, which prunes towards the weights it gets, gets these."""
-    own = own_scale(gram)
-    own = own.clamp(min=0.03 * own.median())  # or what a norm has all but silenced gets huge weights
-    change, G = goal - W.float() @ gram, gram + (damp * own).diag()
+    """The dense weights [out, in] that come closest to the goal, as in swap_refine: W + (goal - W G) G^-1, where G's
+    diagonal is raised by damp * own_scale. SparseGPT, which prunes towards the weights it gets, gets these."""
+    change, G = goal - W.float() @ gram, gram + (damp * own_scale(gram, floor=0.03)).diag()
     return W.float() + torch.cholesky_solve(change.T, torch.linalg.cholesky(G)).T
 
 
-def own_scale(gram):
-    """The diagonal of a Gram matrix [in], and where that is 0 its mean: what damping is measured in, so that no input
-    is damped by the size of another."""
+def own_scale(gram, floor):
+    """What damping is measured in [in]: the diagonal of a Gram matrix, where that is 0 its mean, and at least `floor`
+    times its median: what a norm has all but silenced would else get weights in the hundreds."""
     own = gram.diagonal()
-    return torch.where(own > 0, own, own.mean().clamp(min=1e-20))
+    own = torch.where(own > 0, own, own.mean().clamp(min=1e-20))
+    return own.clamp(min=floor * own.median())

@@ -7,9 +7,9 @@ up for a part of what earlier layers lost (`layer_goal`), a dense copy of the bl
 A finished block on disk is the record of progress: start an interrupted run again and it goes on. Swaps by the whole
 model's output (`global_swaps.py`) come last and need all of it in memory.
 
-Several processes share the calibration text and the rows of every weight.
+Several processes share the calibration text and the rows of every weight (not of SparseGPT's without a pattern).
 
-Shapes: a weight W, its scores and masks are [out, in]; True in a mask = keep.
+Shapes: hidden states are [sequences, tokens, C]; a layer's weight W and its goal are [out, in].
 """
 
 import copy
@@ -121,9 +121,10 @@ def prune(model, samples, out, made, prune_layer, *, batch=8, propagate=False, s
     samples [nsamples, seqlen]: calibration ids, of which each process takes its share. made: a dict that names this
     run and its options; an interrupted run of that name goes on, a finished one is not made again. prune_layer: that of
     dsnot.py, or a function like it; propagate: see prune_block; options: refine_layers and those of prune_layer.
-    Returns a record per layer, {layer, weights, sparsity, error where it is known}, which is also written to
-    out/pruning.json, with the seconds that it took. Raises InputError where the model is not streamed, activations are
-    not finite or the disk is too small."""
+    Returns a record per layer, {layer, weights: how many, sparsity, error}, which is also written to out/pruning.json,
+    with the seconds that it took; error, where Gram matrices are needed: relative_error on the inputs that the layer
+    gets here, whatever its goal. Raises InputError where the model is not streamed, activations are not finite or the
+    disk is too small."""
     if not model.streams:
         raise InputError("a model in memory can't be pruned into a folder: load it with stream=True")
     begin = time.perf_counter()
