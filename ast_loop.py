@@ -33,11 +33,12 @@ from ast_method import (CLIP, AnnealedAdamW, SparseLinear, add_to_mean, averaged
                         sparse_layers, training_loss, whole)
 from data import load_tokenizer
 from data.calibration import InputStats, watch
-from data.command import InputError, versions
+from data.command import InputError
 from data.method import parse_pattern
 from data.processes import add_up, mean_over_processes, processes, say
 from data.state import check_room, load_state, save_state
 from data.stream import fingerprint, sources_of
+from data.text import text_versions
 from data.writer import CheckpointWriter, noted
 from gpt import GPT, all_prunable
 from masks import magnitude_score, wanda_score
@@ -196,7 +197,7 @@ def resume(method, args, identity, student, optimizer, mean, source):
     work, saved = Path(args.out) / f"{method}.training", Path(args.out) / method
     unused = NEUTRAL | (MASKED if method == "dense" else set()) | (set() if method == "ast-slorb" else {"slorb_k"})
     options = {name: str(value) for name, value in vars(args).items() if name not in unused}
-    options |= {"model": identity, "texts": str(versions([*sources_of(args.data), args.eval_data]))}
+    options |= {"model": identity, "texts": str(text_versions([*sources_of(args.data), args.eval_data]))}
     made = {"command": "ast_train.py", "method": method} | options
     state = load_state(work, student, optimizer, mean, options, args.steps)
     if (there := noted(saved / "run.json")) != made and state["step"]:

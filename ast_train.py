@@ -35,7 +35,7 @@ from data.method import SCORES, parse_pattern
 from data.processes import process_group, processes, say, side_by_side
 from data.state import last_state
 from data.stream import Mixture, evaluation_split, evaluation_tokens, sources_of
-from data.text import SOURCES, told, usual_text
+from data.text import SOURCES, text_versions, told, usual_text
 from data.writer import CheckpointWriter, alone_in, noted, pruned_here, remove
 from dsnot import prune_layer
 from eval import perplexity
@@ -66,7 +66,7 @@ def one_shot(args, folder, calibration, replace=False, **method):
     model = GPT.from_pretrained(args.model, device=args.device, stream=True)
     given = {name: str(getattr(args, name)) for name in ("model", "data", "seqlen", "seed", "pattern", "sparsity")}
     made = {"command": "ast_train.py", **given, **method}
-    made["files"] = versions([*model.source.parts(), *sources_of(args.data)])
+    made["files"] = versions(model.source.parts()) + text_versions(sources_of(args.data))
     for left in [folder, folder.with_name(f"{folder.name}.partial")] if replace else []:
         before = noted(left / "run.json") or {}
         if before.get("command") == made["command"] and before != made:

@@ -95,9 +95,7 @@ def log_likelihoods(model, pairs, max_length, batch=8, progress=False):
     differ in nothing but the last token (" yes", " no") share one pass; long ones go first, `batch` at a time."""
     rows = {}  # {input ids: [(index of the pair, continuation)]}
     for i, (context, continuation) in enumerate(pairs):
-        if len(continuation) > max_length:
-            raise InputError(f"a choice of {len(continuation)} tokens is longer than the model's context of "
-                             f"{max_length}")
+        assert len(continuation) <= max_length, (len(continuation), max_length)
         rows.setdefault(tuple((context + continuation)[-(max_length + 1):-1]), []).append((i, continuation))
     order = sorted(rows, key=len, reverse=True)
     parts = [order[i:i + batch] for i in range(0, len(order), batch)]
@@ -138,13 +136,26 @@ def accuracy(examples, scores, normalise):
     return result
 
 
-def zero_shot(model, tokenizer, names, folder=None, limit=None, batch=8):
-    """{task: accuracy(...)} and their "mean", printed as they come; acc_norm's mean takes acc where it is alone."""
-    tasks = {name: load_task(name, folder, limit) for name in names}  # bad data end the command before the work begins
+def encoded_tasks(tokenizer, names, context_length, folder=None, limit=None):
+    """{task: (its Examples, the ids of their pairs)}, folder and limit as in load_task. Raises InputError for bad data,
+    and a choice that is longer than the model's context."""
+    tasks = {}
+    for name in names:
+        examples = load_task(name, folder, limit)
+        pairs = [encode_pair(tokenizer, *pair) for example in examples for pair in example.pairs]
+        if (longest := max(len(continuation) for _, continuation in pairs)) > context_length:
+            raise InputError(f"{name}: a choice of {longest} tokens is longer than the model's context of "
+                             f"{context_length}")
+        tasks[name] = examples, pairs
+    return tasks
+
+
+def zero_shot(model, tasks, batch=8):
+    """{task: accuracy(...)} of encoded_tasks and their "mean", printed as they come; acc_norm's mean takes acc where it
+    is alone."""
     results = {}
     print(f"{'task':<16}{'questions':>10}{'acc':>18}{'acc_norm':>18}")
-    for name, examples in tasks.items():
-        pairs = [encode_pair(tokenizer, *pair) for example in examples for pair in example.pairs]
+    for name, (examples, pairs) in tasks.items():
         scores = log_likelihoods(model, pairs, model.config.context_length, batch, progress=True)
         results[name] = accuracy(examples, scores, TASKS[name].normalise)
         print(task_line(name, results[name]), flush=True)
@@ -281,6 +292,8 @@ def main():
     streamed = not args.speed and not args.sparse  # they need all blocks in memory
     model = GPT.from_pretrained(args.model, device=args.device, stream=streamed, sparse=args.sparse)
     tokenizer = load_tokenizer(model.source.folder)
+    if args.tasks is not None:  # before there is work that bad data would lose
+        tasks = encoded_tasks(tokenizer, args.tasks or SEVEN, model.config.context_length, args.tasks_dir, args.limit)
     row, results = describe(model, args.model) if args.json else {}, {}  # it reads every block once
     if args.data or (args.tasks is None and not args.speed):
         data = args.data or usual_text(model.source.folder, "wikitext2")
@@ -294,7 +307,7 @@ def main():
               f"(seqlen {seqlen}{model.config.remark(seqlen)}, {tokens:,} of {len(ids):,} tokens, "
               f"{time.perf_counter() - begin:.1f} s)")
     if args.tasks is not None:
-        row["tasks"] = zero_shot(model, tokenizer, args.tasks or SEVEN, args.tasks_dir, args.limit, args.batch)
+        row["tasks"] = zero_shot(model, tasks, args.batch)
     if args.speed:
         new_tokens = max(2, min(64, model.config.context_length // 2))
         length = max(1, min(512, model.config.context_length - new_tokens))

@@ -95,8 +95,9 @@ def read_tensors(path, names=None):
     try:
         if path.suffix == ".bin":  # files from before torch 1.6 are no zip archives and can't be mapped
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-            if not all(torch.is_tensor(value) for value in tensors.values()):
-                raise ValueError("it holds more than tensors")
+            if not all(isinstance(name, str) and torch.is_tensor(value) and value.layout is torch.strided
+                       and value.device.type == "cpu" for name, value in tensors.items()):
+                raise ValueError("it holds more than dense tensors")
             return {k: tensors[k] for k in (tensors if names is None else names)}
         with safe_open(path, framework="pt") as f:
             return {k: f.get_tensor(k) for k in (f.keys() if names is None else names)}
@@ -126,7 +127,9 @@ def weight_files(folder):
             raise InputError(f"{folder} holds one model in {other.name} and another in the files that {path.name} "
                              f"names: delete the one that is not meant")
         return [folder / name for name in named]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as e:
+    except InputError:
+        raise
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as e:
         raise InputError(f"{path} is not an index of weights: {type(e).__name__} {e}") from None
 
 

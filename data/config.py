@@ -5,7 +5,6 @@ older file leaves out; `check` refuses what gpt.py does not compute, above all w
 """
 
 import json
-import math
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -59,7 +58,9 @@ class Config:
             return cls.from_dict(json.loads(path.read_text("utf-8")))
         except OSError as e:
             raise InputError(f"{path} can't be read: {e.strerror}") from None
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
+        except InputError:
+            raise
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
             raise InputError(f"{path} is not a model's configuration: {type(e).__name__} {e}") from None
 
     @classmethod
@@ -77,8 +78,9 @@ class Config:
         return self.positions or self.raw.get("max_position_embeddings") or 2048
 
     def window_length(self):
-        """The pruning papers' 2048 tokens, or what a smaller model is made for."""
-        return min(2048, self.context_length)
+        """The pruning papers' 2048 tokens, or what a smaller model is made for; two at least, one of which is
+        predicted."""
+        return max(2, min(2048, self.context_length))
 
     def remark(self, tokens):
         """Where so many tokens are more than the model is made for, that; else nothing."""
@@ -175,7 +177,7 @@ def check(config):
     if type(config.slorb_k) is not int or config.slorb_k < 0:
         raise InputError(f"config.json: slorb_k {config.slorb_k!r} is not a whole number from 0")
     for name in "rms_norm_eps", "rope_theta":
-        if type(value := getattr(config, name)) not in (int, float) or not 0 < value < math.inf:
+        if type(value := getattr(config, name)) not in (int, float) or not 0 < value < 1e30:
             raise InputError(f"config.json: {name} {value!r} is not a positive number")
     if config.num_attention_heads % config.num_key_value_heads:
         raise InputError(f"config.json: {config.num_attention_heads} attention heads can't share "
@@ -202,7 +204,7 @@ def check_rotary(config):
         raise InputError(f"config.json: rotary scaling {config.rope_kind!r} is not supported "
                          f"({', '.join(ROPE_KINDS)} are)")
     for name in ROPE_KINDS[config.rope_kind]:
-        if type(value := scaling.get(name)) not in (int, float) or not 0 < value < math.inf:
+        if type(value := scaling.get(name)) not in (int, float) or not 0 < value < 1e30:
             raise InputError(f"config.json: {name} is missing or not positive in the rotary scaling {scaling}")
     if config.rope_kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
         raise InputError(f"config.json: low_freq_factor is not below high_freq_factor in {scaling}")

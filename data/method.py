@@ -6,6 +6,7 @@ from pathlib import Path
 from data.command import InputError, versions
 from data.hub import repository
 from data.processes import processes
+from data.text import text_versions
 
 LAYER = ["score", "refine", "refit", "cycles", "threshold", "sign_check", "sparsity", "pattern"]  # of prune_layer
 METHOD = LAYER + ["propagate", "refine_layers", "allocate"]  # of prune
@@ -116,7 +117,7 @@ def shared_by(args, source):
     same = {option: getattr(args, option) for option in ("nsamples", "seqlen", "seed")}
     same |= dict(calib=os.path.normpath(args.calib), model=repository(source.folder),
                  pattern=args.pattern,  # as text, in which tables name it, instead of the method's pair of numbers
-                 files=versions([*source.parts(), args.calib]), command="dsnot.py")
+                 files=versions(source.parts()) + text_versions([args.calib]), command="dsnot.py")
     if args.allocate == "sensitivity" and processes()[1] > 1:
         same["processes"] = processes()[1]  # each looks at tokens of its own, so others would find other shares
     return same

@@ -23,11 +23,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.command import (InputError, parser, record, run, start, versions, what_keeps_from_writing,
+from data.command import (InputError, parser, record, run, start, what_keeps_from_writing,
                           write_atomically)
 from data.hub import model_folder, repository
 from data.processes import progress_bar
-from data.text import SOURCES, documents, evaluation_ids, load_text, part_of
+from data.text import SOURCES, documents, evaluation_ids, load_text, part_of, text_versions
 from data.tokenizer import load_tokenizer
 from data.writer import alone_in, noted, occupied
 
@@ -243,7 +243,7 @@ def main():
         raise InputError(f"--shards {args.shards}: C4 has 1024 of them, every other text 1")
     folder = model_folder(args.model, weights=False)
     tokenizer = load_tokenizer(folder)
-    made = dict(model=repository(folder), data=args.data, shards=args.shards, files=versions([args.data]),
+    made = dict(model=repository(folder), data=args.data, shards=args.shards, files=text_versions([args.data]),
                 tokenizer=fingerprint(tokenizer))
     shards = [functools.partial(documents, args.data, "train", shard) for shard in range(args.shards)]
     count = write_bin(args.out, shards, tokenizer, args.data, made)

@@ -45,19 +45,28 @@ class Task:
     shots: int = 0
 
 
+def listed(choices):
+    """The choices of a row; TypeError where they are no list: a text would be taken letter by letter."""
+    if not isinstance(choices, list):
+        raise TypeError(f"{choices!r} is no list")
+    return choices
+
+
 def boolq(row):
-    return f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", ["no", "yes"], row["label"]
+    context = row["passage"] + "\nQuestion: " + row["question"]
+    return context + "?\nAnswer:", ["no", "yes"], row["label"]
 
 
 def rte(row):
-    return f"{row['sentence1']}\nQuestion: {row['sentence2']} True or False?\nAnswer:", ["True", "False"], row["label"]
+    context = row["sentence1"] + "\nQuestion: " + row["sentence2"]
+    return context + " True or False?\nAnswer:", ["True", "False"], row["label"]
 
 
 def hellaswag(row):
     def clean(text):  # WikiHow's markup
         return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
-    context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-    return clean(context), [clean(ending) for ending in row["endings"]], int(row["label"])
+    context = row["activity_label"] + ": " + row["ctx_a"] + " " + row["ctx_b"].capitalize()
+    return clean(context), [clean(ending) for ending in listed(row["endings"])], int(row["label"])
 
 
 def winogrande(row):
@@ -66,22 +75,22 @@ def winogrande(row):
 
 
 def arc(row):
-    choices = row["choices"]
-    return f"Question: {row['question']}\nAnswer:", choices["text"], choices["label"].index(row["answerKey"])
+    context, choices = "Question: " + row["question"] + "\nAnswer:", row["choices"]
+    return context, listed(choices["text"]), choices["label"].index(row["answerKey"])
 
 
 def openbookqa(row):
     choices = row["choices"]
-    return row["question_stem"], choices["text"], choices["label"].index(row["answerKey"].lstrip())
+    return row["question_stem"], listed(choices["text"]), choices["label"].index(row["answerKey"].lstrip())
 
 
 def piqa(row):
-    return f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], row["label"]
+    return "Question: " + row["goal"] + "\nAnswer:", [row["sol1"], row["sol2"]], row["label"]
 
 
 def mmlu(row):
-    listed = "".join(f"\n{letter}. {choice}" for letter, choice in zip("ABCD", row["choices"], strict=True))
-    return f"{row['question'].strip()}{listed}\nAnswer:", list("ABCD"), row["answer"]
+    lines = [f"\n{letter}. " + choice for letter, choice in zip("ABCD", listed(row["choices"]), strict=True)]
+    return row["question"].strip() + "".join(lines) + "\nAnswer:", list("ABCD"), row["answer"]
 
 
 TASKS = {
@@ -109,7 +118,7 @@ def read_file(path):
                 raise ValueError(str(e).split("\n")[0]) from None
         else:
             rows = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         kind = "parquet" if path.suffix == ".parquet" else "JSON lines"
         raise InputError(f"{path} can't be read as {kind}: {e}") from None
     if not rows:
@@ -126,10 +135,13 @@ def read_split(name, split, folder):
     kinds = (".jsonl", ".json", ".parquet")
     inside = sorted(path for path in (Path(folder) / name).rglob(f"{split}*") if path.suffix in kinds)
     alone = [path for path in (Path(folder) / f"{name}{kind}" for kind in kinds) if path.is_file()]
-    files = alone[:1] if alone and split == task.split else inside
+    files = alone if alone and split == task.split else inside
     if not files:
         raise InputError(f"--tasks-dir {folder} has no data of {name}: neither {name}/{split}*.jsonl nor .parquet"
                          + f", nor {name}.jsonl or .parquet" * (split == task.split))
+    if len({path.suffix for path in files}) > 1:  # most likely the same rows
+        raise InputError(f"--tasks-dir {folder} has {split} data of {name} in {' and in '.join(map(str, files[:3]))}: "
+                         f"leave in one of them")
     if len(places := sorted({str(path.parent) for path in files})) > 1:  # a snapshot of the Hub has all configurations
         raise InputError(f"--tasks-dir {folder} has {split} data of {name} in {' and in '.join(places[:3])}: leave in "
                          f"{Path(folder) / name} that of {task.name or 'one'} alone")

@@ -7,18 +7,20 @@ in the "text" of each line, any other file is one running text; a `.bin` of data
 
 import filecmp
 import json
+import platform
 import random
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-from data.command import InputError
+from data.command import InputError, versions
 from data.hub import PRESETS
 from data.processes import progress_bar, say
 from data.stdlib import stdlib_source, stdlib_text
 
 SOURCES = ("tiny", "tiny-code", "wikitext2", "ptb", "c4")
+OF_PYTHON = "tiny", "tiny-code"  # the library's documentation and source
 PARTS = {  # the splits of a file: from which to which twentieth, and in words
     None: (0, 20, ""), "train": (0, 18, "the first nine tenths of "), "held-out": (18, 20, "the last tenth of "),
     "validation": (18, 19, "the first half of the last tenth of "), "test": (19, 20, "the last twentieth of "),
@@ -42,9 +44,14 @@ def hub_rows(path, name=None, split="train", file=None, revision=None,
         return datasets.load_dataset("parquet" if file.endswith("parquet") else "json", data_files=local, split=split)
     except Exception as e:  # the Hub's client raises a family of errors that changes between versions
         absent = isinstance(e, (ConnectionError, huggingface_hub.errors.LocalEntryNotFoundError))
-        reason = "the Hub is out of reach" if absent else type(e).__name__
+        reason = "the Hub is out of reach" if absent else getattr(e, "strerror", None) or type(e).__name__
         raise InputError(f"the data set {path} is not in the cache and can't be fetched ({reason}): "
                          f"without a network, give {instead}") from None
+
+
+def text_versions(sources):
+    """What tells that one of those texts is another by now: `versions` of files, and Python's where the text is its."""
+    return versions(sources) + [[name, platform.python_version()] for name in sources if name in OF_PYTHON]
 
 
 def json_lines(path):

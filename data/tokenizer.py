@@ -22,7 +22,7 @@ def read_json(path):
         if not isinstance(found, dict):
             raise ValueError("no JSON object")
         return found
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise InputError(f"{path} is damaged ({e}); fetch it again") from None
 
 
@@ -45,8 +45,11 @@ def added_tokens(folder, config):
 
 def eos_ids(path):
     """The ids of EOS that a JSON file names, the usual one first; [] where it names none."""
-    ids = read_json(path).get("eos_token_id")
-    return [ids] if isinstance(ids, int) else list(ids or [])
+    said = read_json(path).get("eos_token_id")
+    ids = said if isinstance(said, list) else [] if said is None else [said]
+    if not all(type(i) is int for i in ids):
+        raise InputError(f"{path}: eos_token_id {said!r} is no id, nor a list of some")
+    return ids
 
 
 def end_tokens(folder):

@@ -11,7 +11,7 @@ The validation text is read while training, the test text never.
 
 import io
 import json
-import pickle
+import platform
 import shutil
 import time
 from functools import partial
@@ -142,12 +142,15 @@ def last_state(file, model, optimizer, settings):
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         if state["options"] != settings:
-            raise InputError(f"{file} belongs to a run with other options: delete it or choose another --out")
+            raise InputError(f"{file} belongs to a run with other options, or of another Python: delete it or choose "
+                             f"another --out")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         print(f"going on at step {state['step']}")
         return state["step"], state["history"]
-    except (EOFError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError):
+    except InputError:
+        raise
+    except Exception:  # a damaged pickle can raise anything
         raise InputError(f"{file} is damaged: delete it or choose another --out") from None
 
 
@@ -155,6 +158,7 @@ def train(args, model, streams, held_out, state_file):
     """Train the model, saving its state at intervals; returns [(step, validation loss)]."""
     optimizer = new_optimizer(model, args.lr)
     settings = [args.hidden_size, args.layers, args.packages, args.steps, args.batch, args.seqlen, args.lr, args.seed]
+    settings.append(platform.python_version())  # the text is Python's
     first, history = last_state(state_file, model, optimizer, settings)
     for block in model.model.layers if args.compile else ():
         block.compile()  # one block's code serves all of them
@@ -197,7 +201,7 @@ def main():
     start(args)
     if args.hidden_size < 128 or args.hidden_size % 128:
         raise InputError(f"--hidden-size {args.hidden_size} must be a multiple of 128")
-    at_least(args, layers=1, steps=1, batch=1, seqlen=1, save_every=1)
+    at_least(args, layers=1, steps=1, batch=1, seqlen=2, save_every=1)
     if not 0 < args.lr < float("inf"):
         raise InputError(f"--lr {args.lr} must be above 0 and finite")
     CheckpointWriter(args.out, CONFIG, made={})  # refuses a folder that it can't fill, or that another command has made

@@ -132,8 +132,9 @@ def merge(rows):
                 if alike(row, same.setdefault(attempt, {}).setdefault(seed, row)):
                     break
         for by_seed in same.values():
-            values = {f"{row['perplexity']:.6g}": row["perplexity"] for row in by_seed.values() if row["perplexity"]}
-            values = list(values.values())  # the dense model's, of several runs, is one
+            values = [row["perplexity"] for row in by_seed.values() if row["perplexity"]]
+            if group[0]["method"] == "dense":  # of several runs
+                values = values[:1]
             merged.append(next(iter(by_seed.values())) | {
                 "perplexity": statistics.mean(values) if values else None, "runs": len(values),
                 "spread": statistics.stdev(values) if values[1:] and all(map(math.isfinite, values)) else None})

@@ -1,4 +1,5 @@
 # Sourced by study.sh, ast.sh and smollm2.sh: runs in the background, JOBS at a time, each of which leaves a file.
+[[ ${JOBS:-1} =~ ^[1-9][0-9]*$ ]] || { echo "error: JOBS=$JOBS is no number of runs at a time" >&2; exit 2; }
 measured=()  # the files
 trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
 trap 'echo "interrupted: the same command goes on from what has been saved" >&2; exit 130' INT

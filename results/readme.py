@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from data.command import InputError, run
+from data.command import InputError, run, write_atomically
 from data.method import fill_in
 from gpt import Config
 from results.compare import COLOURS, LOOK, markdown, merge, plot, read_rows, table_by_method
@@ -131,7 +131,8 @@ def over_seeds():
         if row["runs"] == 3:
             found.setdefault(row["method"], {})[row["amount"]] = f"{row['perplexity']:.2f} ± {row['spread']:.2f}"
     lines = [[method, *(cells.get(amount, "") for amount in ("70%", "2:4"))] for method, cells in found.items()]
-    return markdown(["tiny, three seeds", "70%", "2:4"], sorted(lines, key=lambda line: line[1], reverse=True))
+    perplexity = lambda line: float(line[1].partition(" ")[0] or 0)  # at 70 %
+    return markdown(["tiny, three seeds", "70%", "2:4"], sorted(lines, key=perplexity, reverse=True))
 
 
 def cost():
@@ -360,7 +361,7 @@ def main():
     plot(pruned(*(f"tiny/0.7-wanda-swap-refit{share}" for share in shares)), ROOT / "assets/layers.png")
     draw_ast(ROOT / "assets/ast.png")
     for path, text in contents.items():
-        path.write_text(text, "utf-8")
+        write_atomically(path, lambda new: new.write_text(text, "utf-8"))
     changed = [str(path.relative_to(ROOT)) for path, content in held().items() if content != before.get(path)]
     print(f"changed: {', '.join(changed)}" if changed else "nothing has changed")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from data.command import parser, record, run, start
+from data.command import at_least, parser, record, run, start
 from data.device import timed
 from dsnot import InputStats, dsnot_refine, keep_mask, magnitude_score, sparsegpt, swap_refine, wanda_score
 from swaps import relative_error
@@ -26,6 +26,7 @@ def main():
     p.add_argument("--repeats", type=int, default=5)
     args = p.parse_args()
     start(args)
+    at_least(args, size=64, repeats=1)
     n, device = args.size, args.device
     W = torch.randn(n, n, device=device).bfloat16().float()  # rounded as in checkpoints, so that scores tie
     stats = InputStats(n, gram=True)

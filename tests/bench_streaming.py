@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from data.command import parser, record, run, start
+from data.command import InputError, at_least, parser, record, run, start
 from gpt import GPT, Block, Config
 
 RAW = dict(model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=32000, hidden_size=4096,
@@ -114,6 +114,7 @@ def main():
     p.add_argument("--options", default="", help="more options of dsnot.py")
     args = p.parse_args()
     start(args)
+    at_least(args, layers=2, hidden=32, nsamples=1, seqlen=2)
     gpu = args.device != "cpu"
     args.nsamples, args.seqlen = args.nsamples or (128 if gpu else 2), args.seqlen or (2048 if gpu else 512)
     folder, out = Path(args.folder).absolute(), Path(args.folder + "-pruned").absolute()
@@ -121,11 +122,14 @@ def main():
     raw = RAW | dict(num_hidden_layers=args.layers, hidden_size=args.hidden, intermediate_size=args.hidden * 43 // 16)
     if not (folder / "config.json").exists():
         make(folder, raw, args.device)
+    if json.loads((folder / "config.json").read_text()) != raw:
+        raise InputError(f"--folder {args.folder} holds a model of another shape: delete it, or choose another")
     command = [sys.executable, "dsnot.py", "--model", folder, "--out", out, "--calib", text, "--data", text,
                "--nsamples", args.nsamples, "--seqlen", args.seqlen, "--device", args.device, "--no-compare",
                *args.options.split()]
     command = [str(word) for word in command]
-    shutil.rmtree(out, ignore_errors=True)
+    for left in out, out.with_name(out.name + ".partial"):
+        shutil.rmtree(left, ignore_errors=True)
     if gpu:
         return record(args, on_a_gpu(command, Path(args.folder + ".json").absolute()))
     text.write_text("the words of a text are all that a model reads\n" * args.seqlen)

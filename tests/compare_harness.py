@@ -89,7 +89,7 @@ def main():
     record(args, {"tasks": tasks})
     worst = max(task["largest_difference"] for task in tasks.values())
     print(f"{len(tasks)} tasks, the largest difference of a log-likelihood is {worst:.1e}")
-    sys.exit(f"log-likelihoods differ by {worst}" if worst > 1e-4 else 0)
+    sys.exit(f"log-likelihoods differ by {worst}" if not worst <= 1e-4 else 0)  # NaN, too
 
 
 if __name__ == "__main__":

@@ -7,11 +7,15 @@ comes in a Python package, so that a LLaMA of use can be pruned where the Hub ca
 
 import argparse
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from data.command import InputError, run
 
 
 def main():
@@ -19,20 +23,28 @@ def main():
     where = p.add_mutually_exclusive_group(required=True)
     where.add_argument("--file", type=Path, help="the GGUF file")
     where.add_argument("--package", help="an installed package that holds one")
-    p.add_argument("--out", required=True, help="the folder to make")
+    p.add_argument("--out", type=Path, required=True, help="the folder to make")
     args = p.parse_args()
     if args.package:
-        package = importlib.util.find_spec(args.package)
-        args.file = next(Path(package.origin).parent.glob("*.gguf"), None) if package else None
+        package = importlib.util.find_spec(args.package.partition(".")[0])
+        args.file = next(Path(package.origin).parent.rglob("*.gguf"), None) if package and package.origin else None
     if args.file is None or not args.file.is_file():
-        sys.exit(f"error: no GGUF file in {args.package or args.file}")
+        raise InputError(f"no GGUF file in {args.package or args.file}")
+    if args.out.exists():
+        raise InputError(f"--out {args.out} exists: delete it, or choose another folder")
     place = dict(pretrained_model_name_or_path=args.file.parent, gguf_file=args.file.name)
-    model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32).bfloat16()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32).bfloat16()
+    except ValueError as e:
+        raise InputError(f"{args.file} can't be read as GGUF: {e}") from None
     del model.config.quantization_config, model.hf_quantizer  # its values are ordinary numbers now
-    model.save_pretrained(args.out)
-    AutoTokenizer.from_pretrained(**place).save_pretrained(args.out)
+    partial = args.out.with_name(args.out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    AutoTokenizer.from_pretrained(**place).save_pretrained(partial)
+    partial.rename(args.out)
     print(f"saved {args.out}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -32,7 +32,7 @@ import eval
 import gpt
 import sparse_matmul
 from conftest import make_checkpoint
-from data.command import parser, record, run, start
+from data.command import at_least, parser, record, run, start
 
 FAMILIES = {  # by model_type: the sizes of a small model, in its family's words
     "llama": {},
@@ -202,6 +202,7 @@ def main():
     p.add_argument("--trials", type=int, default=480, help="how many; each has a seed of its own")
     args = p.parse_args()
     start(args)
+    at_least(args, trials=1)
     counts, defects = {}, []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)

@@ -214,7 +214,9 @@ def test_damaged_pytorch_files(folder, monkeypatch, capsys):
             (folder / "pytorch_model.bin").write_bytes(damaged)
             with suppress(InputError):  # some damage is none, or falls on a number
                 GPT.from_pretrained(folder)
-    for content in {"a": subprocess.Popen}, {"a": 3}, [3]:
+    sparse = torch.eye(4).to_sparse()
+    for content in ({"a": subprocess.Popen}, {"a": 3}, [3], {"a": sparse}, {"a": sparse.to_sparse_csr()},
+                    {3: torch.ones(1)}):
         torch.save(content, folder / "pytorch_model.bin")
         assert "pytorch_model.bin" in refused(monkeypatch, capsys, folder)
     (folder / "pytorch_model.bin.index.json").write_text('{"weight_map": 3}')

@@ -194,6 +194,7 @@ def test_what_is_recorded(monkeypatch, tmp_path):
      "--no-compile\n"),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 2,
      "error: the computer's memory is full: give shorter or fewer texts at a time\n"),
+    (MemoryError(), 2, "error: the computer's memory is full: give shorter or fewer texts at a time\n"),
     (OSError(errno.EACCES, "Permission denied", "a.txt"), 2, "error: a.txt: Permission denied\n"),
     (KeyboardInterrupt(), 130, "interrupted\n")])
 def test_an_end_is_one_sentence(capsys, raised, code, said):

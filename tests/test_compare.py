@@ -214,6 +214,16 @@ def test_what_is_no_perplexity_is_not_averaged(tmp_path):
     assert "| rte | piqa |" in table(merge(alone))  # measured one by one, they have no mean
 
 
+def test_seeds_that_agree_count_all_the_same(tmp_path):
+    """Would catch a mean over the different perplexities of three seeds, of which two are equal."""
+    rows = []
+    for seed, perplexity in enumerate([10.0, 10.0, 13.0]):
+        rows += read_rows(result_file(tmp_path, "r", [("dense", 5.0, []), ("wanda", perplexity, [])], seed=seed))
+    dense, found = merge(rows)
+    assert (dense["perplexity"], dense["runs"], dense["spread"]) == (5, 1, None)
+    assert (found["perplexity"], found["runs"]) == (11, 3) and found["spread"] == pytest.approx(3 ** 0.5)
+
+
 def test_what_tells_two_trainings_apart(tmp_path):
     """Would catch the training text left out of a name, and how often a state was saved in it."""
     rows = []

@@ -205,10 +205,13 @@ def test_what_a_model_without_notes_is_called(checkpoint, tmp_path, amount, said
 
 
 def test_what_tasks_are_given(checkpoint, monkeypatch):
-    """Would catch --limit and --batch that nobody hears, and tasks that nobody asked for."""
+    """Would catch --limit and --batch that nobody hears, tasks that nobody asked for, and bad data that are found only
+    when something has been measured."""
     given = []
-    monkeypatch.setattr(evaluation, "zero_shot", lambda model, tokenizer, *rest: given.append(rest))
+    monkeypatch.setattr(evaluation, "encoded_tasks", lambda tokenizer, *rest: given.append(rest) or "tasks")
+    monkeypatch.setattr(evaluation, "perplexity", lambda *_, **__: given.append("perplexity") or 1.0)
+    monkeypatch.setattr(evaluation, "zero_shot", lambda model, *rest: given.append(rest))
     monkeypatch.setattr(sys, "argv", ["eval.py", "--device=cpu", f"--model={checkpoint}", "--tasks", "--limit=3",
-                                      "--batch=2"])
+                                      "--batch=2", f"--data={__file__}"])
     evaluation.main()
-    assert given == [(SEVEN, None, 3, 2)]
+    assert given == [(SEVEN, 64, None, 3), "perplexity", ("tasks", 2)]

@@ -360,8 +360,8 @@ def test_what_a_config_leaves_out_is_the_default_of_the_hub(family, said):
 
 def test_lengths_that_a_model_is_made_for():
     """Would catch windows longer than the papers' where a model reads more, and a remark on a text that just fits."""
-    most = {n: Config.from_dict(BASE | dict(model_type="llama", max_position_embeddings=n)) for n in (64, 4096)}
-    assert [config.window_length() for config in most.values()] == [64, 2048]
+    most = {n: Config.from_dict(BASE | dict(model_type="llama", max_position_embeddings=n)) for n in (64, 4096, 1)}
+    assert [config.window_length() for config in most.values()] == [64, 2048, 2]  # of one token nothing is predicted
     assert not most[64].remark(64) and "more than the 64" in most[64].remark(65)
     assert Config.from_dict({k: v for k, v in most[64].raw.items() if "max_pos" not in k}).context_length == 2048
     Config.from_dict(GPT2 | dict(model_type="gpt2", n_embd=52, n_head=4))  # odd heads, but learned positions

@@ -289,6 +289,10 @@ def test_what_names_a_run(monkeypatch, model):
         args = dict(nsamples=4, seqlen=32, seed=0, calib=f"{model}/text.txt", pattern=None, allocate="uniform")
         return shared_by(argparse.Namespace(**args | options), GPT.open(model / "m").source)
     assert name() == name(calib=f"{model}/m/../text.txt") != name(calib=f"{model}/m/config.json")
+    before = name(calib="tiny"), name(calib="tiny-code"), name()
+    monkeypatch.setattr("platform.python_version", lambda: "3.99.0")  # whose library these texts are
+    after = name(calib="tiny"), name(calib="tiny-code"), name()
+    assert [a == b for a, b in zip(before, after)] == [False, False, True]
     found = {world: [] for world in (1, 2, 3)}
     for world, names in found.items():
         monkeypatch.setattr("data.method.processes", lambda: (0, world))

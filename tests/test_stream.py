@@ -12,6 +12,7 @@ import torch
 
 from data import load_tokenizer, stream
 from data.command import InputError
+from data.writer import alone_in
 
 
 def test_a_bin_file_returns_the_tokens(checkpoint, tmp_path, monkeypatch, capsys):
@@ -71,6 +72,8 @@ def test_a_stopped_run_goes_on_after_its_finished_shards(checkpoint, tmp_path, m
     assert [path.name for path in tmp_path.iterdir() if "cut" in path.name] == ["cut.bin.partial"]
     with pytest.raises(InputError, match="cut.bin.partial holds something else, or what a run with other options"):
         write("cut.bin", shards=2)
+    with pytest.raises(InputError, match="another run is writing to"), alone_in(tmp_path / "cut.bin.partial"):
+        write("cut.bin")
     write("cut.bin")
     assert asked == [0, 1, 1, 2] and "going on after 1 of 3 shards" in capsys.readouterr().out
     assert (tmp_path / "cut.bin").read_bytes() == (tmp_path / "whole.bin").read_bytes()

@@ -11,7 +11,7 @@ import eval as evaluation
 from data import load_tokenizer, tasks
 from data.command import InputError
 from data.tasks import SEVEN, TASKS, Example, encode_pair, load_task
-from eval import accuracy, log_likelihoods, perplexity, zero_shot
+from eval import accuracy, encoded_tasks, log_likelihoods, perplexity, zero_shot
 from gpt import GPT
 
 STORY = "One day the model had read all the words in the house and it could not find a new one anywhere. "
@@ -89,8 +89,6 @@ def test_log_likelihoods_are_those_of_one_pair_at_a_time(checkpoint):
     assert log_likelihoods(model, pairs[::-1], 64, 4)[::-1] == pytest.approx(expected, abs=1e-5)
     streamed = GPT.from_pretrained(checkpoint, stream=True)
     assert log_likelihoods(streamed, pairs, 64, 3) == pytest.approx(expected, abs=1e-5)
-    with pytest.raises(InputError, match="65 tokens is longer than the model's context of 64"):
-        log_likelihoods(model, [([1], [2] * 65)], 64)
 
 
 def test_boundary_of_context_and_continuation(checkpoint):
@@ -100,8 +98,9 @@ def test_boundary_of_context_and_continuation(checkpoint):
         before, after = encode_pair(tokenizer, context, continuation)
         assert before == tokenizer.encode(context.rstrip())
         assert before + after == tokenizer.encode(context + continuation) and after
-    with pytest.raises(InputError, match="no tokens"):
-        encode_pair(tokenizer, "  ", "word")
+    for pair in ("  ", "word"), ("word", ""):
+        with pytest.raises(InputError, match="no tokens"):  # an empty continuation would be the likeliest of all
+            encode_pair(tokenizer, *pair)
 
 
 def test_pairs_are_those_of_transformers(tasks_dir):
@@ -168,6 +167,17 @@ def test_tasks_from_parquet_and_from_folders(tasks_dir, tmp_path):
     (tmp_path / "piqa" / "other" / "validation.jsonl").write_text(json.dumps(ROWS["piqa"][0]))
     with pytest.raises(InputError, match="validation data of piqa in .*data and in .*other: leave"):
         load_task("piqa", tmp_path)  # a data set's configurations, which would be mixed
+    (tmp_path / "arc_easy.jsonl").write_text(json.dumps(ROWS["arc_easy"][0]))
+    with pytest.raises(InputError, match="arc_easy.jsonl and in .*arc_easy.parquet: leave in one"):
+        load_task("arc_easy", tmp_path)
+
+
+def test_marks_and_half_characters_in_task_files(tmp_path, checkpoint):
+    """Would catch a file that Windows has marked as UTF-8, and half a surrogate, which no tokenizer takes."""
+    row = json.dumps(dict(goal="half \ud800", sol1="a", sol2="b", label=0))
+    (tmp_path / "piqa.jsonl").write_text("\ufeff" + row, "utf-8")
+    assert load_task("piqa", tmp_path)[0].pairs[0] == ("Question: half ?\nAnswer:", " a")
+    assert encoded_tasks(load_tokenizer(checkpoint), ["piqa"], 64, tmp_path)["piqa"][1]
 
 
 def test_accuracy_and_its_standard_error():
@@ -186,12 +196,15 @@ def test_accuracy_and_its_standard_error():
 
 def test_zero_shot_does_not_depend_on_the_batch(checkpoint, tasks_dir, capsys):
     model, tokenizer = GPT.from_pretrained(checkpoint), load_tokenizer(checkpoint)
-    results = [zero_shot(model, tokenizer, list(ROWS), tasks_dir, batch=batch) for batch in (1, 5)]
+    results = [zero_shot(model, encoded_tasks(tokenizer, ROWS, 64, tasks_dir), batch) for batch in (1, 5)]
     assert results[0] == results[1]
     assert results[0]["mean"]["acc"] == pytest.approx(sum(results[0][name]["acc"] for name in ROWS) / len(ROWS))
     normalised = {"hellaswag", "arc_easy", "arc_challenge", "openbookqa", "piqa"}
     assert {name for name in ROWS if "acc_norm" in results[0][name]} == normalised
-    assert zero_shot(model, tokenizer, ["mmlu"], tasks_dir, limit=2)["mmlu"]["questions"] == 2
+    limited = encoded_tasks(tokenizer, ["mmlu"], 64, tasks_dir, limit=2)
+    assert zero_shot(model, limited)["mmlu"]["questions"] == 2
+    with pytest.raises(InputError, match="boolq: a choice of 4 tokens is longer than the model's context of 3"):
+        encoded_tasks(tokenizer, ["boolq"], 3, tasks_dir)
     assert "mean" in capsys.readouterr().out
 
 
@@ -200,6 +213,10 @@ def test_zero_shot_does_not_depend_on_the_batch(checkpoint, tasks_dir, capsys):
     ("boolq", '{"passage": "a", "question": "b", "label": -1}\n', "answer -1 is none of 2"),
     ("arc_easy", '{"question": "a", "choices": ["b"], "answerKey": "A"}\n', "schema of arc_easy"),
     ("piqa", '{"goal": "a", "sol1": null, "sol2": "b", "label": 1}\n', "a text is missing"),
+    ("piqa", '{"goal": null, "sol1": "a", "sol2": "b", "label": 1}\n', "schema of piqa"),
+    ("openbookqa", '{"question_stem": "a", "choices": {"text": "bc", "label": ["A", "B"]}, "answerKey": "A"}\n',
+     "'bc' is no list"),
+    ("rte", "[" * 100_000, "rte.jsonl can't be read as JSON lines"),
     ("piqa", '["goal"]\n', "piqa.jsonl: row 1 does not have the schema of piqa"),
     ("winogrande", '{"sentence": "no gap", "option1": "a", "option2": "b", "answer": "1"}\n', "schema of winogrande"),
     ("rte", "", "rte.jsonl is empty"),
@@ -280,6 +297,7 @@ def test_zero_shot_by_hand(checkpoint, tasks_dir, monkeypatch):
     lengths, real = [], evaluation.log_likelihoods
     monkeypatch.setattr(evaluation, "log_likelihoods", lambda model, pairs, most, *rest, **how: (
         lengths.append(most), real(model, pairs, most, *rest, **how))[1])
-    found = zero_shot(GPT.from_pretrained(checkpoint), load_tokenizer(checkpoint), ["boolq", "piqa"], tasks_dir)
+    found = zero_shot(GPT.from_pretrained(checkpoint),
+                      encoded_tasks(load_tokenizer(checkpoint), ["boolq", "piqa"], 64, tasks_dir))
     assert lengths == [64, 64] and "acc_norm" not in found["boolq"]
     assert found["mean"]["acc_norm"] == (found["boolq"]["acc"] + found["piqa"]["acc_norm"]) / 2

@@ -323,12 +323,15 @@ def test_what_follows_an_added_token(legacy, tmp_path):
     (lambda t: json.dumps({**json.loads(t), "model": {**json.loads(t)["model"], "merges": ["a b", "a"]}}),
      "not a tokenizer"),
     (None, "no tokenizer"),
-], ids=["cut", "half", "another kind", "no model", "half a merge", "absent"])
+    ("added_tokens.json", "the added token '<x>' is to be 7, but the vocabulary makes it"),
+], ids=["cut", "half", "another kind", "no model", "half a merge", "absent", "added"])
 def test_refused(damage, words, tmp_path):
     """A tokenizer that would run and give other ids than its model was trained with, or a traceback."""
     train("gpt2", tmp_path, vocab_size=300)
     path = tmp_path / "tokenizer.json"
-    if damage:
+    if damage == "added_tokens.json":
+        (tmp_path / damage).write_text('{"<x>": 7}')
+    elif damage:
         path.write_text(damage(path.read_text()))
     else:
         path.unlink()
@@ -384,6 +387,10 @@ def test_what_ends_a_text(tmp_path):
     assert end_tokens(tmp_path) == {2}
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
     assert end_tokens(tmp_path) == {2, 7}
+    for damaged in '{"eos_token_id": 2.0}', '{"eos_token_id": "2"}', '{"eos_token_id": [[2]]}', "[" * 100_000:
+        (tmp_path / "generation_config.json").write_text(damaged)
+        with pytest.raises(InputError, match="generation_config.json"):
+            end_tokens(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": null}')
     (tmp_path / "config.json").unlink()
     assert end_tokens(tmp_path) == set()

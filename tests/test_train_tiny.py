@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import random
 import shutil
 import sys
 import typing
@@ -35,6 +36,19 @@ def train(monkeypatch):
                                           "--out", str(out), *options])
         train_tiny.main()
     return run
+
+
+def stop_at_the_end(monkeypatch, run):
+    """Stop a training when only its state is left to be removed."""
+    rmtree = shutil.rmtree
+
+    def stop(path, **how):
+        if (path / "state.pt").exists():
+            raise KeyboardInterrupt
+        rmtree(path, **how)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", stop)
+        run()
 
 
 def test_every_window_of_the_validation_counts_once():
@@ -79,10 +93,9 @@ def test_a_stopped_training_ends_with_the_same_bytes(tmp_path, train, monkeypatc
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "cut"}
     with pytest.raises(InputError, match="whole holds a finished model: choose another folder, or delete it"):
         train(tmp_path / "whole")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # at the very end
-        patch.setattr(train_tiny.shutil, "rmtree", lambda path, **_: stop(None, 0, 0, 3))
-        train(tmp_path / "late")
+    stop_at_the_end(monkeypatch, lambda: train(tmp_path / "late"))
     train(tmp_path / "late")
+    assert "going on at step 4" in capsys.readouterr().out
     assert (tmp_path / "late" / "model.safetensors").read_bytes() == whole.read_bytes()
     ids = load_tokenizer(tmp_path / "cut").encode("the parser")
     model = GPT.from_pretrained(tmp_path / "cut")
@@ -98,6 +111,22 @@ def test_a_damaged_state_gets_a_sentence(tmp_path, train):
         torch.save(other, tmp_path / "out.training" / "state.pt")
         with pytest.raises(InputError, match="state.pt is damaged: delete it"):
             train(tmp_path / "out")
+    whole = (tmp_path / "out.training" / "state.pt").read_bytes()
+    for i in range(60):  # a damaged pickle can raise anything
+        rng, damaged = random.Random(i), bytearray(whole)
+        for _ in range(4):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        (tmp_path / "out.training" / "state.pt").write_bytes(damaged)
+        with pytest.raises(InputError, match="state.pt"):
+            train_tiny.last_state(tmp_path / "out.training" / "state.pt", None, None, [])
+
+
+def test_a_training_of_another_python_is_not_gone_on_with(tmp_path, train, monkeypatch):
+    """Would catch a model that has read the documentation of two Pythons."""
+    stop_at_the_end(monkeypatch, lambda: train(tmp_path / "out"))
+    monkeypatch.setattr("platform.python_version", lambda: "3.99.0")
+    with pytest.raises(InputError, match="other options, or of another Python"):
+        train(tmp_path / "out")
 
 
 def test_a_folder_of_the_users_is_not_taken_for_a_state(tmp_path, train):
