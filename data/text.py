@@ -51,7 +51,8 @@ def hub_rows(path, name=None, split="train", file=None, revision=None,
 
 def text_versions(sources):
     """What tells that one of those texts is another by now: `versions` of files, and Python's where the text is its."""
-    return versions(sources) + [[name, platform.python_version()] for name in sources if name in OF_PYTHON]
+    return versions(sources) + [[f"{name}, by Python's version", platform.python_version()]
+                                for name in sources if name in OF_PYTHON]
 
 
 def json_lines(path):

@@ -112,6 +112,8 @@ class CheckpointWriter:
         self.before = self.folder.with_name(f".{self.folder.name}.before")  # a name that nobody else picks
         if tokenizer_from and not os.path.isdir(tokenizer_from):
             raise InputError(f"{tokenizer_from}, whose tokenizer belongs to {folder}, is no folder")
+        for source in self.tokenizer_files():
+            source.open("rb").close()  # what may not be read ends the run here, not after the last block
         try:
             if self.before.is_dir() and not self.folder.exists():  # a run was killed between the renames of `finish`
                 with suppress(FileNotFoundError):  # another process has just done it
@@ -146,6 +148,11 @@ class CheckpointWriter:
         if not ours and any(self.partial.glob("*.safetensors")):
             raise InputError(f"{self.partial} holds the finished blocks of another run, which differs in "
                              f"{self.differing(left)}: give what it had, choose another output folder, or delete it")
+
+    def tokenizer_files(self):
+        """The paths of what is copied beside the weights."""
+        paths = [Path(self.tokenizer_from) / name for name in TOKENIZER_FILES] if self.tokenizer_from else []
+        return [path for path in paths if path.is_file()]
 
     def differing(self, other):
         """The names of what another run's `made` has otherwise, as text."""
@@ -249,10 +256,8 @@ class CheckpointWriter:
             write_atomically(self.partial / "model.safetensors.index.json", lambda path: path.write_text(index))
         text = json.dumps(self.raw, indent=1) + "\n"
         write_atomically(self.partial / "config.json", lambda path: path.write_text(text))
-        for name in TOKENIZER_FILES if self.tokenizer_from else []:
-            source = Path(self.tokenizer_from) / name
-            if source.is_file():
-                write_atomically(self.partial / name, lambda path: shutil.copyfile(source, path))
+        for source in self.tokenizer_files():
+            write_atomically(self.partial / source.name, lambda path: shutil.copyfile(source, path))
         shutil.rmtree(self.before, ignore_errors=True)
         if self.folder.is_dir():
             self.folder.rename(self.before)

@@ -293,6 +293,7 @@ def test_what_names_a_run(monkeypatch, model):
     monkeypatch.setattr("platform.python_version", lambda: "3.99.0")  # whose library these texts are
     after = name(calib="tiny"), name(calib="tiny-code"), name()
     assert [a == b for a, b in zip(before, after)] == [False, False, True]
+    assert after[0]["files"][-1] == ["tiny, by Python's version", "3.99.0"]
     found = {world: [] for world in (1, 2, 3)}
     for world, names in found.items():
         monkeypatch.setattr("data.method.processes", lambda: (0, world))

@@ -1,5 +1,6 @@
 """Folders that are written: whole or not at all, by one run at a time, and in nobody else's place."""
 
+import errno
 import fcntl
 import json
 import os
@@ -269,3 +270,16 @@ def test_a_model_that_is_read_by_another_name_is_not_replaced(tmp_path, monkeypa
     for name in "link", "a":
         with pytest.raises(InputError, match="a is the model that is being read"):
             GPT.from_pretrained(name).save_pretrained(tmp_path / "a")
+
+
+def test_a_tokenizer_that_may_not_be_read_ends_a_run_at_once(tmp_path, monkeypatch):
+    """Would catch hours of pruning before a file that is copied in the end turns out to be another user's."""
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "tokenizer.json").write_text("{}")
+
+    def refuse(path, mode):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(PermissionError, match="tokenizer.json"):
+        CheckpointWriter(tmp_path / "out", {"model_type": "llama"}, tokenizer_from=tmp_path / "m")
+    assert not (tmp_path / "out.partial").exists()
