@@ -198,7 +198,7 @@ def run(main, goes_on=False):
               f"time, or --device cpu", file=sys.stderr)
         sys.exit(2)
     except (RuntimeError, MemoryError) as e:
-        if isinstance(e, MemoryError) or out_of_memory(e):
+        if out_of_memory(e):
             print("error: the computer's memory is full: give shorter or fewer texts at a time", file=sys.stderr)
         elif reason := compiler_failed(e):
             print(f"error: torch.compile has failed ({reason}): go without --compile, or with --no-compile",

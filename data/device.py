@@ -35,8 +35,8 @@ def allowed(root=Path("/sys/fs/cgroup"), own=Path("/proc/self/cgroup")):
 
 
 def out_of_memory(error):
-    """Whether a RuntimeError of PyTorch's says that memory is full, the GPU's or the computer's."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether an error of Python's or PyTorch's says that memory is full, the GPU's or the computer's."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def compiler_failed(error):
